@@ -1,0 +1,48 @@
+"""ssmax: attention that holds at any context length (Scalable-Softmax, arXiv 2501.19399).
+
+SSMax is query scaling: fold m = s log n + b into the query and every attention kernel computes it. All that is
+hard is n, the number of keys that a query really sees. Importing this package loads nothing heavy, not even torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "scalable_softmax": "ssmax.scaling",
+    "visible_keys": "ssmax.scaling",
+    "matched_scale": "ssmax.scaling",
+    "attention": "ssmax.functional",
+    "SSMaxScale": "ssmax.nn",
+    "convert": "ssmax.hf",
+    "revert": "ssmax.hf",
+    "converted": "ssmax.hf",
+}
+_PACKAGES = ("evaluation", "hf")
+
+__all__ = [*_HOMES, *_PACKAGES]
+
+if TYPE_CHECKING:
+    from ssmax import evaluation as evaluation
+    from ssmax import hf as hf
+    from ssmax.functional import attention as attention
+    from ssmax.hf import convert as convert
+    from ssmax.hf import converted as converted
+    from ssmax.hf import revert as revert
+    from ssmax.nn import SSMaxScale as SSMaxScale
+    from ssmax.scaling import matched_scale as matched_scale
+    from ssmax.scaling import scalable_softmax as scalable_softmax
+    from ssmax.scaling import visible_keys as visible_keys
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"ssmax.{name}")
+    raise AttributeError(f"module 'ssmax' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,154 @@
+"""attention(): validate, find n, choose the backend, call it."""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from ssmax.scaling import head_multiplier, rows_of, visible_keys
+
+__all__ = ["attention"]
+
+IMPLS = ("reference", "sdpa")
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    s: Tensor | float,
+    b: Tensor | float | None = None,
+    *,
+    n: Tensor | int | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Scalable-Softmax attention: softmax((s log n + b) z) value with z = softcap(scale query key), arXiv 2501.19399.
+
+    Args:
+        query: (B, H, N, D).
+        key: (B, H, S, D); with enable_gqa (B, K, S, D), K a divisor of H.
+        value: (B, H or K, S, V).
+        s: scale, a number or (H,).
+        b: bias, a number or (H,); None = 0.
+        n: visible keys of each query: a number, (N,), (B, N) or (B, H, N). Default: counted from attn_mask,
+            is_causal and window. A row with n = 0 gives zeros.
+        attn_mask: broadcast to (B, H, N, S). bool, True = visible; or floating point, added after the multiplier.
+            A floating mask that holds more than 0 and -inf is a bias and needs n.
+        is_causal: the queries are the last N of the S positions, as in FlashAttention and a cached decode (not
+            torch's top-left rule). May be combined with attn_mask.
+        window: at most so many visible keys, the query's own included. Needs is_causal.
+        softcap: c, for c tanh(z / c). It is part of z: the multiplier comes after it.
+        scale: factor of query key; default 1 / sqrt(D).
+        dropout_p: probability of dropping a weight.
+        enable_gqa: allow fewer heads in key and value than in query.
+        impl: "auto", "sdpa" or "reference".
+
+    Returns:
+        (B, H, N, V) in query's dtype. Multiplier in float32 (float64 for float64), the scaled query rounded once.
+
+    Raises:
+        TypeError: tensors that are not floating point, or of different dtypes.
+        ValueError: shapes that do not fit, an unknown impl, or one that cannot compute what is asked.
+    """
+    _check_tensors(query, key, value, enable_gqa)
+    _check_options(query, key, attn_mask, is_causal, window, softcap, dropout_p)
+    derived = n is None
+    n = _derive_n(query, key, attn_mask, is_causal, window) if n is None else n
+    backend = import_module(f"ssmax.backends.{_choose(impl, softcap)}")
+    output = backend.forward(
+        query,
+        key,
+        value,
+        head_multiplier(n, s, b, query),
+        mask=attn_mask,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p=dropout_p,
+    )
+    # A derived n is 0 only where the mask leaves nothing, and the backends return zeros there.
+    return output if derived else output.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
+
+
+def _derive_n(query, key, attn_mask, is_causal, window):
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if attn_mask is None:
+        position = torch.arange(num_keys - num_queries, num_keys, device=query.device)
+        n = position.clamp(min=-1) + 1 if is_causal else torch.full_like(position, num_keys)
+        return n if window is None else n.clamp(max=window)
+    mask = attn_mask.expand(*(1,) * (4 - attn_mask.ndim), *attn_mask.shape)
+    if is_causal and mask.shape[1:3] == (1, 1):  # a padding mask: counted without an N x S table
+        padding = mask[:, 0, 0].expand(-1, num_keys)
+        blind = max(0, num_queries - num_keys)
+        n = visible_keys(mask=padding, window=window, num_queries=num_queries - blind)
+        return torch.nn.functional.pad(n, (blind, 0))
+    if is_causal:
+        open_keys = torch.ones(num_queries, num_keys, dtype=torch.bool, device=mask.device)
+        open_keys = open_keys.tril(num_keys - num_queries)
+        if window is not None:
+            open_keys = open_keys.triu(num_keys - num_queries - window + 1)
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = mask.masked_fill(~open_keys, hidden)
+    return visible_keys(mask=mask.expand(-1, -1, num_queries, num_keys))
+
+
+def _choose(impl, softcap):
+    if impl not in ("auto", *IMPLS):
+        raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, IMPLS))}; got {impl!r}")
+    if impl == "auto":
+        return "sdpa" if softcap is None else "reference"
+    if impl == "sdpa" and softcap is not None:
+        raise ValueError("impl='sdpa' has no softcap; use impl='reference' or 'auto'")
+    return impl
+
+
+def _check_tensors(query, key, value, enable_gqa):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, head size), got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}")
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(f"{name} has batch size {tensor.shape[0]}, but query has {query.shape[0]}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(
+            f"key and value must agree in heads and length, got {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key has head size {key.shape[-1]}, but query has {query.shape[-1]}")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads != key_heads and not enable_gqa:
+        raise ValueError(f"query has {heads} heads and key {key_heads}; set enable_gqa=True if they are grouped")
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"key's {key_heads} heads must divide query's {heads} heads")
+
+
+def _check_options(query, key, attn_mask, is_causal, window, softcap, dropout_p):
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be a positive integer, got {window!r}")
+    if window is not None and not is_causal:
+        raise ValueError("window needs is_causal=True; for a two-sided window pass attn_mask")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    if attn_mask is None:
+        return
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
+    wanted = (*query.shape[:3], key.shape[2])
+    fits = attn_mask.ndim <= 4 and all(
+        have in (1, want) for have, want in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"attn_mask must broadcast to (B, H, N, S) = {wanted}, got {tuple(attn_mask.shape)}")

@@ -1,0 +1,143 @@
+"""convert, revert, converted: put SSMax into a Hugging Face model in place, and take it out again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import ssmax
+from ssmax.hf.checkpoint import FAMILIES, SSMaxModel, attach, attention_modules, auto_map, config_class, model_class
+from ssmax.scaling import matched_scale
+
+__all__ = ["convert", "converted", "revert"]
+
+
+def convert(
+    model: PreTrainedModel,
+    init: str | float = "matched",
+    *,
+    train_length: int | None = None,
+    bias: bool | None = None,
+    layers: list[int] | None = None,
+) -> PreTrainedModel:
+    """Turn a Softmax model into an SSMax model, in place: softmax((s log n + b) z) in each chosen layer.
+
+    Args:
+        model: a transformers model. Each converted attention module gets a submodule ssmax (an SSMaxScale).
+        init: "matched": s = matched_scale(train_length) and no bias, the paper's start, on average as sharp as before;
+            "identity": s = 0 and b = 1, exactly the same model, and it can learn; or a number for s.
+        train_length: what "matched" is matched to; default the config's max_position_embeddings.
+        bias: learn b as well; default as init says.
+        layers: indices of the layers; default all.
+
+    Returns:
+        The same model. Its class and config become the saved kind (model_type "ssmax_..."), its weights stay.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: already converted, a family that is not supported, or an argument that does not fit.
+
+    The training optimiser must not decay s and b (they are vectors; the paper decays matrices only).
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"convert needs a transformers PreTrainedModel, got {type(model).__name__}")
+    if isinstance(model, SSMaxModel):
+        raise ValueError(
+            f"{type(model).__name__} is converted already; ssmax.revert(model) gives back the softmax model"
+        )
+    _check_supported(model)
+    config, base = model.config, type(model)
+    recipe = {
+        "law": "s log n" if not _has_bias(init, bias) else "s log n + b",
+        "init": init,
+        **_start(init, bias, train_length, config),
+        "layers": _chosen_layers(model, layers),
+        "version": ssmax.__version__,
+    }
+    model._ssmax_reverts_to = {name: config.__dict__.get(name, _ABSENT) for name in ("architectures", "auto_map")}
+    config.__class__ = config_class(type(config))
+    config.ssmax = recipe
+    config.auto_map = auto_map(base)
+    model.__class__ = model_class(base)
+    config.architectures = [type(model).__name__]
+    attach(model)
+    return model
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """Take SSMax out again, in place: the softmax model's class, config and state_dict, bit for bit.
+
+    Raises:
+        ValueError: the model is not converted.
+    """
+    if not isinstance(model, SSMaxModel):
+        raise ValueError(f"{type(model).__name__} is not a converted model")
+    for module in attention_modules(model).values():
+        if hasattr(module, "ssmax"):
+            del module.ssmax
+    config = model.config
+    model.__class__ = type(model).__bases__[1]
+    config.__class__ = type(config).__bases__[0]
+    del config.ssmax
+    loaded = {"architectures": [type(model).__name__], "auto_map": _ABSENT}
+    for name, value in model.__dict__.pop("_ssmax_reverts_to", loaded).items():
+        if value is _ABSENT:
+            config.__dict__.pop(name, None)
+        else:
+            config.__dict__[name] = value
+    return model
+
+
+@contextmanager
+def converted(model: PreTrainedModel, init: str | float = "matched", **options: Any) -> Iterator[PreTrainedModel]:
+    """Convert on entry, revert on exit; arguments as ssmax.convert."""
+    convert(model, init, **options)
+    try:
+        yield model
+    finally:
+        revert(model)
+
+
+_ABSENT = object()
+
+
+def _check_supported(model):
+    config = model.config
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported yet; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"only full-attention layers are supported yet, this model also has {sorted(kinds)}")
+
+
+def _has_bias(init, bias):
+    return init == "identity" if bias is None else bias
+
+
+def _start(init, bias, train_length, config):
+    if init == "identity":
+        if bias is False:
+            raise ValueError("init='identity' is s = 0 and b = 1; bias=False contradicts it")
+        return {"s": 0.0, "b": 1.0, "bias": True}
+    if init == "matched":
+        length = getattr(config, "max_position_embeddings", None) if train_length is None else train_length
+        if length is None:
+            raise ValueError("init='matched' needs train_length: the config has no max_position_embeddings")
+        return {"s": matched_scale(length), "b": 0.0, "bias": _has_bias(init, bias)}
+    if isinstance(init, bool) or not isinstance(init, (int, float)):
+        raise ValueError(f"init must be 'matched', 'identity' or a number, got {init!r}")
+    return {"s": float(init), "b": 0.0, "bias": _has_bias(init, bias)}
+
+
+def _chosen_layers(model, layers):
+    available = sorted(attention_modules(model))
+    if layers is None:
+        return available
+    chosen = sorted(set(layers))
+    unknown = [layer for layer in chosen if layer not in available]
+    if unknown or not chosen:
+        raise ValueError(f"layers must be some of 0 to {available[-1]}, got {layers}")
+    return chosen

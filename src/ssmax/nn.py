@@ -1,0 +1,81 @@
+"""SSMaxScale: the learned s and b of one attention layer, applied to its query."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ssmax.scaling import head_multiplier, matched_scale, scale_query
+
+__all__ = ["SSMaxScale"]
+
+
+class SSMaxScale(nn.Module):
+    """Multiply each query by s log n + b, s and b learned per head (Eq. 2 of arXiv 2501.19399).
+
+    s and b are float32 parameters of shape (H,) and stay float32 through .to(bfloat16), .half() and autocast, since a
+    bfloat16 s neither learns in small steps nor multiplies exactly. Only .double() widens them.
+
+    Args:
+        num_heads: query heads, H.
+        s: starting value; default the paper's for a training length of 1,024, see ssmax.matched_scale.
+        bias: learn b as well.
+        b: starting value of b.
+
+    Attributes:
+        weight: s, (H,). Not to be weight-decayed: the paper decays matrices only.
+        bias: b, (H,), or None.
+    """
+
+    def __init__(self, num_heads: int, s: float = matched_scale(1024), bias: bool = False, b: float = 0.0):
+        super().__init__()
+        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+            raise ValueError(f"num_heads must be a positive integer, got {num_heads!r}")
+        self.num_heads = num_heads
+        self.init_s, self.init_b = float(s), float(b)
+        self.weight = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set s and b to their starting values."""
+        nn.init.constant_(self.weight, self.init_s)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, self.init_b)
+
+    @property
+    def s(self) -> nn.Parameter:
+        """The scale, (H,): the parameter named weight."""
+        return self.weight
+
+    @property
+    def b(self) -> nn.Parameter | None:
+        """The bias, (H,): the parameter named bias, or None."""
+        return self.bias
+
+    def forward(self, query: Tensor, n: Tensor | int) -> Tensor:
+        """Return the scaled query in query's dtype, rounded once.
+
+        Args:
+            query: (B, H, N, D), after position encoding and QK-norm.
+            n: visible keys: a number, (N,), (B, N) or (B, H, N); see ssmax.visible_keys.
+
+        Raises:
+            ValueError: the query has another number of heads, or n does not fit it.
+        """
+        if query.ndim != 4 or query.shape[1] != self.num_heads:
+            raise ValueError(f"query must be (B, {self.num_heads} heads, N, D), got shape {tuple(query.shape)}")
+        return scale_query(query, head_multiplier(n, self.weight, self.bias, query))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMaxScale":
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not moved.is_floating_point() or moved.dtype in (tensor.dtype, torch.float64):
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        """Describe the module in one line."""
+        return f"num_heads={self.num_heads}, bias={self.bias is not None}"

@@ -1,0 +1,125 @@
+"""report.html: verdicts, figures and settings on one page that opens offline, and the same table for the terminal."""
+
+import base64
+import html
+import io
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from ssmax.report.claims import HOLDS, HOLDS_NOT, RULE, Claim, claims
+from ssmax.report.figures import CAPTIONS, FIGURES, draw
+from ssmax.report.select import pick
+from ssmax.results import read_rows, write_atomically
+
+__all__ = ["build", "claims_text"]
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { margin-bottom: 0 } h2 { margin-top: 2em } .sub { color: #666; margin-top: .2em }
+table { border-collapse: collapse; width: 100% } th, td { text-align: left; vertical-align: top; padding: .4em .7em; border-bottom: 1px solid #ddd }
+.holds { color: #00703c; font-weight: 600 } .not { color: #b3261e; font-weight: 600 } .open { color: #777; font-weight: 600 }
+figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555 } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+"""
+
+
+def build(folder: Path) -> list[Claim]:
+    """Write the figures and report.html of a finished run, from its rows.jsonl and recipe.json; return the verdicts."""
+    rows = read_rows(folder / "rows.jsonl")
+    settings = json.loads((folder / "recipe.json").read_text())
+    recipe = settings["recipe"]
+    found = claims(rows, recipe["train_length"])
+    images = {}
+    for number in FIGURES:
+        figure = draw(number, rows, recipe["train_length"])
+        for kind in ("png", "svg"):
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            _keep(folder / "figures" / f"figure{number}.{kind}", content.getvalue())
+        images[number] = content.getvalue()
+        plt.close(figure)
+    _keep(folder / "report.html", _page(rows, settings, found, images).encode())
+    return found
+
+
+def claims_text(found: Sequence[Claim], width: int) -> str:
+    """Return the verdicts as a table for a terminal of so many columns."""
+    shares = (0.34, 0.48, 0.18)
+    columns = [max(12, int((width - 10) * share)) for share in shares]
+    lines = [_line(("claim", "measured here", "verdict"), columns), "─" * (sum(columns) + 8)]
+    for claim in found:
+        cells = (f"Fig. {claim.figure}: {claim.claim}", claim.measured, claim.verdict)
+        lines += [_line(cells, columns), ""]
+    return "\n".join(lines)
+
+
+def _line(cells, columns):
+    wrapped = [textwrap.wrap(cell, column) for cell, column in zip(cells, columns, strict=True)]
+    height = max(map(len, wrapped))
+    padded = [cell + [""] * (height - len(cell)) for cell in wrapped]
+    return "\n".join(
+        "  ".join(part.ljust(column) for part, column in zip(parts, columns, strict=True)).rstrip()
+        for parts in zip(*padded, strict=True)
+    )
+
+
+def _page(rows, settings, found, images):
+    recipe, provenance = settings["recipe"], rows[-1].provenance
+    css = {HOLDS: "holds", HOLDS_NOT: "not"}
+    table = "".join(
+        f"<tr><td>{claim.figure}</td><td>{_text(claim.claim)}</td><td>{_text(claim.paper)}</td>"
+        f"<td>{_text(claim.measured)}</td><td class='{css.get(claim.verdict, 'open')}'>{_text(claim.verdict)}</td></tr>"
+        for claim in found
+    )
+    figures = "".join(
+        f"<figure><img alt='{_text(CAPTIONS[number])}' src='data:image/svg+xml;base64,{base64.b64encode(image).decode()}'>"
+        f"<figcaption>{_text(CAPTIONS[number])}</figcaption></figure>"
+        for number, image in images.items()
+    )
+    facts = ", ".join(f"{name} {value}" for name, value in provenance.items() if value is not None)
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>ssmax: {_text(recipe["name"])}</title><style>{STYLE}</style>
+<h1>Softmax against Scalable-Softmax</h1>
+<p class="sub">Recipe “{_text(recipe["name"])}”: every experiment of arXiv 2501.19399 that it covers, run here. {len(rows):,} measured rows in rows.jsonl.</p>
+<h2>The paper's claims</h2>
+<table><tr><th>Figure</th><th>Claim</th><th>The paper's finding</th><th>Measured here</th><th>Verdict</th></tr>{table}</table>
+<p>{_text(RULE)} Spreads are standard deviations over seeds.</p>
+<h2>Figures</h2>{figures}
+<h2>How it was done</h2>
+<ul>{"".join(f"<li>{_text(line)}</li>" for line in _method(rows, recipe))}</ul>
+<p>{_text(facts)}</p>
+<details><summary>All settings</summary><pre>{_text(json.dumps(settings, indent=1))}</pre></details>
+</html>
+"""
+
+
+def _method(rows, recipe):
+    digits, length = recipe["needle_digits"], recipe["train_length"]
+    texts = recipe["loss_texts"]
+    return [
+        f"Models: {recipe['num_layers']} layers, {recipe['num_heads']} heads, hidden {recipe['hidden_size']}, RMSNorm, gated "
+        f"feed-forward, RoPE theta 10,000, trained on windows of {length} tokens, {recipe['steps']} steps of "
+        f"{recipe['batch_size']} windows. The paper: 12 layers, hidden 768, windows of 1,024, batches of 2,048.",
+        "Forms: “paper's form” is the Llama shape of the paper; “with QK-norm” is the same with normalised queries and keys, "
+        "whose logits cannot grow, so that the effect of the factor log n shows without long training.",
+        f"Loss by position: up to {texts} held-out texts of {length * recipe['length_factor']:,} tokens, nothing trained at "
+        "more than the training length.",
+        f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digits (the paper: 7), "
+        "hidden in held-out text; the tokenizer holds the sentence's words whole. Fine-tuned with the loss on the answer, on "
+        f"contexts that grow up to the training length. Exact match of greedy decoding; "
+        f"{pick(rows, 'retrieval_accuracy')[0].samples} trials for each cell and seed, the same for all models.",
+        "Needle score: the paper's definition could not be read; here it is one head's attention on the needle's tokens "
+        "from the query that emits the first answer token.",
+    ]
+
+
+def _text(value):
+    return html.escape(str(value), quote=True)
+
+
+def _keep(path, content):
+    if not (path.exists() and path.read_bytes() == content):
+        write_atomically(path, content)

@@ -13,7 +13,7 @@ test: $(STAMP) lint
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/pyrefly check --summary none
+	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-cache
 
 $(STAMP): pyproject.toml constraints.txt

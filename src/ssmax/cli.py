@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from ssmax import report
 from ssmax.lab.errors import RunFailed, UserError
+from ssmax.lab.folder import RunFolder
 from ssmax.lab.recipes import RECIPES, Recipe
 
 __all__ = ["main"]
@@ -51,11 +53,13 @@ class Reproduce:
         """Run it."""
         recipe = self._recipe()
         folder = self.out or Path("runs") / recipe.name
-        from ssmax import report
-        from ssmax.lab.reproduce import reproduce
+        run = RunFolder(folder, recipe, self.corpus)
+        with run.opened():
+            if not run.finished:
+                from ssmax.lab.reproduce import reproduce  # loads torch and transformers
 
-        reproduce(recipe, self.corpus, folder, cache=folder.parent / "cache")
-        found = report.build(folder)
+                reproduce(recipe, self.corpus, run, cache=folder.parent / "cache")
+            found = report.build(folder)
         print(report.claims_text(found, shutil.get_terminal_size().columns))
         print(f"Report: {(folder / 'report.html').resolve()}")
 

@@ -59,6 +59,8 @@ def attention(
     """
     _check_tensors(query, key, value, enable_gqa)
     _check_options(query, key, attn_mask, is_causal, window, softcap, dropout_p)
+    if attn_mask is not None:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
     derived = n is None
     n = _derive_n(query, key, attn_mask, is_causal, window) if n is None else n
     backend = import_module(f"ssmax.backends.{_choose(impl, softcap)}")
@@ -84,7 +86,7 @@ def _derive_n(query, key, attn_mask, is_causal, window):
         position = torch.arange(num_keys - num_queries, num_keys, device=query.device)
         n = position.clamp(min=-1) + 1 if is_causal else torch.full_like(position, num_keys)
         return n if window is None else n.clamp(max=window)
-    mask = attn_mask.expand(*(1,) * (4 - attn_mask.ndim), *attn_mask.shape)
+    mask = attn_mask
     if is_causal and mask.shape[1:3] == (1, 1):  # a padding mask: counted without an N x S table
         padding = mask[:, 0, 0].expand(-1, num_keys)
         blind = max(0, num_queries - num_keys)

@@ -193,7 +193,7 @@ def visible_keys(
 
 
 def _from_length(num_keys, num_queries, window, chunk, causal):
-    if isinstance(num_keys, bool) or not isinstance(num_keys, (int, torch.SymInt)) or num_keys < 0:
+    if isinstance(num_keys, bool) or not isinstance(num_keys, int) or num_keys < 0:
         raise ValueError(f"num_keys must be a non-negative integer, got {num_keys!r}")
     num_queries = num_keys if num_queries is None else num_queries
     _check_last(num_queries, num_keys, "num_keys")

@@ -48,7 +48,7 @@ def forward(
         visible = visible & mask
     elif mask is not None:
         visible = visible & (mask > torch.finfo(mask.dtype).min / 2)
-        z_BHNS = z_BHNS + mask.to(wide)
+        z_BHNS = z_BHNS + mask.to(wide).masked_fill(~visible, 0.0)
     alive = visible.any(-1, keepdim=True)
     weights = z_BHNS.masked_fill(~visible & alive, -math.inf).softmax(-1).masked_fill(~alive, 0.0)
     return (torch.dropout(weights, dropout_p, train=True) @ value).to(query.dtype)

@@ -40,7 +40,8 @@ def forward(
         return _masked(attend, scaled, num_keys, _narrow(mask, offset, is_causal, window, num_queries, num_keys))
     if not is_causal:
         return attend(scaled, 0, num_keys, None)
-    narrow = window is not None and window < num_keys
+    window = num_keys if window is None else window
+    narrow = window < num_keys
     if not narrow and num_queries == 1:
         return attend(scaled, 0, num_keys, None)
     if not narrow and offset == 0:

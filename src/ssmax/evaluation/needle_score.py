@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def attend_last(model: PreTrainedModel, token_ids: Tensor) -> tuple[Tensor, Dyna
 
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         yield

@@ -46,7 +46,7 @@ class NeedleTask:
     def _parts(self, city: str, number: str) -> list[list[int]]:
         """Return needle, question and answer in tokens."""
         question = f"\nThe special magic {city} number is:"
-        return [self.encode(text) for text in (f"{question} {number}.\n", question, f" {number}.")]
+        return [self.encode(text) for text in (f"{question} {number}.\n", question, f" {number}")]
 
     def example(self, length: int, depth: float, rng: np.random.Generator) -> NeedleExample:
         """Draw an example whose prompt and answer have length tokens, the needle at depth in [0, 1] of the text.

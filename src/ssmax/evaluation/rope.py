@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,9 @@ def rope_theta(model: nn.Module, factor: float) -> Iterator[None]:
     if factor == 1:
         yield
         return
-    rotaries = [module for module in model.modules() if hasattr(module, "inv_freq") and hasattr(module, "config")]
+    rotaries: list[Any] = [
+        module for module in model.modules() if hasattr(module, "inv_freq") and hasattr(module, "config")
+    ]
     if not rotaries or any(rotary.config.rope_parameters.get("rope_type") != "default" for rotary in rotaries):
         raise ValueError(f"{type(model).__name__} has no RoPE of type 'default'; its theta cannot be raised")
     before = [rotary.inv_freq for rotary in rotaries]

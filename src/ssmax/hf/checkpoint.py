@@ -42,7 +42,8 @@ class SSMaxModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load as transformers does, and raise ValueError where a scale is missing or does not fit."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         lost = {
             kind: sorted(str(name) for name in info[kind] if ".ssmax." in str(name))
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -95,13 +96,10 @@ def attach(model: PreTrainedModel) -> None:
             )
 
 
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+def attention_modules(model: nn.Module) -> dict[int, Any]:
     """Return the attention modules of the language model by layer index."""
-    return {
-        module.layer_idx: module
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "q_proj")
-    }
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+    return {module.layer_idx: module for module in modules}
 
 
 def auto_map(base: type[PreTrainedModel]) -> dict[str, str]:

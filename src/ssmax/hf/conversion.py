@@ -47,7 +47,8 @@ def convert(
             f"{type(model).__name__} is converted already; ssmax.revert(model) gives back the softmax model"
         )
     _check_supported(model)
-    config, base = model.config, type(model)
+    config: Any = model.config
+    base = type(model)
     recipe = {
         "law": "s log n" if not _has_bias(init, bias) else "s log n + b",
         "init": init,
@@ -55,7 +56,8 @@ def convert(
         "layers": _chosen_layers(model, layers),
         "version": ssmax.__version__,
     }
-    model._ssmax_reverts_to = {name: config.__dict__.get(name, _ABSENT) for name in ("architectures", "auto_map")}
+    before = {name: config.__dict__.get(name, _ABSENT) for name in ("architectures", "auto_map")}
+    model.__dict__["_ssmax_reverts_to"] = before
     config.__class__ = config_class(type(config))
     config.ssmax = recipe
     config.auto_map = auto_map(base)
@@ -76,7 +78,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     for module in attention_modules(model).values():
         if hasattr(module, "ssmax"):
             del module.ssmax
-    config = model.config
+    config: Any = model.config
     model.__class__ = type(model).__bases__[1]
     config.__class__ = type(config).__bases__[0]
     del config.ssmax

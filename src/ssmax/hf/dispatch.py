@@ -31,5 +31,5 @@ def install() -> None:
     def get_interface(self, attn_implementation, default):
         return functools.partial(_attend, original(self, attn_implementation, default), attn_implementation)
 
-    get_interface._ssmax = True
+    get_interface.__dict__["_ssmax"] = True
     AttentionInterface.get_interface = get_interface

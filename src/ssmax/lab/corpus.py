@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ssmax.evaluation.retrieval import CITIES
 from ssmax.lab.errors import UserError
 
-__all__ = ["END_OF_TEXT", "Corpus", "documents", "prepare"]
+__all__ = ["END_OF_TEXT", "Corpus", "documents", "load", "prepare"]
 
 END_OF_TEXT = "<|endoftext|>"
 # Whole tokens: a small vocabulary would split the sentence into more tokens than a small window has room for.
@@ -32,15 +32,11 @@ class Corpus:
         tokenizer: byte-pair, each digit a token, the needle's words whole.
         train: (T,) int32, documents in a fixed shuffled order, each behind an end-of-text token.
         held_out: (K, L) int32, texts cut from the starts of documents that train does not contain.
-        source: what it was made from, for people.
-        fingerprint: hash of the documents and of how they were tokenised.
     """
 
     tokenizer: Tokenizer
     train: np.ndarray
     held_out: np.ndarray
-    source: str
-    fingerprint: str
 
 
 def documents(source: str | None, limit_bytes: int) -> tuple[list[str], str]:
@@ -77,8 +73,12 @@ def documents(source: str | None, limit_bytes: int) -> tuple[list[str], str]:
     return texts, name
 
 
-def prepare(source: str | None, *, limit_bytes: int, vocab_size: int, held_out: tuple[int, int], cache: Path) -> Corpus:
-    """Read, split and tokenise a corpus, or take it from the cache.
+def prepare(
+    source: str | None, *, limit_bytes: int, vocab_size: int, held_out: tuple[int, int], cache: Path
+) -> tuple[Path, str]:
+    """Read, split and tokenise a corpus into a folder of the cache, unless it is there; return folder and description.
+
+    The folder's name is a hash of the documents and of how they were tokenised.
 
     Args:
         source, limit_bytes: as for documents.
@@ -94,13 +94,16 @@ def prepare(source: str | None, *, limit_bytes: int, vocab_size: int, held_out: 
     digest = hashlib.sha256(recipe.encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
-    fingerprint = digest.hexdigest()[:16]
-    folder = cache / fingerprint
+    folder = cache / digest.hexdigest()[:16]
     if not folder.exists():
         _build(texts, vocab_size, held_out, folder)
+    return folder, name
+
+
+def load(folder: Path) -> Corpus:
+    """Load a tokenised corpus that prepare left in folder."""
     arrays = load_file(folder / "tokens.safetensors")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return Corpus(tokenizer, arrays["train"], arrays["held_out"], name, fingerprint)
+    return Corpus(Tokenizer.from_file(str(folder / "tokenizer.json")), arrays["train"], arrays["held_out"])
 
 
 def _build(texts, vocab_size, held_out, folder):
@@ -111,7 +114,7 @@ def _build(texts, vocab_size, held_out, folder):
         texts = [texts[0][:cut], texts[0][cut:]]
     tokenizer = _train_tokenizer(texts, vocab_size)
     encoded = [np.array(e.ids, dtype=np.int32) for e in tokenizer.encode_batch(texts)]
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = tokenizer.encode(END_OF_TEXT).ids[0]
     held, kept = _split(encoded, end, *held_out)
     train = np.concatenate([np.concatenate([[end], ids]).astype(np.int32) for ids in kept])
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -140,24 +143,29 @@ def _train_tokenizer(texts, vocab_size):
 
 
 def _split(encoded, end, count, length):
-    """Cut held-out texts of length tokens from the first documents that are long enough, a tenth of all tokens at most."""
+    """Cut count held-out texts of length tokens from as many documents as possible, a tenth of all tokens at most.
+
+    Documents of a few times that length come first: a very long one would take much from the training for one text.
+    """
     budget = sum(map(len, encoded)) // 10 + length
-    held, kept = [], []
-    for ids in encoded:
-        if len(held) < count and len(ids) >= length - 1 and len(ids) <= budget:
-            budget -= len(ids)
-            text = np.concatenate([[end], ids]).astype(np.int32)
-            held += [text[i : i + length] for i in range(0, len(text) - length + 1, length)][: max(1, count // 8)]
-        else:
-            kept.append(ids)
-    held = held[:count]
+    long_enough = [i for i, ids in enumerate(encoded) if len(ids) >= length - 1]
+    long_enough.sort(key=lambda i: len(encoded[i]) > 4 * length)
+    each = -(-count // max(1, len(long_enough)))
+    held, taken = [], set()
+    for i in long_enough:
+        if len(held) < count and len(encoded[i]) <= budget:
+            budget -= len(encoded[i])
+            taken.add(i)
+            text = np.concatenate([[end], encoded[i]]).astype(np.int32)
+            held += [text[j : j + length] for j in range(0, len(text) - length + 1, length)][:each]
+    kept = [ids for i, ids in enumerate(encoded) if i not in taken]
     if not held or not kept:
         longest = max(map(len, encoded))
         raise UserError(
             f"the text is too short: held-out texts of {length} tokens are needed beside the training text, the longest "
             f"document has {longest}; give a longer corpus, or lower --train-length"
         )
-    return np.stack(held), kept
+    return np.stack(held[:count]), kept
 
 
 def _read_files(paths) -> Iterator[str]:

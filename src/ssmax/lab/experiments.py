@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +12,20 @@ import ssmax.hf  # noqa: F401  (registers the saved models)
 from ssmax.evaluation import NeedleTask, loss_by_position, retrieve, rope_theta
 from ssmax.lab import training
 from ssmax.lab.corpus import Corpus
-from ssmax.lab.recipes import Recipe
+from ssmax.lab.recipes import Job, Recipe
 from ssmax.results import Row
 from ssmax.scaling import scalable_softmax
 
-__all__ = ["STAGES", "Job", "formula_rows", "run_stage", "stage_tokens"]
+__all__ = ["check_fit", "formula_rows", "run_stage", "stage_tokens"]
 
-STAGES = ("pretrain", "position_loss", "finetune", "retrieval")
 # Tokens that pass at once in an evaluation: bounds its memory.
 BATCH_TOKENS = 32_768
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model: a form and a variant, from one seed."""
-
-    form: str
-    variant: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-        return f"{self.form}-{self.variant}-{self.seed}"
+def check_fit(recipe: Recipe, corpus: Corpus) -> None:
+    """Raise UserError where the corpus or the training length is too short for the recipe, before anything is trained."""
+    training.Windows(corpus.train, recipe.train_length, 1, seed=0)
+    training.Examples(needle_task(corpus, recipe, corpus.train), recipe, seed=0)
 
 
 def stage_tokens(stage: str, recipe: Recipe) -> int:

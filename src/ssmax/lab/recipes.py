@@ -2,10 +2,24 @@
 
 from dataclasses import dataclass
 
-__all__ = ["RECIPES", "VARIANTS", "Recipe", "smoke", "tiny"]
+__all__ = ["RECIPES", "STAGES", "Job", "Recipe", "smoke", "tiny"]
 
-# The paper's letters; each names one colour everywhere in the report.
-VARIANTS = {"a": "Softmax", "b": "SSMax"}
+# What is done with each model, in this order.
+STAGES = ("pretrain", "position_loss", "finetune", "retrieval")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model: a form and a variant, from one seed."""
+
+    form: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.form}-{self.variant}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,12 @@ class Recipe:
     learning_rate: float = 4e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
-    finetune_steps: int = 800
+    finetune_steps: int = 500
     finetune_batch_size: int = 32
     finetune_learning_rate: float = 3e-3
     finetune_warmup_steps: int = 20
-    needle_digits: int = 3
-    loss_texts: int = 32
+    needle_digits: int = 2
+    loss_texts: int = 64
     length_factor: int = 16
     theta_factors: tuple[int, ...] = (1, 50)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -64,6 +78,11 @@ class Recipe:
     score_trials: int = 100
     score_length_factor: int = 8
     corpus_bytes: int = 64_000_000
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The recipe's models, the variants of a seed side by side."""
+        return [Job(form, variant, seed) for seed in self.seeds for form in self.forms for variant in self.variants]
 
     @property
     def lengths(self) -> tuple[int, ...]:

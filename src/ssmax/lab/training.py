@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,10 @@ from ssmax.lab.recipes import Recipe
 
 __all__ = ["Examples", "Windows", "build_model", "finetune", "pretrain"]
 
-FORMS = {"paper": (LlamaConfig, LlamaForCausalLM), "qk-norm": (Qwen3Config, Qwen3ForCausalLM)}
+FORMS: dict[str, tuple[Any, Any]] = {
+    "paper": (LlamaConfig, LlamaForCausalLM),
+    "qk-norm": (Qwen3Config, Qwen3ForCausalLM),
+}
 
 
 class Windows(Dataset):
@@ -177,7 +181,8 @@ def _train(model, data, optimizer, arguments, seed, scratch, progress, tokens_pe
 
 class _InOrder(Trainer):
     def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset)
+        data: Any = self.train_dataset
+        return SequentialSampler(data)
 
 
 class _Watch(TrainerCallback):

@@ -64,7 +64,7 @@ def _fading(rows):
 def crossing(rows: Sequence[Row], variant: str, n: int, s: float | None) -> float:
     """Return the z_max whose weight is 1/2, by linear interpolation."""
     curve = by(pick(rows, "focus_weight", variant, n=n, s=s), "z_max")
-    return float(np.interp(0.5, [value[0] for value in curve.values()], [float(z) for z in curve]))  # type: ignore[arg-type]
+    return float(np.interp(0.5, [value[0] for value in curve.values()], [float(z) for z in curve]))
 
 
 def _lead(rows):
@@ -159,7 +159,7 @@ def _best_head(rows, form, train_length):
 
 def _score_and_success(rows, form, train_length):
     gaps, right, wrong = [], [], []
-    for seed in sorted({row.seed for row in pick(rows, "top_needle_score", form=form)}):
+    for seed in by(pick(rows, "top_needle_score", form=form), "seed"):
         trials = [row for row in pick(rows, "top_needle_score", form=form) if row.seed == seed]
         hits, misses = ([row.value for row in trials if row.at["correct"] is ok] for ok in (True, False))
         if hits and misses:

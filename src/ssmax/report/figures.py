@@ -1,13 +1,10 @@
 """The paper's figures from rows: each title says what this run found, and each model keeps one colour."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,7 +32,7 @@ STYLE = {
 
 def draw(number: int, rows: Sequence[Row], train_length: int) -> Figure:
     """Draw one of the paper's figures."""
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         return FIGURES[number](rows, train_length)
 
 
@@ -48,8 +45,9 @@ def _max_weight(rows, train_length):
             list(curve), [v[0] for v in curve.values()], "o-", ms=3, color=COLOURS[variant], label=NAMES[variant]
         )
         ends[variant] = list(curve.values())[-1][0]
-    figure.suptitle(
-        f"With {max(curve):,} keys the largest weight is {ends['a']:.4f} under Softmax, {ends['b']:.4f} under SSMax"
+    _title(
+        figure,
+        f"With {max(curve):,} keys the largest weight is {ends['a']:.4f} under Softmax, {ends['b']:.4f} under SSMax",
     )
     axes[0, 0].set(xscale="log", xlabel="number of keys n", ylabel="weight of the largest logit", ylim=(-0.02, 1.05))
     axes[0, 0].legend(title="one logit +3, all others −2; s = 0.43")
@@ -73,7 +71,7 @@ def _focus(rows, train_length):
         )
         axis.legend(loc="lower right")
     axes[0, 0].set_ylabel("weight of z_max")
-    figure.suptitle("Under SSMax the lead that a key needs does not grow with the number of keys")
+    _title(figure, "Under SSMax the lead that a key needs does not grow with the number of keys")
     return figure
 
 
@@ -93,15 +91,15 @@ def _training_loss(rows, train_length):
         }
         ends.append(f"{FORM_NAMES[form]}: " + ", ".join(f"{NAMES[v]} {x:.3f}" for v, x in last.items()))
         axis.legend()
-    figure.suptitle("Training loss at the end. " + "; ".join(ends))
+    _title(figure, "Training loss at the end. " + "; ".join(ends))
     return figure
 
 
 def _early(rows, form):
-    """The loss after a tenth of the training: what lies above it hides all differences."""
+    """The loss after a sixth of the training: what lies above it hides all differences."""
     losses = by(pick(rows, "train_loss", form=form, stage="pretrain"), "step")
     values = [float(np.max(v)) for v in losses.values()]
-    return values[min(len(values) - 1, len(values) // 10)]
+    return values[min(len(values) - 1, len(values) // 6)]
 
 
 def _position_loss(rows, train_length):
@@ -114,10 +112,10 @@ def _position_loss(rows, train_length):
                 losses = pick(rows, "loss_by_position", variant, form=form, theta_factor=factor)
                 _band(axis, by(losses, "position"), variant)
             _mark_training(axis, train_length)
-            axis.set(title=f"{FORM_NAMES[form]}, RoPE theta × {factor}", xscale="log", ylabel="loss (nats per token)")
+            axis.set(title=f"{FORM_NAMES[form]}, RoPE theta × {factor}", ylabel="loss (nats per token)")
+            ends = [int(2**k) for k in range(3, 40) if 2**k <= max(row.at["position"] for row in losses)]
+            _tokens(axis, ends, "position in the text (tokens)")
             axis.legend(loc="upper left")
-    for axis in axes[-1]:
-        axis.set_xlabel("position in the text (tokens)")
     longest, top = max(row.at["position"] for row in pick(rows, "loss_by_position")), factors[-1]
     ends = [
         f"{FORM_NAMES[form]}: "
@@ -127,7 +125,7 @@ def _position_loss(rows, train_length):
         )
         for form in shown
     ]
-    figure.suptitle(f"Loss around position {longest:,}, theta × {top}. " + "; ".join(ends))
+    _title(figure, f"Loss around position {longest:,}, theta × {top}. " + "; ".join(ends))
     return figure
 
 
@@ -155,17 +153,15 @@ def _retrieval(rows, train_length):
             per_seed = by(pick(rows, "retrieval_accuracy", variant, form=form), "length", "seed")
             _band(axis, {n: [float(np.mean(v)) for (m, _), v in per_seed.items() if m == n] for n in lengths}, variant)
         _mark_training(axis, train_length)
-        axis.set(
-            title=f"mean over depths, {FORM_NAMES[form]}", xscale="log", xlabel="context (tokens)", ylabel="accuracy"
-        )
-        axis.set(ylim=(-0.02, 1.02))
-        axis.legend(loc="upper right")
+        axis.set(title=f"mean over depths, {FORM_NAMES[form]}", ylabel="accuracy", ylim=(-0.02, 1.02))
+        _tokens(axis, lengths, "context (tokens)")
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
     beyond = {
         v: np.mean([r.value for r in pick(rows, "retrieval_accuracy", v) if r.at["length"] > train_length])
         for v in models
     }
     what = ", ".join(f"{NAMES[v]} {x:.0%}" for v, x in beyond.items())
-    figure.suptitle(f"Needles found past the training length, theta × {cells[0].at['theta_factor']}: {what}")
+    _title(figure, f"Needles found past the training length, theta × {cells[0].at['theta_factor']}: {what}")
     return figure
 
 
@@ -190,45 +186,52 @@ def _needle_scores(rows, train_length):
     what = "; ".join(
         f"{FORM_NAMES[f]}: " + ", ".join(f"{NAMES[v]} {best[f, v]:.2f}" for v in variants(rows)) for f in shown
     )
-    figure.suptitle(f"Attention of the best head on the needle in {length:,} tokens. {what}")
+    _title(figure, f"Attention of the best head on the needle in {length:,} tokens. {what}")
     return figure
 
 
 def _top_scores(rows, train_length):
     shown, models = forms(rows), variants(rows)
-    figure, axes = _panels(len(shown), len(models), 4.8 * len(models), 2.8 * len(shown), sharey=True)
-    for row, form in enumerate(shown):
-        for column, variant in enumerate(models):
-            axis = axes[row, column]
-            trials = sorted(pick(rows, "top_needle_score", variant, form=form), key=lambda r: -r.value)
-            for ok, mark, word in ((True, "o", "right"), (False, "x", "wrong")):
-                points = [(rank, trial.value) for rank, trial in enumerate(trials, 1) if trial.at["correct"] is ok]
-                style: dict[str, Any] = {"color": COLOURS[variant]} if ok else {"color": "0.45"}
-                axis.scatter(
-                    *zip(*points, strict=True) if points else ((), ()),
-                    marker=mark,
-                    s=12,
-                    label=f"{word}: {len(points)}",
-                    **style,
-                )
-            axis.set(
-                title=f"{NAMES[variant]}, {FORM_NAMES[form]}",
-                xlabel="trial, highest score first",
-                ylabel="top needle score",
-            )
-            axis.set_ylim(0, 1.02)
-            axis.legend(title="answer")
+    figure, axes = _panels(1, len(shown), 5.2 * len(shown), 3.8, sharey=True)
+    jitter = np.random.default_rng(0)
+    for axis, form in zip(axes[0], shown, strict=True):
+        labels = []
+        for variant in models:
+            for ok, word in ((True, "right"), (False, "wrong")):
+                values = [trial.value for trial in pick(rows, "top_needle_score", variant, form=form, correct=ok)]
+                place = len(labels) + jitter.uniform(-0.32, 0.32, len(values))
+                axis.scatter(place, values, s=7, alpha=0.5, lw=0, color=COLOURS[variant] if ok else "0.5")
+                if values:
+                    axis.hlines(np.mean(values), len(labels) - 0.4, len(labels) + 0.4, color="k", lw=1.5)
+                labels.append(f"{NAMES[variant]}\n{word}: {len(values)}")
+        axis.set(
+            title=f"{FORM_NAMES[form]}, all seeds; bar: mean", ylabel="top needle score of a trial", ylim=(-0.02, 1.04)
+        )
+        axis.set_xticks(range(len(labels)), labels)
     share = {ok: [r.value for r in pick(rows, "top_needle_score", correct=ok)] for ok in (True, False)}
     means = {ok: f"{np.mean(values):.2f}" if values else "–" for ok, values in share.items()}
-    figure.suptitle(
-        f"Top needle score of a trial: {means[True]} where the answer was right, {means[False]} where it was wrong"
+    _title(
+        figure,
+        f"Top needle score of a trial: {means[True]} where the answer was right, {means[False]} where it was wrong",
     )
     return figure
 
 
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle("\n".join(textwrap.wrap(text, int(figure.get_figwidth() * 11))), fontsize=11)
+
+
+def _tokens(axis: Axes, ticks: Sequence[int], label: str) -> None:
+    """A logarithmic axis of token counts, in plain numbers."""
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel(label)
+
+
 def _panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(rows, columns, figsize=(max(width, 6), height + 0.4), squeeze=False, **options)
-    return figure, axes
+    figure = Figure(figsize=(max(width, 6), height + 0.4))
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _band(axis: Axes, curve: dict, variant: str, **style: Any) -> None:
@@ -264,13 +267,4 @@ FIGURES = {
     6: _retrieval,
     7: _needle_scores,
     8: _top_scores,
-}
-CAPTIONS = {
-    1: "Figure 1. The largest attention weight against the number of keys, from the formula.",
-    3: "Figure 3. The weight of the largest logit against its value, from the formula. Darker: more keys.",
-    4: "Figure 4. Training loss; mean and range over seeds. The first tenth of the training lies above the panel.",
-    5: "Figure 5. Loss at each position of held-out texts, far past the training length; mean and range over seeds.",
-    6: "Figure 6. Share of needles found, by context size and depth, after fine-tuning on contexts no longer than the training length.",
-    7: "Figure 7. Needle score of each head: its attention on the needle's tokens from the query that emits the first answer token, mean over trials, sorted; mean and range over seeds.",
-    8: "Figure 8. The highest needle score of any head in each trial, all seeds, marked by whether the answer was right.",
 }

@@ -1,6 +1,7 @@
 """report.html: verdicts, figures and settings on one page that opens offline, and the same table for the terminal."""
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -8,15 +9,22 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
+import ssmax
 from ssmax.report.claims import HOLDS, HOLDS_NOT, RULE, Claim, claims
-from ssmax.report.figures import CAPTIONS, FIGURES, draw
 from ssmax.report.select import pick
 from ssmax.results import read_rows, write_atomically
 
 __all__ = ["build", "claims_text"]
 
+CAPTIONS = {
+    1: "Figure 1. The largest attention weight against the number of keys, from the formula.",
+    3: "Figure 3. The weight of the largest logit against its value, from the formula. Darker: more keys.",
+    4: "Figure 4. Training loss; mean and range over seeds. The first sixth of the training lies above the panel.",
+    5: "Figure 5. Loss at each position of held-out texts, far past the training length; mean and range over seeds.",
+    6: "Figure 6. Share of needles found, by context size and depth, after fine-tuning on contexts no longer than the training length.",
+    7: "Figure 7. Needle score of each head: its attention on the needle's tokens from the query that emits the first answer token, mean over trials, sorted; mean and range over seeds.",
+    8: "Figure 8. The highest needle score of any head in each trial, all seeds, marked by whether the answer was right.",
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { margin-bottom: 0 } h2 { margin-top: 2em } .sub { color: #666; margin-top: .2em }
@@ -27,29 +35,38 @@ figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555
 
 
 def build(folder: Path) -> list[Claim]:
-    """Write the figures and report.html of a finished run, from its rows.jsonl and recipe.json; return the verdicts."""
+    """Write the figures and report.html of a finished run, from its rows.jsonl and recipe.json; return the verdicts.
+
+    A report that was made from the same rows by the same version is left as it is.
+    """
     rows = read_rows(folder / "rows.jsonl")
     settings = json.loads((folder / "recipe.json").read_text())
     recipe = settings["recipe"]
     found = claims(rows, recipe["train_length"])
+    page = folder / "report.html"
+    made_from = hashlib.sha256((folder / "rows.jsonl").read_bytes() + ssmax.__version__.encode()).hexdigest()
+    if page.exists() and made_from in page.read_text():
+        return found
+    from ssmax.report.figures import FIGURES, draw  # loads matplotlib
+
     images = {}
     for number in FIGURES:
         figure = draw(number, rows, recipe["train_length"])
         for kind in ("png", "svg"):
             content = io.BytesIO()
             figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-            _keep(folder / "figures" / f"figure{number}.{kind}", content.getvalue())
+            write_atomically(folder / "figures" / f"figure{number}.{kind}", content.getvalue())
         images[number] = content.getvalue()
-        plt.close(figure)
-    _keep(folder / "report.html", _page(rows, settings, found, images).encode())
+    write_atomically(page, _page(rows, settings, found, images, made_from))
     return found
 
 
 def claims_text(found: Sequence[Claim], width: int) -> str:
     """Return the verdicts as a table for a terminal of so many columns."""
-    shares = (0.34, 0.48, 0.18)
-    columns = [max(12, int((width - 10) * share)) for share in shares]
-    lines = [_line(("claim", "measured here", "verdict"), columns), "─" * (sum(columns) + 8)]
+    verdict = 14
+    claim = (width - verdict - 4) * 2 // 5
+    columns = [claim, width - verdict - 4 - claim, verdict]
+    lines = [_line(("claim", "measured here", "verdict"), columns), "─" * (sum(columns) + 4)]
     for claim in found:
         cells = (f"Fig. {claim.figure}: {claim.claim}", claim.measured, claim.verdict)
         lines += [_line(cells, columns), ""]
@@ -66,7 +83,7 @@ def _line(cells, columns):
     )
 
 
-def _page(rows, settings, found, images):
+def _page(rows, settings, found, images, made_from):
     recipe, provenance = settings["recipe"], rows[-1].provenance
     css = {HOLDS: "holds", HOLDS_NOT: "not"}
     table = "".join(
@@ -81,7 +98,7 @@ def _page(rows, settings, found, images):
     )
     facts = ", ".join(f"{name} {value}" for name, value in provenance.items() if value is not None)
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>ssmax: {_text(recipe["name"])}</title><style>{STYLE}</style>
+<html lang="en"><meta charset="utf-8"><meta name="made-from" content="{made_from}"><title>ssmax: {_text(recipe["name"])}</title><style>{STYLE}</style>
 <h1>Softmax against Scalable-Softmax</h1>
 <p class="sub">Recipe “{_text(recipe["name"])}”: every experiment of arXiv 2501.19399 that it covers, run here. {len(rows):,} measured rows in rows.jsonl.</p>
 <h2>The paper's claims</h2>
@@ -118,8 +135,3 @@ def _method(rows, recipe):
 
 def _text(value):
     return html.escape(str(value), quote=True)
-
-
-def _keep(path, content):
-    if not (path.exists() and path.read_bytes() == content):
-        write_atomically(path, content)

@@ -1,7 +1,7 @@
 """Rows as small tables: filter by coordinates, group by seed, mean and spread."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,9 @@ def pick(rows: Sequence[Row], metric: str, variant: str | None = None, **at: Any
     ]
 
 
-def by(rows: Sequence[Row], *names: str) -> dict[Hashable, list[float]]:
+def by(rows: Sequence[Row], *names: str) -> dict[Any, list[float]]:
     """Group values by coordinates ("seed" and "variant" are coordinates too), in ascending order."""
-    groups: dict[Hashable, list[float]] = defaultdict(list)
+    groups: dict[Any, list[float]] = defaultdict(list)
     for row in rows:
         key = tuple({"seed": row.seed, "variant": row.variant, **row.at}[name] for name in names)
         groups[key if len(names) > 1 else key[0]].append(row.value)
@@ -67,6 +67,6 @@ class Spread:
         return mean if len(self.values) < 2 else f"{mean} ± {self.deviation:{spec.lstrip('+')}}"
 
 
-def spread(per_seed: dict[Hashable, list[float]]) -> Spread:
+def spread(per_seed: dict[Any, list[float]]) -> Spread:
     """Return the spread of each seed's own mean."""
     return Spread(tuple(float(np.mean(values)) for values in per_seed.values()))

@@ -1,0 +1,101 @@
+"""The folder of a run: which configuration it belongs to, which stages are done, and who works in it. Loads no torch."""
+
+import dataclasses
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssmax.lab.errors import UserError
+from ssmax.lab.recipes import STAGES, Recipe
+from ssmax.results import write_atomically
+
+__all__ = ["RunFolder"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one recipe on one corpus.
+
+    Attributes:
+        folder: where it lies.
+        recipe: what it holds.
+        corpus: as given on the command line.
+    """
+
+    folder: Path
+    recipe: Recipe
+    corpus: str | None
+
+    @property
+    def rows_file(self) -> Path:
+        """All rows of the finished run."""
+        return self.folder / "rows.jsonl"
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of all stages, in the order of their rows."""
+        return ["formula", *(f"{job.name}.{stage}" for job in self.recipe.jobs for stage in STAGES)]
+
+    def stage_file(self, name: str) -> Path:
+        """Rows of one stage; the file exists once the stage is done."""
+        return self.folder / "stages" / f"{name}.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.rows_file.exists() and all(self.stage_file(name).exists() for name in self.stages)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder's lock, which the system releases however this process ends.
+
+        Raises:
+            UserError: it belongs to another configuration, or another process works in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process runs in {self.folder}; wait for it, or give another --out") from None
+            self._check(fingerprint=None)
+            yield
+
+    def claim(self, fingerprint: str) -> None:
+        """Write down the configuration with the hash of its corpus, or raise UserError where another one is kept."""
+        if not self._check(fingerprint):
+            settings = self._settings() | {"corpus_fingerprint": fingerprint}
+            write_atomically(self._file, json.dumps(settings, indent=1) + "\n")
+
+    @property
+    def _file(self):
+        return self.folder / "recipe.json"
+
+    def _settings(self):
+        return {"recipe": json.loads(json.dumps(dataclasses.asdict(self.recipe))), "corpus": self.corpus}
+
+    def _check(self, fingerprint):
+        """Compare with the kept configuration; return whether there is one."""
+        if not self._file.exists():
+            return False
+        try:
+            kept = json.loads(self._file.read_text())
+            kept = {**kept["recipe"], "corpus": kept["corpus"], "the corpus's hash": kept["corpus_fingerprint"]}
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"{self._file} is damaged; give another --out, or delete that folder") from None
+        settings = self._settings()
+        wanted = {**settings["recipe"], "corpus": settings["corpus"]}
+        if fingerprint is not None:
+            wanted["the corpus's hash"] = fingerprint
+        changed = [
+            f"{name} was {kept.get(name)!r}, is {wanted[name]!r}" for name in wanted if kept.get(name) != wanted[name]
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds a run of another configuration ({', '.join(changed[:3])}); "
+                "give another --out, or delete that folder"
+            )
+        return True

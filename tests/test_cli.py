@@ -1,0 +1,226 @@
+"""The command line as a person meets it: real processes, real signals, real files."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssmax.results import read_rows
+
+SSMAX = str(Path(sys.executable).with_name("ssmax"))
+GOLDEN = Path(__file__).parent / "golden" / "smoke.json"
+WORDS = [
+    f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti") for b in ("bar", "den", "fil", "gor", "hum")
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Text that is the same everywhere: sentences with some structure, 40 documents."""
+    root = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    for i in range(40):
+        topic = rng.sample(WORDS, 8)
+        words = [rng.choice(topic) if rng.random() < 0.8 else rng.choice(WORDS) for _ in range(700)]
+        (root / f"{i:02}.txt").write_text(". ".join(" ".join(words[j : j + 7]) for j in range(0, 700, 7)))
+    return root
+
+
+def run(*arguments, **options):
+    return subprocess.run([SSMAX, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
+
+
+def values(folder):
+    return [
+        (row.metric, row.variant, row.seed, row.at, row.value, row.samples) for row in read_rows(folder / "rows.jsonl")
+    ]
+
+
+def snapshot(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    started = time.monotonic()
+    done = run("reproduce", "smoke", "--corpus", corpus, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done, time.monotonic() - started
+
+
+def test_it_leaves_rows_figures_a_report_and_a_table(finished):
+    folder, done, seconds = finished
+    assert seconds < 60
+    metrics = {row.metric for row in read_rows(folder / "rows.jsonl")}
+    assert metrics == {
+        "max_weight", "focus_weight", "train_loss", "loss_by_position", "retrieval_accuracy", "needle_score", "top_needle_score",
+    }  # fmt: skip
+    for row in read_rows(folder / "rows.jsonl"):
+        assert {"recipe", "commit", "torch", "transformers", "time"} <= row.provenance.keys()
+        assert (row.seed is None) == (row.metric in ("max_weight", "focus_weight"))
+    assert len(list((folder / "figures").glob("*.png"))) == len(list((folder / "figures").glob("*.svg"))) == 7
+    assert done.stdout.count("Fig. ") == 8
+    assert str(folder / "report.html") in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_the_same_seed_gives_the_golden_losses(finished):
+    got = {
+        f"{variant} {at['stage']} {at['step']}": value
+        for metric, variant, _, at, value, _ in values(finished[0])
+        if metric == "train_loss" and at["step"] % 5 == 0
+    }
+    assert got == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+
+
+def test_running_it_again_is_quick_and_changes_nothing(finished, corpus):
+    folder, done, _ = finished
+    before = snapshot(folder)
+    started = time.monotonic()
+    again = run("reproduce", "smoke", "--corpus", corpus, "--out", folder)
+    assert time.monotonic() - started < 10
+    assert again.returncode == 0
+    assert again.stdout == done.stdout
+    assert snapshot(folder) == before
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGKILL, "pretrain"), (signal.SIGINT, "finetune")])
+def test_a_killed_run_continues_to_the_same_rows(number, stage, finished, corpus, tmp_path):
+    command = [SSMAX, "reproduce", "smoke", "--corpus", str(corpus), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: list(tmp_path.glob(f"run/stages/*.{stage}.jsonl")), process)
+    workers = children(process.pid)
+    kept = snapshot(tmp_path / "run" / "stages")
+    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command continues" in stderr
+        assert "Traceback" not in stderr
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlived the run"
+        time.sleep(0.05)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    after = snapshot(tmp_path / "run" / "stages")
+    assert all(after[path] == content for path, content in kept.items())
+    assert values(tmp_path / "run") == values(finished[0])
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_two_runs_in_one_folder(corpus, tmp_path):
+    command = [SSMAX, "reproduce", "smoke", "--corpus", str(corpus), "--out", str(tmp_path / "run")]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "run" / ".lock").exists(), first)
+    time.sleep(0.2)
+    second = run(*command[1:])
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert "another process runs in" in second.stderr
+
+
+def one_line(done, status, *words):
+    assert done.returncode == status, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_another_configuration_is_refused_and_the_old_one_kept(finished, corpus):
+    folder = finished[0]
+    before = snapshot(folder)
+    one_line(
+        run("reproduce", "smoke", "--corpus", corpus, "--out", folder, "--steps", 31), 2, "steps was 30, is 31", "--out"
+    )
+    one_line(run("reproduce", "tiny", "--corpus", corpus, "--out", folder), 2, "another configuration")
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["huge"], ["no recipe 'huge'", "tiny"]),
+        (["smoke", "--corpus", "{tmp}/nothing.txt"], ["does not exist"]),
+        (["smoke", "--corpus", "{tmp}/empty.txt"], ["holds no text"]),
+        (["smoke", "--corpus", "{tmp}/short.txt"], ["too short", "longer corpus"]),
+        (["smoke", "--corpus", "{tmp}/folder"], ["holds no text"]),
+        (["smoke", "--steps", "0"], ["--steps", "positive"]),
+        (["smoke", "--train-length", "20"], ["--train-length"]),
+        (["smoke", "--seeds", "-1"], ["--seeds"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, words, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "folder").mkdir()
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    one_line(run("reproduce", *arguments, "--out", tmp_path / "out"), 2, *words)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    one_line(run("reproduce", "smoke", "--out", tmp_path / "file" / "run"), 2, "Not a directory")
+
+
+def test_a_full_disk_is_a_failed_run(monkeypatch, capsys, corpus, tmp_path):
+    from ssmax import cli, results
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(results.os, "fsync", full)
+    with pytest.raises(SystemExit) as status:
+        cli.main(["reproduce", "smoke", "--corpus", str(corpus), "--out", str(tmp_path / "run")])
+    assert status.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_loss_that_explodes_is_one_line_and_keeps_what_is_finished(corpus, tmp_path):
+    done = run(
+        "reproduce",
+        "smoke",
+        "--corpus",
+        corpus,
+        "--out",
+        tmp_path / "run",
+        "--learning-rate",
+        "1e30",
+        "--warmup-steps",
+        "1",
+    )
+    assert done.returncode == 1
+    assert "training loss became" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "stages" / "formula.jsonl").exists()
+
+
+def test_help_teaches():
+    top, reproduce = run("--help"), run("reproduce", "--help")
+    assert top.returncode == reproduce.returncode == 0
+    assert "reproduce" in top.stdout
+    for word in ("tiny", "smoke", "--corpus", "--out", "--seeds", "continues an interrupted run"):
+        assert word in reproduce.stdout

@@ -1,0 +1,261 @@
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from ssmax import attention, visible_keys
+from ssmax.functional import IMPLS
+
+B, H, N, S, D = 2, 4, 7, 7, 8
+
+
+def tensors(rows=N, keys=S, heads=H, key_heads=H, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, heads, rows, D), (B, key_heads, keys, D), (B, key_heads, keys, D)]
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    s, b = (torch.rand(heads, generator=generator, dtype=torch.float64) + 0.2 for _ in range(2))
+    return [x.to(dtype) for x in (q, k, v)], s, b
+
+
+def padding(side):
+    real = torch.ones(B, S, dtype=torch.bool)
+    real[0, :3] = side == "right"
+    real[0, 3:] = side == "left"
+    return real[:, None, None, :]
+
+
+def scattered():
+    mask = torch.rand(B, H, N, S, generator=torch.Generator().manual_seed(5)) > 0.5
+    mask[0, 1, 2] = False
+    return mask
+
+
+# name: (arguments of attention, open keys as the oracle needs them)
+LAYOUTS = {
+    "bidirectional": ({}, np.ones((N, S), dtype=bool)),
+    "causal": ({"is_causal": True}, oracle.causal(N, S)),
+    "window": ({"is_causal": True, "window": 3}, oracle.causal(N, S, 3)),
+    "wide window": ({"is_causal": True, "window": 99}, oracle.causal(N, S)),
+    "left padding": ({"is_causal": True, "attn_mask": padding("left")}, oracle.causal(N, S) & padding("left").numpy()),
+    "right padding": (
+        {"is_causal": True, "attn_mask": padding("right")},
+        oracle.causal(N, S) & padding("right").numpy(),
+    ),
+    "padding, window": (
+        {"is_causal": True, "attn_mask": padding("left"), "window": 2},
+        oracle.causal(N, S, 2) & padding("left").numpy(),
+    ),
+    "prefix-LM": (
+        {"attn_mask": torch.tensor(oracle.causal(N, S)).index_fill(1, torch.arange(3), True)},
+        torch.tensor(oracle.causal(N, S)).index_fill(1, torch.arange(3), True).numpy(),
+    ),
+    "packed": ({"attn_mask": torch.tensor(oracle.documents([3, 0, 4]))}, oracle.documents([3, 0, 4])),
+    "per head, a dead row": ({"attn_mask": scattered()}, scattered().numpy()),
+    "per head and causal": ({"attn_mask": scattered(), "is_causal": True}, scattered().numpy() & oracle.causal(N, S)),
+    "additive": (
+        {"attn_mask": torch.where(scattered(), 0.0, -math.inf).double()},
+        scattered().numpy(),
+    ),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_the_oracle(layout, impl):
+    arguments, open_keys = LAYOUTS[layout]
+    (q, k, v), s, b = tensors()
+    want = oracle.attention(*(x.numpy() for x in (q, k, v, s, b)), np.broadcast_to(open_keys, (B, H, N, S)))
+    got = attention(q, k, v, s, b, impl=impl, **arguments)
+    assert abs(want).max() > 0.1
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
+    narrow = attention(q.float(), k.float(), v.float(), s, b, impl=impl, **_cast(arguments))
+    np.testing.assert_allclose(narrow.numpy(), want, atol=1e-5)
+
+
+def _cast(arguments):
+    mask = arguments.get("attn_mask")
+    return arguments | {"attn_mask": mask.float()} if mask is not None and mask.is_floating_point() else arguments
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_gradients_equal_the_reference(layout):
+    arguments, _ = LAYOUTS[layout]
+    gradients = {}
+    for impl in IMPLS:
+        (q, k, v), s, b = tensors()
+        leaves = [x.requires_grad_() for x in (q, k, v, s, b)]
+        output = attention(*leaves, impl=impl, **arguments)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        gradients[impl] = torch.autograd.grad((output * weights).sum(), leaves)
+    for reference, other in zip(gradients["reference"], gradients["sdpa"], strict=True):
+        assert reference.abs().max() > 1e-3
+        torch.testing.assert_close(other, reference, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck(impl):
+    (q, k, v), s, b = tensors(rows=3, keys=4)
+    leaves = [x[:1].clone().requires_grad_() for x in (q, k, v)] + [s.requires_grad_(), b.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, is_causal=True, window=2, impl=impl), leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("rows", "keys", "window"), [(1, 9, None), (4, 9, None), (4, 9, 3), (9, 4, None), (9, 4, 2)])
+def test_queries_are_the_last_positions(rows, keys, window, impl):
+    (q, k, v), s, b = tensors(rows, keys)
+    got = attention(q, k, v, s, b, is_causal=True, window=window, impl=impl)
+    open_keys = np.broadcast_to(oracle.causal(rows, keys, window), (B, H, rows, keys))
+    want = oracle.attention(*(x.numpy() for x in (q, k, v, s, b)), open_keys)
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
+    assert (got[:, :, : max(0, rows - keys)] == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_blocks_of_rows_join_without_a_seam(window):
+    (q, k, v), s, b = tensors(rows=1100, keys=1300)
+    reference, blocks = (
+        attention(q, k, v, s, b, is_causal=True, window=window, impl=impl) for impl in ("reference", "sdpa")
+    )
+    torch.testing.assert_close(blocks, reference, rtol=0, atol=1e-12)
+
+
+def test_decoding_with_a_cache_equals_one_pass():
+    (q, k, v), s, b = tensors()
+    whole = attention(q, k, v, s, b, is_causal=True)
+    steps = [attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], s, b, is_causal=True) for i in range(N)]
+    torch.testing.assert_close(torch.cat(steps, 2), whole, rtol=0, atol=1e-12)
+
+
+def test_preallocated_keys_do_not_count():
+    (q, k, v), s, b = tensors(rows=1)
+    filled = torch.arange(S) < 5
+    got = attention(q, k, v, s, b, attn_mask=filled)
+    torch.testing.assert_close(got, attention(q, k[:, :, :5], v[:, :, :5], s, b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_grouped_heads(impl):
+    (q, k, v), s, b = tensors(key_heads=2)
+    got = attention(q, k, v, s, b, is_causal=True, enable_gqa=True, impl=impl)
+    want = oracle.attention(*(x.numpy() for x in (q, k, v, s, b)), np.broadcast_to(oracle.causal(N, S), (B, H, N, S)))
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_explicit_n_per_row_and_head(impl):
+    (q, k, v), s, b = tensors()
+    n = np.random.default_rng(0).integers(0, 50, (B, H, N))
+    want = oracle.attention(*(x.numpy() for x in (q, k, v, s, b)), np.ones((B, H, N, S), dtype=bool), n)
+    for shape in (np.s_[:], np.s_[:, 0], np.s_[0, 0]):
+        given = n[shape]
+        full = np.broadcast_to(given if given.ndim != 2 else given[:, None], (B, H, N))
+        want = oracle.attention(*(x.numpy() for x in (q, k, v, s, b)), np.ones((B, H, N, S), dtype=bool), full)
+        np.testing.assert_allclose(attention(q, k, v, s, b, n=torch.tensor(given), impl=impl).numpy(), want, atol=1e-12)
+    assert (n == 0).any()
+
+
+def test_a_bias_is_added_after_the_multiplier_and_needs_n():
+    (q, k, v), s, b = tensors()
+    slopes = torch.tensor([1.0, 0.5, 0.25, 0.125]).double()
+    distance = torch.arange(N)[:, None] - torch.arange(S)
+    alibi = (-slopes[:, None, None] * distance).masked_fill(distance < 0, -math.inf)
+    with pytest.raises(ValueError, match="pass a bool mask, or n itself"):
+        attention(q, k, v, s, b, attn_mask=alibi)
+    n = visible_keys(num_keys=N)
+    m = s[:, None] * n.double().log() + b[:, None]
+    want = ((m[..., None] * (q @ k.mT) / math.sqrt(D)) + alibi).softmax(-1) @ v
+    for impl in IMPLS:
+        torch.testing.assert_close(attention(q, k, v, s, b, n=n, attn_mask=alibi, impl=impl), want, rtol=0, atol=1e-7)
+
+
+def test_softcap_is_part_of_z():
+    torch.manual_seed(0)
+    z = 6 * torch.randn(1, 1, 1, 4096)
+    v = torch.eye(4096)[None, None]
+    key = torch.eye(4096)[None, None]
+    weights = attention(z, key, v, 0.43, softcap=30.0, scale=1.0)
+    assert weights.max().item() == pytest.approx(
+        (0.43 * math.log(4096) * 30 * torch.tanh(z / 30)).softmax(-1).max().item()
+    )
+    with pytest.raises(ValueError, match="no softcap"):
+        attention(z, key, v, 0.43, softcap=30.0, impl="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rms", "worst"), [(torch.bfloat16, 6e-4 * 3.5, 2.5e-3 * 1.6), (torch.float16, 3e-4, 5e-4)]
+)
+def test_the_query_is_rounded_once(dtype, rms, worst):
+    """The row scale that reaches the kernel: relative error of m itself, by a query whose product is one number."""
+    from ssmax.scaling import head_multiplier, scale_query
+
+    query = torch.ones(1, 1, 20_000, 1, dtype=dtype)
+    n = torch.arange(1, 20_001)
+    m = head_multiplier(n, 0.43, None, query)
+    error = scale_query(query, m)[..., 0].double() / (0.43 * n.double().log()).clamp(min=1e-30) - 1
+    assert m.dtype == torch.float32
+    assert error[0, 0, 1:].square().mean().sqrt() < rms
+    assert error[0, 0, 1:].abs().max() < worst
+
+
+def test_fp16_products_near_1e5_stay_finite():
+    q = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16)
+    k = q * torch.linspace(0.9, 1.0, 4, dtype=torch.float16)[:, None]
+    got = attention(q, k, q, 0.43, is_causal=True, impl="sdpa")
+    want = attention(q.double(), k.double(), q.double(), 0.43, is_causal=True)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_s_and_b_learn_in_any_dtype(dtype):
+    (q, k, v), s, b = tensors(dtype=dtype)
+    leaves = [x.float().requires_grad_() for x in (s, b)]
+    attention(q, k, v, *leaves, is_causal=True).float().square().sum().backward()
+    reference = [x.double().requires_grad_() for x in (s, b)]
+    attention(
+        q.double(), k.double(), v.double(), *reference, is_causal=True, impl="reference"
+    ).square().sum().backward()
+    for mine, exact in zip(leaves, reference, strict=True):
+        assert mine.grad.dtype == torch.float32
+        assert (mine.grad - exact.grad).norm() / exact.grad.norm() < (1e-5 if dtype == torch.float32 else 5e-2)
+
+
+def test_dropout_drops():
+    (q, k, v), s, b = tensors(dtype=torch.float32)
+    torch.manual_seed(0)
+    for impl in IMPLS:
+        dropped = attention(q, k, v, s, b, dropout_p=0.5, impl=impl)
+        assert (dropped - attention(q, k, v, s, b, impl=impl)).abs().max() > 0.01
+
+
+Q = torch.ones(2, 4, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"query": Q[0]}, ValueError, "query must be"),
+        ({"query": Q.long()}, TypeError, "floating point"),
+        ({"key": Q.double()}, TypeError, "key has dtype"),
+        ({"key": Q[:1]}, ValueError, "batch size"),
+        ({"key": Q[:, :2], "value": Q[:, :2]}, ValueError, "enable_gqa"),
+        ({"key": Q[:, :3], "value": Q[:, :3], "enable_gqa": True}, ValueError, "divide"),
+        ({"value": Q[:, :, :2]}, ValueError, "agree in heads and length"),
+        ({"key": Q[..., :4]}, ValueError, "head size"),
+        ({"s": torch.ones(3)}, ValueError, "s must be a number or one value for each of 4 heads"),
+        ({"n": torch.ones(5)}, ValueError, "n must be"),
+        ({"n": -3}, ValueError, "negative"),
+        ({"window": 2}, ValueError, "needs is_causal"),
+        ({"window": 0, "is_causal": True}, ValueError, "positive integer"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+        ({"attn_mask": torch.ones(2, 2, dtype=torch.bool)}, ValueError, "attn_mask must broadcast"),
+        ({"attn_mask": torch.ones(3, 3, dtype=torch.long)}, TypeError, "attn_mask must be bool or floating"),
+        ({"impl": "flash"}, ValueError, "impl must be one of"),
+    ],
+)
+def test_bad_calls_name_the_argument(arguments, error, words):
+    with pytest.raises(error, match=words):
+        attention(**({"query": Q, "key": Q, "value": Q, "s": 0.4} | arguments))

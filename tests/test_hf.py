@@ -1,0 +1,366 @@
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+import ssmax
+
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+TOKENS = torch.randint(2, 61, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def model(request):
+    config_type, model_type = FAMILIES[request.param]
+    torch.manual_seed(0)
+    return model_type(config_type(**SHAPE)).eval()
+
+
+def spread_scales(model):
+    """Different s and b in every head, so that a mixed-up head or layer shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ssmax." in name:
+                parameter.copy_(0.2 + 0.5 * torch.rand(parameter.shape, generator=generator))
+    return model
+
+
+def recorded_attention(model, **inputs):
+    """Run the model; return for each layer what its kernel got before scaling, and what came out."""
+    calls = []
+    hooks = []
+
+    def record(module, arguments, keywords, output):
+        calls.append((arguments[0].detach(), output.detach()))
+
+    for layer in model.model.layers:
+        hooks.append(layer.self_attn.ssmax.register_forward_hook(record, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            logits = model(**inputs).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, calls
+
+
+def expected_n(mask, implementation_rows):
+    """Real tokens up to and including each one."""
+    return np.cumsum(mask, 1)[:, -implementation_rows:]
+
+
+MASKS = {
+    "none": None,
+    "left": np.array([[0] * 5 + [1] * 7, [1] * 12]),
+    "right": np.array([[1] * 7 + [0] * 5, [1] * 12]),
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", MASKS)
+def test_each_query_is_scaled_by_its_own_n(model, implementation, padding):
+    spread_scales(ssmax.convert(model, 0.5, bias=True))
+    model.set_attn_implementation(implementation)
+    mask = MASKS[padding]
+    inputs = {} if mask is None else {"attention_mask": torch.tensor(mask)}
+    _, calls = recorded_attention(model, input_ids=TOKENS, **inputs)
+    n = expected_n(np.ones((2, 12), dtype=int) if mask is None else mask, 12)
+    real = n > 0 if padding == "left" else np.ones_like(n, dtype=bool)
+    for layer, (query, scaled) in zip(model.model.layers, calls, strict=True):
+        s, b = (p.detach().numpy() for p in (layer.self_attn.ssmax.s, layer.self_attn.ssmax.b))
+        m = s[None, :, None] * np.log(np.maximum(n, 1))[:, None] + b[None, :, None]
+        want = query.numpy() * m[..., None]
+        where = np.broadcast_to(real[:, None, :], m.shape)
+        np.testing.assert_allclose(scaled.numpy()[where], want[where], rtol=2e-6)
+        assert abs(want).max() > 0.1
+
+
+def naive_llama(model, tokens):
+    """A float64 Llama written out: RMSNorm, RoPE, the oracle's attention, gated feed-forward."""
+    config, weights = model.config, {k: v.double().numpy() for k, v in model.state_dict().items()}
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    x = weights["model.embed_tokens.weight"][tokens.numpy()]
+    length = x.shape[1]
+    frequency = config.rope_parameters["rope_theta"] ** (-np.arange(0, size, 2) / size)
+    angle = np.concatenate([np.outer(np.arange(length), frequency)] * 2, -1)
+
+    def norm(x, w):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * w
+
+    def rotate(x):
+        half = np.concatenate([-x[..., size // 2 :], x[..., : size // 2]], -1)
+        return x * np.cos(angle) + half * np.sin(angle)
+
+    def split(x, count):
+        return x.reshape(*x.shape[:2], count, size).transpose(0, 2, 1, 3)
+
+    open_keys = np.broadcast_to(oracle.causal(length, length), (len(x), heads, length, length))
+    for i in range(config.num_hidden_layers):
+        w = {k.removeprefix(f"model.layers.{i}."): v for k, v in weights.items() if f".layers.{i}." in k}
+        y = norm(x, w["input_layernorm.weight"])
+        q, k, v = (
+            split(y @ w[f"self_attn.{p}_proj.weight"].T, c) for p, c in (("q", heads), ("k", groups), ("v", groups))
+        )
+        s, b = w["self_attn.ssmax.weight"], w["self_attn.ssmax.bias"]
+        out = oracle.attention(rotate(q), rotate(k), v, s, b, open_keys)
+        x = x + out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1) @ w["self_attn.o_proj.weight"].T
+        y = norm(x, w["post_attention_layernorm.weight"])
+        gate = y @ w["mlp.gate_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
+    return norm(x, weights["model.norm.weight"]) @ weights["lm_head.weight"].T
+
+
+def test_logits_equal_a_llama_written_out_in_float64():
+    torch.manual_seed(0)
+    model = spread_scales(ssmax.convert(LlamaForCausalLM(LlamaConfig(**SHAPE)).eval(), 0.5, bias=True))
+    with torch.no_grad():
+        got = model(TOKENS).logits.numpy()
+    want = naive_llama(model, TOKENS)
+    assert abs(want).max() > 1
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "chunks"])
+def test_caches_equal_one_pass(model, implementation, cache):
+    spread_scales(ssmax.convert(model, 0.5, bias=True))
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        whole = model(TOKENS).logits
+        store = (
+            StaticCache(config=model.config, max_cache_len=40)
+            if cache == "static"
+            else DynamicCache(config=model.config)
+        )
+        pieces = [5, 4, 3] if cache == "chunks" else [6, 1, 1, 1, 1, 1, 1]
+        parts, at = [], 0
+        for piece in TOKENS.split(pieces, 1):
+            at += piece.shape[1]
+            parts.append(model(piece, past_key_values=store).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_left_padded_batch_generates_what_each_row_generates_alone(model, implementation):
+    spread_scales(ssmax.convert(model, 0.5, bias=True))
+    model.set_attn_implementation(implementation)
+    rows = [TOKENS[:1, :5], TOKENS[1:, :9]]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = [model.generate(row, attention_mask=torch.ones_like(row), **options)[0, row.shape[1] :] for row in rows]
+    batch = torch.zeros(2, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        batch[i, 9 - row.shape[1] :] = row[0]
+    together = model.generate(batch, attention_mask=(batch != 0).long(), **options)[:, 9:]
+    assert torch.equal(torch.stack(alone), together)
+
+
+def test_identity_is_the_same_model_and_learns(model):
+    before = model(TOKENS).logits
+    ssmax.convert(model, "identity")
+    torch.testing.assert_close(model(TOKENS).logits, before, rtol=0, atol=1e-5)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    for name, parameter in model.named_parameters():
+        if ".ssmax." in name:
+            assert parameter.grad.abs().max() > 0
+
+
+def test_matched_takes_the_configs_length_or_the_one_given(model):
+    ssmax.convert(model)
+    assert model.model.layers[1].self_attn.ssmax.s.tolist() == pytest.approx([ssmax.matched_scale(64)] * 4)
+    assert model.model.layers[1].self_attn.ssmax.b is None
+    ssmax.convert(ssmax.revert(model), train_length=1024, bias=True)
+    assert model.model.layers[0].self_attn.ssmax.s.tolist() == pytest.approx([0.16847] * 4, abs=5e-6)
+    assert model.model.layers[0].self_attn.ssmax.b.tolist() == [0.0] * 4
+
+
+def test_some_layers_only(model):
+    ssmax.convert(model, layers=[1])
+    assert [hasattr(layer.self_attn, "ssmax") for layer in model.model.layers] == [False, True]
+    assert model.config.ssmax["layers"] == [1]
+
+
+def test_revert_is_bit_for_bit(model):
+    before = copy.deepcopy(model)
+    ssmax.revert(ssmax.convert(model))
+    assert type(model) is type(before)
+    assert type(model.config) is type(before.config)
+    assert model.config.to_dict() == before.config.to_dict()
+    assert model.__dict__.keys() == before.__dict__.keys()
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert all(
+        torch.equal(x, y) for x, y in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+    with ssmax.converted(model, 0.5):
+        assert "ssmax.weight" in "".join(model.state_dict())
+    assert model.config.to_dict() == before.config.to_dict()
+
+
+def test_other_models_are_untouched(model):
+    other = copy.deepcopy(model)
+    before = other(TOKENS).logits
+    ssmax.convert(model, 0.9)
+    assert torch.equal(other(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("size", ["10GB", "10KB"])
+def test_saved_and_loaded_is_the_same_model(model, tmp_path, size):
+    spread_scales(ssmax.convert(model, 0.5, bias=True, layers=[1]))
+    want = model(TOKENS).logits
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"].startswith("ssmax_")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(TOKENS).logits, want)
+    assert torch.equal(pickle.loads(pickle.dumps(loaded))(TOKENS).logits, want)
+    assert torch.equal(copy.deepcopy(loaded)(TOKENS).logits, want)
+    reverted = ssmax.revert(loaded)
+    assert type(reverted) in [family for _, family in FAMILIES.values()]
+    assert not hasattr(reverted.config, "auto_map")
+
+
+def test_bfloat16_keeps_s_in_float32(model, tmp_path):
+    spread_scales(ssmax.convert(model, 0.5)).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    for mine, theirs in zip(model.model.layers, loaded.model.layers, strict=True):
+        assert torch.equal(mine.self_attn.ssmax.s, theirs.self_attn.ssmax.s)
+
+
+LOAD = "import warnings; from transformers import AutoModelForCausalLM as A; {before}; print(type(A.from_pretrained({path!r}{options})).__name__)"
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "works"),
+    [("import ssmax.hf", "", True), ("pass", ", trust_remote_code=True", True), ("pass", "", False)],
+)
+def test_a_fresh_process_loads_it_or_fails_loudly(model, tmp_path, before, options, works):
+    ssmax.convert(model).save_pretrained(tmp_path / "model")
+    code = LOAD.format(before=before, path=str(tmp_path / "model"), options=options)
+    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+    )
+    assert (done.returncode == 0) == works, done.stderr
+    assert ("SSMax" in done.stdout) == works
+
+
+def damage(folder, change):
+    path = folder / "model.safetensors"
+    tensors = change(load_file(path))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {k: v for k, v in t.items() if ".1.self_attn.ssmax" not in k},
+        lambda t: t | {"model.layers.0.self_attn.ssmax.bias": torch.ones(4)},
+        lambda t: t | {"model.layers.0.self_attn.ssmax.weight": torch.ones(3)},
+    ],
+    ids=["missing", "unexpected", "mismatched"],
+)
+def test_a_checkpoint_that_lost_its_scale_is_refused(model, tmp_path, change):
+    ssmax.convert(model).save_pretrained(tmp_path)
+    damage(tmp_path, change)
+    with pytest.raises((ValueError, RuntimeError), match="ssmax|mismatched"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_config_without_its_recipe_is_refused(model, tmp_path):
+    ssmax.convert(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["ssmax"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.ssmax is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"init": "paper"}, "init must be"),
+        ({"init": True}, "init must be"),
+        ({"init": "identity", "bias": False}, "contradicts"),
+        ({"layers": [2]}, "layers must be some of 0 to 1"),
+        ({"layers": []}, "layers must be some of 0 to 1"),
+    ],
+)
+def test_bad_options_leave_the_model_as_it_was(model, options, words):
+    before = type(model), model.config.to_dict()
+    with pytest.raises(ValueError, match=words):
+        ssmax.convert(model, **options)
+    assert (type(model), model.config.to_dict()) == before
+    assert not any(".ssmax." in name for name in model.state_dict())
+
+
+def test_wrong_models_are_refused(model):
+    with pytest.raises(ValueError, match="converted already"):
+        ssmax.convert(ssmax.convert(model))
+    with pytest.raises(ValueError, match="not a converted model"):
+        ssmax.revert(ssmax.revert(model))
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        ssmax.convert(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="'bert' is not supported"):
+        ssmax.convert(
+            BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+        )
+
+
+def test_an_unknown_attention_implementation_is_refused(model):
+    AttentionInterface.register("odd", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register("odd", lambda **arguments: None)
+    ssmax.convert(model)
+    model.set_attn_implementation("odd")
+    with pytest.raises(ValueError, match="'odd' mean; use 'sdpa' or 'eager'"):
+        model(TOKENS)
+
+
+def test_training_moves_s_and_the_norms_of_s_are_not_decayed(model):
+    ssmax.convert(model)
+    model.train()
+    before = model.model.layers[0].self_attn.ssmax.s.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert (model.model.layers[0].self_attn.ssmax.s - before).abs().max() > 0.01

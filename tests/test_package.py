@@ -1,0 +1,50 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ssmax
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "triton", "matplotlib", "datasets")
+
+
+def loaded_after(statement):
+    code = f"{statement}; import sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("statement", "allowed"),
+    [
+        ("import ssmax", set()),
+        ("import ssmax.cli", set()),
+        ("from ssmax import attention, SSMaxScale, visible_keys, scalable_softmax", {"torch"}),
+        ("import ssmax.report", set()),
+    ],
+)
+def test_imports_stay_light(statement, allowed):
+    assert set(loaded_after(statement)) <= allowed
+
+
+def test_public_names():
+    assert len(ssmax.__all__) <= 20
+    for name in ssmax.__all__:
+        assert getattr(ssmax, name).__doc__
+    for name in ("attention", "convert", "scalable_softmax", "visible_keys", "SSMaxScale"):
+        assert callable(getattr(ssmax, name))
+        assert name in dir(ssmax)
+    with pytest.raises(AttributeError, match="no attribute 'softmax'"):
+        _ = ssmax.softmax
+
+
+def test_the_readmes_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", example], check=True)
+
+
+def test_examples_run(tmp_path):
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        subprocess.run([sys.executable, "-W", "ignore", example], check=True, cwd=tmp_path)

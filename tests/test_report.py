@@ -1,0 +1,138 @@
+import base64
+import dataclasses
+import json
+import re
+
+import pytest
+
+from ssmax import report
+from ssmax.report import claims as judged
+from ssmax.report.claims import HOLDS, HOLDS_NOT, OPEN, verdict
+from ssmax.report.select import Spread
+from ssmax.results import Row, read_rows, write_rows
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ((0.3, 0.4, 0.2), HOLDS),
+        ((-0.3, -0.4, -0.2), HOLDS_NOT),
+        ((0.3, -0.1, 0.2), OPEN),
+        ((0.01, 0.9, 0.01), OPEN),
+        ((0.5,), OPEN),
+        ((0.0, 0.0), OPEN),
+    ],
+)
+def test_verdicts_need_agreeing_seeds_and_a_difference_beyond_its_spread(differences, expected):
+    assert verdict(Spread(differences)) == expected
+
+
+def test_rows_survive_the_file_and_damage_is_named(tmp_path):
+    rows = [Row("train_loss", "a", 0, {"step": 1}, 0.1 + 0.2, 1, {"commit": None})]
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows)
+    assert read_rows(path) == rows
+    before = path.stat().st_mtime_ns
+    write_rows(path, rows)
+    assert path.stat().st_mtime_ns == before
+    path.write_text(path.read_text() + '{"metric": "tra')
+    with pytest.raises(ValueError, match="line 2"):
+        read_rows(path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_rows(path, [dataclasses.replace(rows[0], value=float("nan"))])
+
+
+def made_up_rows(better):
+    """Rows of a run in which SSMax is better by a known amount (or worse, for a negative one)."""
+    rows = []
+    for variant in "ab":
+        gain = better if variant == "b" else 0.0
+        s = None if variant == "a" else 0.43
+        rows += [Row("max_weight", variant, None, {"n": n, "s": s}, 0.1 if variant == "a" else 0.9, 1) for n in (2, 64)]
+        for n in (100, 1_000, 10_000, 100_000):
+            for z in range(15):
+                lead = 3 if variant == "b" else 3 + n / 2e4
+                rows.append(Row("focus_weight", variant, None, {"n": n, "z_max": z, "s": s}, float(z > lead), 1))
+                if variant == "b":
+                    rows.append(Row("focus_weight", "b", None, {"n": n, "z_max": z, "s": 1.0}, float(z > 1), 1))
+        for seed in (0, 1, 2):
+            at = {"form": "paper"}
+            jitter = seed / 1000 * (1 + gain)
+            for step in (10, 20):
+                rows.append(
+                    Row("train_loss", variant, seed, at | {"stage": "pretrain", "step": step}, 3 - gain + jitter, 1)
+                )
+            for position in (8, 16, 128, 256):
+                for factor in (1, 50):
+                    place = at | {"position": position, "from": position // 2 + 1, "theta_factor": factor}
+                    value = 3 + (0 if position <= 16 else 1 - gain) + jitter
+                    rows.append(Row("loss_by_position", variant, seed, place, value, 4))
+            for length in (16, 128):
+                place = at | {"length": length, "depth": 0.5, "theta_factor": 50}
+                rows.append(Row("retrieval_accuracy", variant, seed, place, 0.5 + gain / 2 + jitter, 20))
+            place = at | {"length": 128, "depth": 0.5, "theta_factor": 50}
+            for head in range(3):
+                score = 0.4 + gain / 4 - head / 10 + jitter
+                rows.append(Row("needle_score", variant, seed, place | {"layer": 0, "head": head}, score, 4))
+            for trial in range(6):
+                ok = trial % 2 == 0
+                value = 0.5 + (0.2 if ok else -0.2) + jitter
+                rows.append(Row("top_needle_score", variant, seed, place | {"trial": trial, "correct": ok}, value, 1))
+    return rows
+
+
+@pytest.mark.parametrize(("better", "expected"), [(0.5, HOLDS), (-0.5, HOLDS_NOT)])
+def test_claims_follow_the_rows(better, expected):
+    found = judged.claims(made_up_rows(better), train_length=16)
+    comparisons = [claim for claim in found if claim.figure in (4, 5, 6, 7)]
+    assert len(comparisons) == 5
+    assert {claim.verdict for claim in comparisons} == {expected}
+    assert {claim.verdict for claim in found if claim.figure in (1, 3, 8)} == {HOLDS}
+    loss = next(claim for claim in found if claim.figure == 4)
+    assert "Softmax 3.001 ± 0.001" in loss.measured
+    difference = float(re.search(r"difference ([+-][\d.]+) ±", loss.measured)[1])
+    assert difference == pytest.approx(-better + better / 1000, abs=1e-3)
+
+
+@pytest.fixture
+def run(tmp_path):
+    recipe = {"name": "<b>", "num_layers": 2, "num_heads": 2, "hidden_size": 8, "train_length": 16, "steps": 20}
+    recipe |= {"batch_size": 2, "length_factor": 16, "needle_digits": 3, "loss_texts": 4}
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recipe, "corpus": "</pre><script>alert(1)</script>"}))
+    write_rows(tmp_path / "rows.jsonl", made_up_rows(0.5))
+    return tmp_path
+
+
+def test_the_report_is_whole_offline_and_escaped(run):
+    report.build(run)
+    page = (run / "report.html").read_text()
+    images = re.findall(r"src='data:image/svg\+xml;base64,([^']+)'", page)
+    assert len(images) == 7
+    assert all(b"<svg" in base64.b64decode(image) for image in images)
+    assert not re.search(r"(?:src|href)=['\"]?(?:https?:)?//", page)
+    assert "<script" not in page
+    assert "&lt;b&gt;" in page
+    assert {path.name for path in (run / "figures").iterdir()} == {
+        f"figure{n}.{k}" for n in (1, 3, 4, 5, 6, 7, 8) for k in ("png", "svg")
+    }
+    for claim in judged.claims(made_up_rows(0.5), 16):
+        assert claim.verdict in page
+
+
+def test_an_unchanged_report_is_left_alone_and_other_rows_make_another(run):
+    report.build(run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    report.build(run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    write_rows(run / "rows.jsonl", made_up_rows(0.4))
+    page = (run / "report.html").read_text()
+    report.build(run)
+    assert (run / "report.html").read_text() != page
+
+
+def test_the_terminal_table_fits_and_keeps_every_claim():
+    found = judged.claims(made_up_rows(0.5), 16)
+    for width in (60, 100, 200):
+        text = report.claims_text(found, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert text.count("holds") == len(found)

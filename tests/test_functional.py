@@ -4,9 +4,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from ssmax import attention, visible_keys
 from ssmax.functional import IMPLS
+
+TRAINED = ("reference", "sdpa")  # FlexAttention has no backward on the CPU
 
 B, H, N, S, D = 2, 4, 7, 7, 8
 
@@ -83,7 +86,7 @@ def _cast(arguments):
 def test_all_gradients_equal_the_reference(layout):
     arguments, _ = LAYOUTS[layout]
     gradients = {}
-    for impl in IMPLS:
+    for impl in TRAINED:
         (q, k, v), s, b = tensors()
         leaves = [x.requires_grad_() for x in (q, k, v, s, b)]
         output = attention(*leaves, impl=impl, **arguments)
@@ -94,7 +97,7 @@ def test_all_gradients_equal_the_reference(layout):
         torch.testing.assert_close(other, reference, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", TRAINED)
 def test_gradcheck(impl):
     (q, k, v), s, b = tensors(rows=3, keys=4)
     leaves = [x[:1].clone().requires_grad_() for x in (q, k, v)] + [s.requires_grad_(), b.requires_grad_()]
@@ -170,12 +173,14 @@ def test_a_bias_is_added_after_the_multiplier_and_needs_n():
         torch.testing.assert_close(attention(q, k, v, s, b, n=n, attn_mask=alibi, impl=impl), want, rtol=0, atol=1e-7)
 
 
-def test_softcap_is_part_of_z():
+@pytest.mark.parametrize("impl", ["auto", "reference", "flex"])
+def test_softcap_is_part_of_z(impl):
     torch.manual_seed(0)
     z = 6 * torch.randn(1, 1, 1, 4096)
     v = torch.eye(4096)[None, None]
     key = torch.eye(4096)[None, None]
-    weights = attention(z, key, v, 0.43, softcap=30.0, scale=1.0)
+    weights = attention(z, key, v, 0.43, softcap=30.0, scale=1.0, impl=impl)
+    assert 0.8 < weights.max() < 0.97
     assert weights.max().item() == pytest.approx(
         (0.43 * math.log(4096) * 30 * torch.tanh(z / 30)).softmax(-1).max().item()
     )
@@ -225,12 +230,104 @@ def test_s_and_b_learn_in_any_dtype(dtype):
 def test_dropout_drops():
     (q, k, v), s, b = tensors(dtype=torch.float32)
     torch.manual_seed(0)
-    for impl in IMPLS:
+    for impl in TRAINED:
         dropped = attention(q, k, v, s, b, dropout_p=0.5, impl=impl)
         assert (dropped - attention(q, k, v, s, b, impl=impl)).abs().max() > 0.01
 
 
+def packed_causal(b, h, q, k):
+    """Documents of 3 and 4 tokens."""
+    return (q >= k) & ((q < 3) == (k < 3))
+
+
+def test_a_block_mask_packs_documents_and_its_n_restarts():
+    (q, k, v), s, b = tensors()
+    blocks = create_block_mask(packed_causal, None, None, N, S, device="cpu")
+    want = oracle.attention(
+        *(x.numpy() for x in (q, k, v, s, b)), np.broadcast_to(oracle.documents([3, 4]), (B, H, N, S))
+    )
+    np.testing.assert_allclose(attention(q, k, v, s, b, attn_mask=blocks).numpy(), want, atol=1e-12)
+
+
+def test_n_of_a_long_block_mask_is_counted_in_blocks():
+    rows = 1100
+    (q, k, v), s, b = tensors(rows=rows, keys=rows)
+    blocks = create_block_mask(lambda b, h, q, k: (q >= k) & (b < 5), B, None, rows, rows, device="cpu")
+    got = attention(q, k, v, s, b, attn_mask=blocks)
+    torch.testing.assert_close(got, attention(q, k, v, s, b, is_causal=True), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_cross_attention_counts_keys_and_no_padding(impl, padded):
+    (q, k, v), s, b = tensors(rows=9, keys=5)
+    real = (
+        torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+        if padded
+        else torch.ones(2, 5, dtype=torch.bool)
+    )
+    got = attention(q, k, v, s, b, attn_mask=real[:, None, None] if padded else None, impl=impl)
+    open_keys = np.broadcast_to(real[:, None, None].numpy(), (B, H, 9, 5))
+    want = oracle.attention(*(x.numpy() for x in (q, k, v, s, b)), open_keys)
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
+    n = visible_keys(mask=real, num_queries=9, causal=False)
+    assert n.tolist() == real.sum(1)[:, None].expand(2, 9).tolist()
+    torch.testing.assert_close(attention(q, k, v, s, b, n=n, attn_mask=real[:, None, None], impl=impl), got)
+
+
+def test_a_shard_of_the_queries_needs_only_its_global_positions():
+    (q, k, v), s, b = tensors()
+    whole = attention(q, k, v, s, b, is_causal=True)
+    shard = [1, 4, 6]
+    mask = torch.tensor(oracle.causal(N, S))[shard]
+    n = visible_keys(position_ids=torch.tensor(shard))
+    torch.testing.assert_close(attention(q[:, :, shard], k, v, s, b, n=n, attn_mask=mask), whole[:, :, shard])
+
+
+def test_a_rolling_cache_of_a_window_keeps_its_n():
+    """A ragged batch: rows at positions 2 and 6, the cache holds the last 4 keys at most, empty slots hidden."""
+    (q, k, v), s, b = tensors()
+    whole = attention(q, k, v, s, b, is_causal=True, window=4)
+    n = visible_keys(position_ids=torch.tensor([[2], [6]]), window=4)
+    keys, values = (torch.stack([x[0, :, [0, 1, 2, 6]], x[1, :, 3:7]]) for x in (k, v))
+    query = torch.stack([q[0, :, 2:3], q[1, :, 6:7]])
+    filled = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)[:, None, None]
+    got = attention(query, keys, values, s, b, n=n, attn_mask=filled)
+    torch.testing.assert_close(got, torch.stack([whole[0, :, 2:3], whole[1, :, 6:7]]))
+
+
+def test_a_tree_mask_counts_each_nodes_ancestors():
+    (q, k, v), s, b = tensors()
+    parents = [None, 0, 0, 1, 1, 2, 4]
+    table = np.zeros((N, S), dtype=bool)
+    for node, parent in enumerate(parents):
+        table[node] = table[parent] if parent is not None else False
+        table[node, node] = True
+    got = attention(q, k, v, s, b, attn_mask=torch.tensor(table))
+    want = oracle.attention(*(x.numpy() for x in (q, k, v, s, b)), np.broadcast_to(table, (B, H, N, S)))
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
+
+
+def test_nothing_waits_for_the_device():
+    """On the meta device reading any value raises."""
+    q, k, v = (torch.empty(2, 4, 600, 8, device="meta", requires_grad=True) for _ in range(3))
+    s = torch.empty(4, device="meta", requires_grad=True)
+    masks = [
+        None,
+        torch.empty(2, 1, 1, 600, dtype=torch.bool, device="meta"),
+        torch.empty(2, 1, 600, 600, device="meta"),
+    ]
+    for mask in masks:
+        attention(q, k, v, s, attn_mask=mask, is_causal=True, window=100).sum().backward()
+    for mask in masks[1:]:
+        visible_keys(mask=mask[:, 0, 0] if mask.shape[2] == 1 else mask)
+    positions = torch.empty(2, 600, dtype=torch.long, device="meta")
+    attention(q, k, v, s, n=visible_keys(position_ids=positions))
+    visible_keys(cu_seqlens=positions[0, :5], num_queries=600)
+
+
 Q = torch.ones(2, 4, 3, 8)
+BLOCKS = create_block_mask(lambda b, h, q, k: q >= k, None, None, 3, 3, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -254,6 +351,12 @@ Q = torch.ones(2, 4, 3, 8)
         ({"attn_mask": torch.ones(2, 2, dtype=torch.bool)}, ValueError, "attn_mask must broadcast"),
         ({"attn_mask": torch.ones(3, 3, dtype=torch.long)}, TypeError, "attn_mask must be bool or floating"),
         ({"impl": "flash"}, ValueError, "impl must be one of"),
+        ({"impl": "flex", "dropout_p": 0.1}, ValueError, "no dropout"),
+        ({"impl": "flex", "s": torch.ones(4, requires_grad=True)}, ValueError, "no gradients on the CPU"),
+        ({"attn_mask": "causal"}, TypeError, "tensor or a BlockMask"),
+        ({"attn_mask": BLOCKS, "impl": "sdpa"}, ValueError, "does not take a BlockMask"),
+        ({"attn_mask": BLOCKS, "is_causal": True}, ValueError, "leave is_causal out"),
+        ({"attn_mask": BLOCKS, "query": torch.ones(2, 4, 5, 8)}, ValueError, "BlockMask must be for"),
     ],
 )
 def test_bad_calls_name_the_argument(arguments, error, words):

@@ -297,7 +297,7 @@ def damage(folder, change):
 def test_a_checkpoint_that_lost_its_scale_is_refused(model, tmp_path, change):
     ssmax.convert(model).save_pretrained(tmp_path)
     damage(tmp_path, change)
-    with pytest.raises((ValueError, RuntimeError), match="ssmax|mismatched"):
+    with pytest.raises((ValueError, RuntimeError), match=r"ssmax|mismatched"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -1,15 +1,19 @@
 """attention(): validate, find n, choose the backend, call it."""
 
-from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ssmax.backends import reference, sdpa
 from ssmax.scaling import head_multiplier, rows_of, visible_keys
 
 __all__ = ["attention"]
 
-IMPLS = ("reference", "sdpa")
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+IMPLS = ("reference", "sdpa", "flex")
 
 
 def attention(
@@ -20,7 +24,7 @@ def attention(
     b: Tensor | float | None = None,
     *,
     n: Tensor | int | None = None,
-    attn_mask: Tensor | None = None,
+    attn_mask: "Tensor | BlockMask | None" = None,
     is_causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
@@ -40,7 +44,7 @@ def attention(
         n: visible keys of each query: a number, (N,), (B, N) or (B, H, N). Default: counted from attn_mask,
             is_causal and window. A row with n = 0 gives zeros.
         attn_mask: broadcast to (B, H, N, S). bool, True = visible; or floating point, added after the multiplier.
-            A floating mask that holds more than 0 and -inf is a bias and needs n.
+            A floating mask that holds more than 0 and -inf is a bias and needs n. Or a BlockMask of FlexAttention.
         is_causal: the queries are the last N of the S positions, as in FlashAttention and a cached decode (not
             torch's top-left rule). May be combined with attn_mask.
         window: at most so many visible keys, the query's own included. Needs is_causal.
@@ -48,7 +52,9 @@ def attention(
         scale: factor of query key; default 1 / sqrt(D).
         dropout_p: probability of dropping a weight.
         enable_gqa: allow fewer heads in key and value than in query.
-        impl: "auto", "sdpa" or "reference".
+        impl: "sdpa" (torch's fused kernels), "flex" (FlexAttention: block masks, softcap; forward only on the CPU, no
+            dropout), "reference" (the specification: slow, exact, N x S), or "auto": sdpa where it can, flex for a
+            BlockMask, reference for a softcap.
 
     Returns:
         (B, H, N, V) in query's dtype. Multiplier in float32 (float64 for float64), the scaled query rounded once.
@@ -59,11 +65,11 @@ def attention(
     """
     _check_tensors(query, key, value, enable_gqa)
     _check_options(query, key, attn_mask, is_causal, window, softcap, dropout_p)
-    if attn_mask is not None:
+    backend = _backend(_choose(impl, attn_mask, softcap, dropout_p, query, key, value, s, b))
+    if isinstance(attn_mask, Tensor):
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
     derived = n is None
     n = _derive_n(query, key, attn_mask, is_causal, window) if n is None else n
-    backend = import_module(f"ssmax.backends.{_choose(impl, softcap)}")
     output = backend.forward(
         query,
         key,
@@ -86,7 +92,11 @@ def _derive_n(query, key, attn_mask, is_causal, window):
         position = torch.arange(num_keys - num_queries, num_keys, device=query.device)
         n = position.clamp(min=-1) + 1 if is_causal else torch.full_like(position, num_keys)
         return n if window is None else n.clamp(max=window)
+    if not isinstance(attn_mask, Tensor):
+        return _backend("flex").count_visible(attn_mask)
     mask = attn_mask
+    if mask.shape[1:3] == (1, 1) and not is_causal:  # one row of keys for all queries, as in cross attention
+        return visible_keys(mask=mask.expand(-1, -1, -1, num_keys))
     if is_causal and mask.shape[1:3] == (1, 1):  # a padding mask: counted without an N x S table
         padding = mask[:, 0, 0].expand(-1, num_keys)
         blind = max(0, num_queries - num_keys)
@@ -102,13 +112,33 @@ def _derive_n(query, key, attn_mask, is_causal, window):
     return visible_keys(mask=mask.expand(-1, -1, num_queries, num_keys))
 
 
-def _choose(impl, softcap):
+def _backend(name) -> Any:
+    if name == "flex":
+        from ssmax.backends import flex  # FlexAttention takes a while to import
+
+        return flex
+    return {"reference": reference, "sdpa": sdpa}[name]
+
+
+def _choose(impl, attn_mask, softcap, dropout_p, *inputs):
+    """Return the backend that computes exactly this, or raise ValueError where the one asked for cannot."""
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, IMPLS))}; got {impl!r}")
+    blocks = attn_mask is not None and not isinstance(attn_mask, Tensor)
     if impl == "auto":
-        return "sdpa" if softcap is None else "reference"
+        impl = "flex" if blocks else "sdpa" if softcap is None else "reference"
+    if blocks and impl != "flex":
+        raise ValueError(f"impl={impl!r} does not take a BlockMask; use impl='flex' or 'auto'")
     if impl == "sdpa" and softcap is not None:
-        raise ValueError("impl='sdpa' has no softcap; use impl='reference' or 'auto'")
+        raise ValueError("impl='sdpa' has no softcap; use impl='reference', 'flex' or 'auto'")
+    if impl == "flex" and dropout_p > 0:
+        raise ValueError("impl='flex' has no dropout; use another impl, or dropout_p=0")
+    wants_gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if impl == "flex" and wants_gradient and (inputs[0].device.type == "cpu" or softcap is not None):
+        raise ValueError(
+            "impl='flex' computes no gradients on the CPU, nor those of s and b behind a softcap; use impl='reference' "
+            "or 'auto' with a tensor mask, or torch.no_grad()"
+        )
     return impl
 
 
@@ -146,11 +176,26 @@ def _check_options(query, key, attn_mask, is_causal, window, softcap, dropout_p)
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     if attn_mask is None:
         return
+    wanted = (*query.shape[:3], key.shape[2])
+    if not isinstance(attn_mask, Tensor):
+        _check_block_mask(attn_mask, wanted, is_causal)
+        return
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
-    wanted = (*query.shape[:3], key.shape[2])
     fits = attn_mask.ndim <= 4 and all(
         have in (1, want) for have, want in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
     )
     if not fits:
         raise ValueError(f"attn_mask must broadcast to (B, H, N, S) = {wanted}, got {tuple(attn_mask.shape)}")
+
+
+def _check_block_mask(attn_mask, wanted, is_causal):
+    if not hasattr(attn_mask, "mask_mod"):
+        raise TypeError(f"attn_mask must be a tensor or a BlockMask, got {type(attn_mask).__name__}")
+    if is_causal:
+        raise ValueError(
+            "a BlockMask says all that is visible; put causality and window into it and leave is_causal out"
+        )
+    shape = tuple(attn_mask.shape)
+    if shape[2:] != wanted[2:] or any(have not in (1, want) for have, want in zip(shape[:2], wanted[:2], strict=True)):
+        raise ValueError(f"the BlockMask must be for (B or 1, H or 1, N, S) = {wanted}, got {shape}")

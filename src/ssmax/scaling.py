@@ -151,7 +151,8 @@ def visible_keys(
 
     Args:
         num_queries: how many of the last positions ask, as in a cached decode; default all. With cu_seqlens it may
-            exceed the packed total: the positions behind the last document are padding and see nothing.
+            exceed the packed total: the positions behind the last document are padding and see nothing. Without
+            causal it is free: the queries of cross attention are no positions among the keys.
         num_keys: a plain sequence of so many keys.
         mask: (B, S) padding mask, True or 1 = a real token; or (B, 1 or H, N, S), the whole visibility, to which
             causal adds nothing. bool, 0/1 integers, or additive (0 = visible, -inf or the dtype's minimum = hidden).
@@ -196,6 +197,8 @@ def _from_length(num_keys, num_queries, window, chunk, causal):
     if isinstance(num_keys, bool) or not isinstance(num_keys, int) or num_keys < 0:
         raise ValueError(f"num_keys must be a non-negative integer, got {num_keys!r}")
     num_queries = num_keys if num_queries is None else num_queries
+    if not causal and chunk is None:  # also cross attention, whose queries are no positions among the keys
+        return torch.full((1, num_queries), num_keys)
     _check_last(num_queries, num_keys, "num_keys")
     first, stop = _interval(torch.arange(num_keys - num_queries, num_keys), 0, num_keys, window, chunk, causal)
     return (stop - first)[None]
@@ -246,6 +249,8 @@ def _from_padding(mask, num_queries, window, chunk, causal):
     real_BS = _as_bool(mask)
     num_keys = real_BS.shape[1]
     num_queries = num_keys if num_queries is None else num_queries
+    if not causal and chunk is None:
+        return real_BS.sum(1, keepdim=True).expand(-1, num_queries)
     _check_last(num_queries, num_keys, "mask")
     # Chunks are counted from the first real token of each row, as transformers does.
     start_B1 = real_BS.to(torch.uint8).argmax(1, keepdim=True) if num_keys else torch.zeros_like(mask)

@@ -70,7 +70,7 @@ class Recipe:
     finetune_learning_rate: float = 3e-3
     finetune_warmup_steps: int = 20
     needle_digits: int = 2
-    loss_texts: int = 64
+    loss_texts: int = 32
     length_factor: int = 16
     theta_factors: tuple[int, ...] = (1, 50)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)

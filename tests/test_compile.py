@@ -1,0 +1,117 @@
+"""torch.compile and memory: one graph, no second one for each length, nothing of size N x N."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ssmax import SSMaxScale, attention, visible_keys
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+class CountGraphs:
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def tensors(rows, keys):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 4, length, 8, generator=generator) for length in (rows, keys, keys)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"is_causal": True, "window": 5},
+        {},
+        {"attn_mask": torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) > 0.3},
+        {"attn_mask": torch.ones(2, 1, 1, 16, dtype=torch.bool), "is_causal": True},
+    ],
+    ids=["causal", "window", "bidirectional", "mask", "padding"],
+)
+def test_attention_is_one_graph(options):
+    q, k, v = tensors(16, 16)
+    s = torch.full((4,), 0.4, requires_grad=True)
+
+    def run(s, q, k, v):
+        return attention(q, k, v, s, **options)
+
+    backend = CountGraphs()
+    got = torch.compile(run, backend=backend, fullgraph=True)(s, q, k, v)
+    torch.testing.assert_close(got, run(s, q, k, v))
+    assert backend.graphs == 1
+
+
+def test_two_graphs_serve_64_decode_lengths():
+    backend = CountGraphs()
+    decode = torch.compile(lambda q, k, v, s: attention(q, k, v, s, is_causal=True), backend=backend, fullgraph=True)
+    s = torch.full((4,), 0.4)
+    for keys in range(3, 67):
+        q, k, v = tensors(1, keys)
+        torch.testing.assert_close(decode(q, k, v, s), attention(q, k, v, s, is_causal=True))
+    assert backend.graphs <= 2
+
+
+def test_the_module_and_n_from_positions_are_one_graph():
+    scale = SSMaxScale(4, bias=True)
+    query = torch.randn(2, 4, 6, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+
+    def run(query, positions):
+        return scale(query, visible_keys(position_ids=positions, window=3))
+
+    backend = CountGraphs()
+    torch.testing.assert_close(
+        torch.compile(run, backend=backend, fullgraph=True)(query, positions), run(query, positions)
+    )
+    assert backend.graphs == 1
+
+
+def test_inference_first_then_training():
+    q, k, v = tensors(5, 5)
+    s = torch.full((4,), 0.4, requires_grad=True)
+    run = torch.compile(lambda s: attention(q, k, v, s, is_causal=True), backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        run(s)
+    run(s).sum().backward()
+    assert s.grad.abs().max() > 0
+
+
+PEAK = """
+import resource, torch
+from ssmax import attention
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, 2, 16384, 64, requires_grad=True) for _ in range(3))
+warm = [x.detach()[:, :, :600].requires_grad_() for x in (q, k, v)]
+s = torch.full((2,), 0.43, requires_grad=True)
+def plain(q, k, v): return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+def causal(q, k, v): return attention(q, k, v, s, is_causal=True)
+def window(q, k, v): return attention(q, k, v, s, is_causal=True, window=1024)
+{name}(*warm).sum().backward()
+{name}(q, k, v).square().sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, q.numel() * 4)
+"""
+
+
+def peak(name):
+    done = subprocess.run([sys.executable, "-c", PEAK.format(name=name)], capture_output=True, text=True, check=True)
+    return [int(x) for x in done.stdout.split()]
+
+
+@pytest.mark.parametrize("layout", ["causal", "window"])
+def test_memory_beyond_plain_attention_is_below_three_queries(layout):
+    plain, size = peak("plain")
+    ours, _ = peak(layout)
+    assert ours - plain < 3 * size

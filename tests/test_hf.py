@@ -316,8 +316,8 @@ def test_a_config_without_its_recipe_is_refused(model, tmp_path):
         ({"init": "paper"}, "init must be"),
         ({"init": True}, "init must be"),
         ({"init": "identity", "bias": False}, "contradicts"),
-        ({"layers": [2]}, "layers must be some of 0 to 1"),
-        ({"layers": []}, "layers must be some of 0 to 1"),
+        ({"layers": [2]}, r"layers must be some of \[0, 1\]"),
+        ({"layers": []}, r"layers must be some of \[0, 1\]"),
     ],
 )
 def test_bad_options_leave_the_model_as_it_was(model, options, words):
@@ -335,7 +335,7 @@ def test_wrong_models_are_refused(model):
         ssmax.revert(ssmax.revert(model))
     with pytest.raises(TypeError, match="PreTrainedModel"):
         ssmax.convert(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="'bert' is not supported"):
+    with pytest.raises(ValueError, match="no causal self-attention of bert"):
         ssmax.convert(
             BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
         )

@@ -5,25 +5,42 @@ they can be imported, pickled and named in auto_map.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ssmax
+from ssmax.hf.layers import language_layers, owner_device
+from ssmax.hf.visibility import forward_scope
 from ssmax.nn import SSMaxScale
 
 __all__ = ["attach", "config_class", "model_class", "register"]
 
 PREFIX = "SSMax"
 CODE_FILE = "modeling_ssmax"
-# The families whose conversion is verified; all of their layers attend in full.
-FAMILIES = {
-    "llama": (transformers.LlamaConfig, "LlamaModel", "LlamaForCausalLM"),
-    "qwen3": (transformers.Qwen3Config, "Qwen3Model", "Qwen3ForCausalLM"),
-}
+AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 
 class SSMaxModel(PreTrainedModel):
@@ -77,6 +94,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     attributes = {
         "config_class": config_class(base.config_class),
         "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or []), "ssmax"],
+        "forward": _scoped(base.forward),
         "__module__": __name__,
     }
     return type(f"{PREFIX}{base.__name__}", (SSMaxModel, base), attributes)
@@ -89,35 +107,63 @@ def attach(model: PreTrainedModel) -> None:
         raise ValueError(
             f"config.ssmax is missing: {type(model).__name__} cannot know its scales; convert the model anew"
         )
-    for layer, module in attention_modules(model).items():
-        if layer in recipe["layers"]:
-            module.ssmax = SSMaxScale(module.config.num_attention_heads, recipe["s"], recipe["bias"], recipe["b"]).to(
-                module.q_proj.weight.device
-            )
+    layers = language_layers(model)
+    for index in recipe["layers"]:
+        layer = layers[index]
+        scale = SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
+        layer.module.ssmax = scale.to(owner_device(layer.module))
 
 
-def attention_modules(model: nn.Module) -> dict[int, Any]:
-    """Return the attention modules of the language model by layer index."""
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
-    return {module.layer_idx: module for module in modules}
+def _scoped(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def scoped(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        with forward_scope():
+            return forward(*args, **kwargs)
+
+    return scoped
 
 
 def auto_map(base: type[PreTrainedModel]) -> dict[str, str]:
     """Return config.auto_map of a converted model: which class of the code file serves which Auto class."""
     entries = {"AutoConfig": config_class(base.config_class).__name__}
-    for auto in (AutoModel, AutoModelForCausalLM):
+    for auto in AUTO_CLASSES:
         if auto._model_mapping.get(base.config_class, None) is base:
             entries[auto.__name__] = f"{PREFIX}{base.__name__}"
     return {auto: f"{CODE_FILE}.{name}" for auto, name in entries.items()}
 
 
+class _SavedTypes(dict):
+    """transformers' registered config classes, and those of saved SSMax models, made when one is asked for.
+
+    Registering all families at once would import hundreds of modules.
+    """
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or _base_type(model_type) is not None
+
+    def __missing__(self, model_type: str) -> type[PreTrainedConfig]:
+        base = CONFIG_MAPPING[_base_type(model_type) or model_type]
+        self[model_type] = config = config_class(base)
+        for auto in AUTO_CLASSES:
+            base_model = auto._model_mapping.get(base, None)
+            if isinstance(base_model, type):
+                auto.register(config, model_class(base_model), exist_ok=True)
+        return config
+
+
+def _base_type(model_type: object) -> str | None:
+    if not isinstance(model_type, str) or not model_type.startswith("ssmax_"):
+        return None
+    base = model_type.removeprefix("ssmax_")
+    return base if base in CONFIG_MAPPING._mapping else None
+
+
 def register() -> None:
     """Make transformers' Auto classes know the converted families."""
-    for base_config, base_model, base_causal in FAMILIES.values():
-        config = config_class(base_config)
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model_class(getattr(transformers, base_model)), exist_ok=True)
-        AutoModelForCausalLM.register(config, model_class(getattr(transformers, base_causal)), exist_ok=True)
+    if not isinstance(CONFIG_MAPPING._extra_content, _SavedTypes):
+        CONFIG_MAPPING._extra_content = _SavedTypes(CONFIG_MAPPING._extra_content)
 
 
 def __getattr__(name: str) -> Any:

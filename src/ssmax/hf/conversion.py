@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 
 import ssmax
-from ssmax.hf.checkpoint import FAMILIES, SSMaxModel, attach, attention_modules, auto_map, config_class, model_class
+from ssmax.hf.checkpoint import SSMaxModel, attach, auto_map, config_class, model_class
+from ssmax.hf.layers import FULL, language_layers
 from ssmax.scaling import matched_scale
 
 __all__ = ["convert", "converted", "revert"]
@@ -29,14 +31,16 @@ def convert(
             "identity": s = 0 and b = 1, exactly the same model, and it can learn; or a number for s.
         train_length: what "matched" is matched to; default the config's max_position_embeddings.
         bias: learn b as well; default as init says.
-        layers: indices of the layers; default all.
+        layers: indices of the layers, whatever their kind; default every layer that attends in full. Cross and vision
+            layers are never converted.
 
     Returns:
         The same model. Its class and config become the saved kind (model_type "ssmax_..."), its weights stay.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: already converted, a family that is not supported, or an argument that does not fit.
+        ValueError: already converted; a family that cannot be converted (an attention of its own, a law of n of its
+            own, an encoder-decoder), with the reason; or an argument that does not fit.
 
     The training optimiser must not decay s and b (they are vectors; the paper decays matrices only).
     """
@@ -46,14 +50,17 @@ def convert(
         raise ValueError(
             f"{type(model).__name__} is converted already; ssmax.revert(model) gives back the softmax model"
         )
-    _check_supported(model)
     config: Any = model.config
     base = type(model)
+    if getattr(transformers, base.__name__, None) is not base:
+        raise ValueError(
+            f"{base.__name__} is not a class of transformers itself; its checkpoints could not be loaded again"
+        )
     recipe = {
         "law": "s log n" if not _has_bias(init, bias) else "s log n + b",
         "init": init,
         **_start(init, bias, train_length, config),
-        "layers": _chosen_layers(model, layers),
+        "layers": _chosen_layers(language_layers(model), layers),
         "version": ssmax.__version__,
     }
     before = {name: config.__dict__.get(name, _ABSENT) for name in ("architectures", "auto_map")}
@@ -75,9 +82,9 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, SSMaxModel):
         raise ValueError(f"{type(model).__name__} is not a converted model")
-    for module in attention_modules(model).values():
-        if hasattr(module, "ssmax"):
-            del module.ssmax
+    for layer in language_layers(model).values():
+        if hasattr(layer.module, "ssmax"):
+            del layer.module.ssmax
     config: Any = model.config
     model.__class__ = type(model).__bases__[1]
     config.__class__ = type(config).__bases__[0]
@@ -104,17 +111,6 @@ def converted(model: PreTrainedModel, init: str | float = "matched", **options: 
 _ABSENT = object()
 
 
-def _check_supported(model):
-    config = model.config
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type {config.model_type!r} is not supported yet; supported are {', '.join(sorted(FAMILIES))}"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"only full-attention layers are supported yet, this model also has {sorted(kinds)}")
-
-
 def _has_bias(init, bias):
     return init == "identity" if bias is None else bias
 
@@ -134,12 +130,17 @@ def _start(init, bias, train_length, config):
     return {"s": float(init), "b": 0.0, "bias": _has_bias(init, bias)}
 
 
-def _chosen_layers(model, layers):
-    available = sorted(attention_modules(model))
+def _chosen_layers(available, layers):
     if layers is None:
-        return available
+        full = sorted(index for index, layer in available.items() if layer.kind == FULL)
+        if not full:
+            kinds = sorted({layer.kind for layer in available.values()})
+            raise ValueError(
+                f"no layer attends in full, all are {', '.join(kinds)}; name some in layers=[...] to convert them"
+            )
+        return full
     chosen = sorted(set(layers))
     unknown = [layer for layer in chosen if layer not in available]
     if unknown or not chosen:
-        raise ValueError(f"layers must be some of 0 to {available[-1]}, got {layers}")
+        raise ValueError(f"layers must be some of {sorted(available)}, got {layers}")
     return chosen

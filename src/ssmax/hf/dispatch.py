@@ -3,8 +3,10 @@
 import functools
 from collections.abc import Callable
 
+import torch
 from transformers.modeling_utils import AttentionInterface
 
+from ssmax.backends import reference
 from ssmax.hf.visibility import kernel_visible_keys
 
 __all__ = ["install"]
@@ -12,9 +14,37 @@ __all__ = ["install"]
 
 def _attend(attend: Callable, implementation: str, module, query, key, value, attention_mask, *args, **kwargs):
     scale = getattr(module, "ssmax", None)
-    if scale is not None:
-        query = scale(query, kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs))
-    return attend(module, query, key, value, attention_mask, *args, **kwargs)
+    if scale is None:
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("this model adds a position bias to its logits; SSMax is not defined for it here")
+    n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs)
+    if kwargs.get("softcap") is not None:
+        if implementation != "eager":
+            raise ValueError(
+                f"attention implementation {implementation!r} applies the softcap to scaled queries, which is not SSMax; "
+                "use model.set_attn_implementation('eager')"
+            )
+        return _softcapped(scale, n, query, key, value, attention_mask, **kwargs)
+    return attend(module, scale(query, n), key, value, attention_mask, *args, **kwargs)
+
+
+def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0, **kwargs):
+    """softmax(m softcap(z)) v: the multiplier comes behind the cap, so the query cannot carry it."""
+    m = scale(torch.ones(*query.shape[:3], 1, dtype=torch.float32, device=query.device), n)[..., 0]
+    output = reference.forward(
+        query,
+        key,
+        value,
+        m,
+        mask=mask,
+        is_causal=False,
+        window=None,
+        softcap=softcap,
+        scale=scaling,
+        dropout_p=dropout,
+    )
+    return output.transpose(1, 2).contiguous(), None
 
 
 def install() -> None:

@@ -1,0 +1,115 @@
+"""Which attention modules of a model can carry SSMax: decided by what they do, not by a list of names."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+__all__ = ["FULL", "Layer", "language_layers", "owner_device"]
+
+FULL = "full_attention"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One self-attention layer of the language model.
+
+    Attributes:
+        module: its attention module.
+        heads: query heads.
+        kind: "full_attention", "sliding_attention" or "chunked_attention".
+    """
+
+    module: Any
+    heads: int
+    kind: str
+
+
+def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
+    """Return the self-attention layers of the language model by layer index; cross and vision layers are not among them.
+
+    Raises:
+        ValueError: the family cannot be converted, with the reason.
+    """
+    family = model.config.model_type.removeprefix("ssmax_")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{family} is an encoder-decoder model; only decoder-only language models can be converted")
+    text_config = model.config.get_text_config(decoder=True)
+    candidates: list[Any] = [module for module in model.modules() if _is_attention(module, type(text_config))]
+    dispatched = [module for module in candidates if _dispatches(module)]
+    if not dispatched:
+        reason = (
+            "its attention does not pass through transformers' attention interface" if candidates else "it has none"
+        )
+        raise ValueError(f"no causal self-attention of {family} can be converted: {reason}")
+    layers: dict[int, Layer] = {}
+    for module in dispatched:
+        if module.layer_idx in layers:
+            raise ValueError(
+                f"{family} has several self-attention modules in layer {module.layer_idx}; which n is whose is unknown"
+            )
+        _refuse_own_law(module, family)
+        layers[module.layer_idx] = Layer(module, _heads(module), _kind(module, text_config))
+    return layers
+
+
+def _is_attention(module, text_config_type):
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and type(getattr(module, "config", None)) is text_config_type
+        and getattr(module, "is_causal", False) is True
+        and not getattr(module, "is_cross_attention", False)
+        and not {"cross_attention_states", "encoder_hidden_states", "key_value_states"} & _arguments(module)
+    )
+
+
+def _arguments(module):
+    return set(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+
+
+def _dispatches(module):
+    """Whether the forward asks transformers' attention interface for its kernel."""
+    return "get_interface" in inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def _heads(module):
+    for owner in (module, module.config):
+        for name in ("num_heads", "num_attention_heads"):
+            if isinstance(getattr(owner, name, None), int):
+                return getattr(owner, name)
+    raise ValueError(f"{type(module).__name__} does not say how many heads it has")
+
+
+def _kind(module, text_config):
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is not None:
+        return kinds[module.layer_idx]
+    if getattr(module, "sliding_window", None) or getattr(text_config, "sliding_window", None):
+        return "sliding_attention"
+    return FULL
+
+
+def _refuse_own_law(module, family):
+    """Raise where the model already multiplies its queries by a law of n: twice would be wrong."""
+    rope = getattr(module.config, "rope_parameters", None) or {}
+    own = {
+        "Llama 4's temperature tuning (attn_temperature_tuning)": getattr(module, "attn_temperature_tuning", False),
+        "Ministral 3's scaling (llama_4_scaling_beta)": isinstance(rope, dict) and rope.get("llama_4_scaling_beta"),
+        "Qwen 1's log n attention (use_logn_attn)": getattr(module.config, "use_logn_attn", False),
+        "s log(position + 1) + b (its SoftmaxScaling modules)": any(
+            type(child).__name__.endswith("SoftmaxScaling") for child in module.modules()
+        ),
+        "ssmax_scale parameters": any("ssmax_scale" in name for name, _ in module.named_parameters(recurse=False)),
+    }
+    found = [name for name, present in own.items() if present]
+    if found:
+        raise ValueError(
+            f"{family} scales its queries by {found[0]} already; a second law on top would be another model"
+        )
+
+
+def owner_device(module: nn.Module) -> Any:
+    """Return the device of a module's parameters."""
+    return next(module.parameters()).device

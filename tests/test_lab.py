@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from ssmax.errors import RunFailed, UserError
 from ssmax.lab import corpus, training
-from ssmax.lab.errors import RunFailed, UserError
 from ssmax.lab.experiments import needle_task
 from ssmax.lab.recipes import smoke
 

@@ -18,6 +18,7 @@ _HOMES = {
     "convert": "ssmax.hf",
     "revert": "ssmax.hf",
     "converted": "ssmax.hf",
+    "fold": "ssmax.hf",
 }
 _PACKAGES = ("evaluation", "hf")
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ssmax.functional import attention as attention
     from ssmax.hf import convert as convert
     from ssmax.hf import converted as converted
+    from ssmax.hf import fold as fold
     from ssmax.hf import revert as revert
     from ssmax.nn import SSMaxScale as SSMaxScale
     from ssmax.scaling import matched_scale as matched_scale

@@ -1,4 +1,4 @@
-"""The command line: ssmax reproduce."""
+"""The command line: ssmax reproduce, convert, inspect."""
 
 import dataclasses
 import errno
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from ssmax import report
-from ssmax.lab.errors import RunFailed, UserError
+from ssmax.errors import RunFailed, UserError
 from ssmax.lab.folder import RunFolder
 from ssmax.lab.recipes import RECIPES, Recipe
 
@@ -74,10 +74,73 @@ class Reproduce:
         return dataclasses.replace(RECIPES[self.recipe](), **chosen)
 
 
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turn a softmax model into an SSMax model and save it as a new folder.
+
+    The new folder loads with AutoModelForCausalLM after "import ssmax.hf", or with trust_remote_code=True.
+    """
+
+    source: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a transformers model, or its name on a hub.")
+    ]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="New folder.")]
+    init: Annotated[
+        str,
+        tyro.conf.arg(
+            help="matched: on average as sharp as before, the paper's start. identity: s = 0, b = 1, the same model, to be "
+            "trained on. Or a number for s."
+        ),
+    ] = "matched"
+    train_length: Annotated[int | None, tyro.conf.arg(help="What matched is matched to. Default: the config's.")] = None
+    bias: Annotated[bool | None, tyro.conf.arg(help="Learn b as well. Default: as init says.")] = None
+    layers: Annotated[
+        tuple[int, ...] | None, tyro.conf.arg(help="Indices of layers. Default: all that attend in full.")
+    ] = None
+    dry_run: Annotated[bool, tyro.conf.arg(help="Say what would be done, write nothing.")] = False
+
+    def run(self) -> None:
+        """Run it."""
+        from ssmax.hf.commands import convert_folder  # loads torch and transformers
+
+        lines = convert_folder(
+            self.source,
+            self.target,
+            dry_run=self.dry_run,
+            init=_number(self.init),
+            train_length=self.train_length,
+            bias=self.bias,
+            layers=None if self.layers is None else list(self.layers),
+        )
+        print("\n".join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Say which layers of a model carry SSMax, by which law, and s and b of each head."""
+
+    source: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a transformers model, or its name on a hub.")
+    ]
+
+    def run(self) -> None:
+        """Run it."""
+        from ssmax.hf.commands import describe
+
+        print("\n".join(describe(self.source)))
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; exit status 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"reproduce": Reproduce},
+        {"reproduce": Reproduce, "convert": Convert, "inspect": Inspect},
         prog="ssmax",
         description="Scalable-Softmax (arXiv 2501.19399): attention that holds at any context length.",
         args=arguments,

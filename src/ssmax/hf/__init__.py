@@ -2,8 +2,9 @@
 
 from ssmax.hf import checkpoint, dispatch
 from ssmax.hf.conversion import convert, converted, revert
+from ssmax.hf.folding import fold
 
-__all__ = ["convert", "converted", "revert"]
+__all__ = ["convert", "converted", "fold", "revert"]
 
 dispatch.install()
 checkpoint.register()

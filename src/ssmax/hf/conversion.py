@@ -56,11 +56,12 @@ def convert(
         raise ValueError(
             f"{base.__name__} is not a class of transformers itself; its checkpoints could not be loaded again"
         )
+    chosen = _chosen_layers(language_layers(model), layers)
     recipe = {
         "law": "s log n" if not _has_bias(init, bias) else "s log n + b",
         "init": init,
         **_start(init, bias, train_length, config),
-        "layers": _chosen_layers(language_layers(model), layers),
+        "layers": chosen,
         "version": ssmax.__version__,
     }
     before = {name: config.__dict__.get(name, _ABSENT) for name in ("architectures", "auto_map")}

@@ -60,13 +60,14 @@ def _is_attention(module, text_config_type):
         isinstance(getattr(module, "layer_idx", None), int)
         and type(getattr(module, "config", None)) is text_config_type
         and getattr(module, "is_causal", False) is True
-        and not getattr(module, "is_cross_attention", False)
-        and not {"cross_attention_states", "encoder_hidden_states", "key_value_states"} & _arguments(module)
+        and not getattr(module, "is_cross_attention", _takes_other_keys(module))
     )
 
 
-def _arguments(module):
-    return set(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+def _takes_other_keys(module):
+    """Whether the keys come from elsewhere: what a module that does not call itself cross attention or not may do."""
+    arguments = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    return bool({"cross_attention_states", "encoder_hidden_states", "key_value_states"} & set(arguments))
 
 
 def _dispatches(module):

@@ -12,8 +12,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ssmax.errors import UserError
 from ssmax.evaluation.retrieval import CITIES
-from ssmax.lab.errors import UserError
 
 __all__ = ["END_OF_TEXT", "Corpus", "documents", "load", "prepare"]
 

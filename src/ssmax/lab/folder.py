@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssmax.lab.errors import UserError
+from ssmax.errors import UserError
 from ssmax.lab.recipes import STAGES, Recipe
 from ssmax.results import write_atomically
 

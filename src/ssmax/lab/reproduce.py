@@ -20,8 +20,8 @@ import transformers
 from tqdm import tqdm
 
 import ssmax
+from ssmax.errors import RunFailed, UserError
 from ssmax.lab import corpus as corpora
-from ssmax.lab.errors import RunFailed, UserError
 from ssmax.lab.experiments import check_fit, formula_rows, run_stage, stage_tokens
 from ssmax.lab.folder import RunFolder
 from ssmax.lab.recipes import STAGES, Recipe

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import ssmax
+from ssmax.errors import RunFailed, UserError
 from ssmax.evaluation import NeedleTask
-from ssmax.lab.errors import RunFailed, UserError
 from ssmax.lab.recipes import Recipe
 
 __all__ = ["Examples", "Windows", "build_model", "finetune", "pretrain"]

@@ -1,0 +1,59 @@
+"""fold: s into the query projection, for inference without a learned factor."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ssmax.hf.checkpoint import SSMaxModel
+from ssmax.hf.layers import language_layers
+
+__all__ = ["fold"]
+
+QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "qk_norm", "qk_layernorm")
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel) -> PreTrainedModel:
+    """Multiply each head's rows of q_proj by its s, in place, and set s to 1: the same model, log n alone remains.
+
+    softmax((s log n) q k) = softmax(log n (s q) k); RoPE is linear. Rounding apart (about 3e-5 of the logits in float32)
+    the outputs stay. s is frozen after it.
+
+    Raises:
+        ValueError: not converted; a bias b, which log n multiplies not; a projection that is not one nn.Linear of
+            heads x head size; or something not linear between projection and scale, such as QK-norm or clipping.
+            Nothing is changed then.
+    """
+    if not isinstance(model, SSMaxModel):
+        raise ValueError(f"{type(model).__name__} is not a converted model; there is no s to fold")
+    layers = {i: layer for i, layer in language_layers(model).items() if hasattr(layer.module, "ssmax")}
+    for index, layer in layers.items():
+        obstacle = _obstacle(layer)
+        if obstacle:
+            raise ValueError(f"s of layer {index} cannot be folded into the query projection: {obstacle}")
+    for layer in layers.values():
+        s = layer.module.ssmax.s
+        for parameter in (layer.module.q_proj.weight, layer.module.q_proj.bias):
+            if parameter is not None:
+                rows = parameter.unflatten(0, (layer.heads, -1))
+                factor = s.to(parameter.device).reshape(-1, *(1,) * (rows.ndim - 1))
+                parameter.copy_((rows * factor).flatten(0, 1))
+        s.fill_(1.0).requires_grad_(False)
+    model.config.ssmax = {**model.config.ssmax, "law": "log n (s is folded into q_proj)", "s": 1.0}
+    return model
+
+
+def _obstacle(layer):
+    module = layer.module
+    if module.ssmax.b is not None:
+        return "it has a bias b"
+    if type(getattr(module, "q_proj", None)) is not nn.Linear:
+        return "it has no q_proj that is an nn.Linear"
+    if module.q_proj.out_features != layer.heads * getattr(module, "head_dim", 0):
+        return f"q_proj has {module.q_proj.out_features} rows, which is not heads x head size"
+    norms = [name for name in QUERY_NORMS if getattr(module, name, None) is not None]
+    if norms:
+        return f"{norms[0]} lies between projection and scale"
+    if getattr(module.config, "clip_qkv", None) is not None:
+        return "queries are clipped (clip_qkv)"
+    return None

@@ -1,0 +1,259 @@
+"""Many families against a naive float64 core that knows who sees whom from the test, not from any mask."""
+
+import copy
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.modeling_utils import AttentionInterface
+
+import ssmax
+
+FAMILIES = ["apertus", "arcee", "aria_text", "bitnet", "cohere", "cwm", "ernie4_5", "ernie4_5_moe", "flex_olmo", "gemma", "gemma2", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "jetmoe", "llama", "minimax_m2", "mixtral", "modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma"]
+
+TOKENS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(3))
+LEFT = np.array([[0] * 5 + [1] * 7, [1] * 12])
+RIGHT = LEFT[:, ::-1].copy()
+PACKED = [5, 7]
+LAYOUTS = {
+    "causal": ({"input_ids": TOKENS}, np.ones((2, 12), dtype=int), oracle.causal(12, 12)),
+    "left": ({"input_ids": TOKENS, "attention_mask": torch.tensor(LEFT)}, LEFT, oracle.causal(12, 12)),
+    "right": ({"input_ids": TOKENS, "attention_mask": torch.tensor(RIGHT)}, RIGHT, oracle.causal(12, 12)),
+    "packed": (
+        {"input_ids": TOKENS[:1], "position_ids": torch.tensor([[*range(5), *range(7)]])},
+        np.ones((1, 12), dtype=int),
+        oracle.documents(PACKED),
+    ),
+}
+NOW: dict = {}
+
+
+def naive(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
+    """softmax((s log n + b) softcap(z)) v in float64; NOW["open"] (B, N, S) says who sees whom."""
+    open_keys = NOW["open"]
+    if kwargs.get("sliding_window") is not None:
+        gap = torch.arange(open_keys.shape[1])[:, None] - torch.arange(open_keys.shape[2])
+        open_keys = open_keys & (gap < kwargs["sliding_window"])
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = query.double(), key.double().repeat_interleave(groups, 1), value.double().repeat_interleave(groups, 1)
+    z = q @ k.mT * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if hasattr(module, "naive"):
+        s, b = module.naive
+        z = (
+            z
+            * (s.double()[:, None] * open_keys.sum(-1).clamp(min=1).double().log()[:, None] + b.double()[:, None])[
+                ..., None
+            ]
+        )
+    z = z.masked_fill(~open_keys[:, None], -1e300)
+    sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
+    if sinks is not None:
+        z = torch.cat([z, sinks.double().reshape(1, -1, 1, 1).expand(*z.shape[:3], 1)], -1)
+    weights = z.softmax(-1)[..., : open_keys.shape[-1]]
+    return (weights @ v).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def flash_standin(module, query, key, value, attention_mask, scaling=None, softcap=None, is_causal=None, **kwargs):
+    """What FlashAttention computes from a 2-D mask, a window and restarting positions."""
+    rows, keys = query.shape[2], key.shape[2]
+    position = torch.arange(keys - rows, keys)[:, None]
+    seen = torch.arange(keys) <= position
+    if kwargs.get("sliding_window") is not None:
+        seen = seen & (torch.arange(keys) > position - kwargs["sliding_window"])
+    seen = seen.expand(query.shape[0], 1, rows, keys)
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, None]
+    elif query.shape[0] == 1 and rows == keys and kwargs.get("position_ids") is not None:
+        document = (kwargs["position_ids"][0].diff(prepend=torch.tensor([-1])) != 1).cumsum(0)
+        seen = seen & (document[:, None] == document)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("naive", naive)
+AttentionMaskInterface.register("naive", lambda **arguments: None)
+AttentionInterface.register("standin_of_fa2", flash_standin)
+AttentionMaskInterface.register("standin_of_fa2", flash_attention_mask)
+
+
+def converted_and_naive(family, **changes):
+    """The converted model with its own s and b in every head, and the plain one whose core computes the same naively."""
+    plain = tiny_model(family, **changes)
+    model = ssmax.convert(copy.deepcopy(plain), 0.5, bias=True)
+    generator = torch.Generator().manual_seed(7)
+    modules = dict(plain.named_modules())
+    for name, module in model.named_modules():
+        if hasattr(module, "ssmax"):
+            with torch.no_grad():
+                for parameter in (module.ssmax.s, module.ssmax.b):
+                    parameter.copy_(0.2 + 0.6 * torch.rand(parameter.shape, generator=generator))
+            modules[name].naive = module.ssmax.s, module.ssmax.b
+    plain.set_attn_implementation("naive")
+    return model, plain
+
+
+def naive_logits(plain, layout, leaking=False):
+    inputs, real, table = LAYOUTS[layout]
+    table = oracle.causal(12, 12) if leaking else table
+    NOW["open"] = torch.tensor(table[None] & real.astype(bool)[:, None, :])
+    with torch.no_grad():
+        return plain(**inputs, use_cache=False).logits
+
+
+def leaks(family, plain, implementation):
+    """Whether transformers' own softmax model lets packed documents see each other; n must follow what is seen."""
+    softmax = tiny_model(family)
+    softmax.set_attn_implementation(implementation)
+    with torch.no_grad():
+        got = softmax(**LAYOUTS["packed"][0], use_cache=False).logits
+    for module in (bare := copy.deepcopy(plain)).modules():
+        if hasattr(module, "naive"):
+            del module.naive
+    apart, together = (naive_logits(bare, "packed", leaking) for leaking in (False, True))
+    errors = [(got - want).abs().max() / want.abs().max() for want in (apart, together)]
+    assert min(errors) < 3e-5
+    return bool(errors[1] < errors[0])
+
+
+def implementations(model):
+    # Families with sinks or a softcap run on eager alone (and on kernels that know them).
+    config = model.config.get_text_config()
+    special = hasattr(config, "attn_logit_softcapping") and config.attn_logit_softcapping is not None
+    if special or any(hasattr(module, "sinks") for module in model.modules()):
+        return ["eager"]
+    return ["sdpa", "eager", "standin_of_fa2"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_equals_the_naive_core(family):
+    model, plain = converted_and_naive(family)
+    checked = 0
+    for layout, (inputs, real, _) in LAYOUTS.items():
+        for implementation in implementations(model):
+            want = naive_logits(plain, layout, layout == "packed" and leaks(family, plain, implementation))
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                got = model(**inputs, use_cache=False).logits
+            close(got, want, real)
+            checked += 1
+        if layout == "causal":
+            with torch.no_grad():
+                ssmax_off = ssmax.revert(copy.deepcopy(model))(**inputs, use_cache=False).logits
+            assert (ssmax_off - want).abs().max() > 1e-3, "the comparison would not notice SSMax"
+    assert checked in (4, 12)
+
+
+def close(got, want, real):
+    where = torch.tensor(real, dtype=torch.bool)
+    error = (got - want).abs()[where].max() / max(1.0, want.abs().max())
+    assert error < 3e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "phi3", "mixtral", "gpt_neox", "cohere"])
+def test_a_cached_decode_equals_the_naive_core(family):
+    model, plain = converted_and_naive(family)
+    want = naive_logits(plain, "causal")
+    for implementation in implementations(model):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            first = model(input_ids=TOKENS[:, :8], use_cache=True)
+            parts, cache = [first.logits], first.past_key_values
+            for i in range(8, 12):
+                parts.append(model(input_ids=TOKENS[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        close(torch.cat(parts, 1), want, np.ones((2, 12)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox", "gemma2", "olmoe", "cohere", "phi3", "gpt2"])
+def test_round_trips_are_exact(family, tmp_path):
+    model, _ = converted_and_naive(family)
+    with torch.no_grad():
+        want = model(TOKENS).logits
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert type(loaded) is type(model)
+        assert torch.equal(loaded(TOKENS).logits, want)
+        plain = tiny_model(family)
+        assert torch.equal(ssmax.revert(loaded)(TOKENS).logits, plain(TOKENS).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_windowed_layers_stay_unless_named():
+    changes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+    model, plain = converted_and_naive("qwen2", use_sliding_window=True, **changes)
+    assert model.config.ssmax["layers"] == [1]
+    for implementation in implementations(model):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            close(model(TOKENS).logits, naive_logits(plain, "causal"), np.ones((2, 12)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "standin_of_fa2"])
+def test_a_window_named_by_index_counts_what_it_sees(implementation):
+    plain = tiny_model("mistral", sliding_window=4)
+    with pytest.raises(ValueError, match="no layer attends in full"):
+        ssmax.convert(plain)
+    model = ssmax.convert(plain, 0.5, layers=[0, 1])
+    model.set_attn_implementation(implementation)
+    seen = []
+    hook = model.model.layers[0].self_attn.ssmax.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[1])
+    )
+    with torch.no_grad():
+        model(**LAYOUTS["left"][0])
+    hook.remove()
+    want = (oracle.causal(12, 12, 4)[None] & LEFT.astype(bool)[:, None]).sum(-1)
+    real = LEFT.astype(bool)
+    assert (seen[0].expand(2, 12).numpy()[real] == want[real]).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_mask_is_counted_once_a_forward(monkeypatch):
+    from ssmax.hf import visibility
+
+    model, _ = converted_and_naive("llama")
+    calls = []
+    monkeypatch.setattr(visibility, "visible_keys", lambda **a: calls.append(1) or ssmax.visible_keys(**a))
+    for _ in range(2):
+        model(**LAYOUTS["left"][0])
+    assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (
+            lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=9)),
+            "attention interface|it has none",
+        ),
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9)
+            ),
+            "encoder-decoder",
+        ),
+        (lambda: tiny_model("falcon"), "attention interface"),
+        (lambda: tiny_model("llama4_text"), "temperature tuning"),
+        (lambda: tiny_model("ministral3"), "llama_4_scaling_beta"),
+        (lambda: tiny_model("mamba"), "it has none"),
+    ],
+)
+def test_what_cannot_be_converted_says_why_and_stays_as_it_was(build, words):
+    model = build()
+    kind, names = type(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        ssmax.convert(model)
+    assert type(model) is kind
+    assert list(model.state_dict()) == names

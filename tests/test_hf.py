@@ -364,3 +364,29 @@ def test_training_moves_s_and_the_norms_of_s_are_not_decayed(model):
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     assert (model.model.layers[0].self_attn.ssmax.s - before).abs().max() > 0.01
+
+
+def test_fold_is_the_same_llama_and_refuses_where_it_would_not_be(tmp_path):
+    torch.manual_seed(0)
+    model = spread_scales(ssmax.convert(LlamaForCausalLM(LlamaConfig(**SHAPE)).eval(), 0.5))
+    want = model(TOKENS).logits
+    ssmax.fold(model)
+    torch.testing.assert_close(model(TOKENS).logits, want, rtol=0, atol=3e-5)
+    assert all(layer.self_attn.ssmax.s.eq(1).all() for layer in model.model.layers)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, want, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [("llama", {"init": "identity"}, "bias b"), ("qwen3", {}, "q_norm lies between"), ("llama", None, "no s to fold")],
+)
+def test_fold_refuses_what_it_cannot_do_exactly(family, options, words):
+    config_type, model_type = FAMILIES[family]
+    model = model_type(config_type(**SHAPE))
+    if options is not None:
+        ssmax.convert(model, **options)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        ssmax.fold(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -61,21 +61,21 @@ class Recipe:
     vocab_size: int = 512
     train_length: int = 128
     batch_size: int = 32
-    steps: int = 300
+    steps: int = 260
     learning_rate: float = 4e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
-    finetune_steps: int = 500
+    finetune_steps: int = 440
     finetune_batch_size: int = 32
     finetune_learning_rate: float = 3e-3
     finetune_warmup_steps: int = 20
     needle_digits: int = 2
-    loss_texts: int = 32
+    loss_texts: int = 24
     length_factor: int = 16
     theta_factors: tuple[int, ...] = (1, 50)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    trials: int = 20
-    score_trials: int = 100
+    trials: int = 16
+    score_trials: int = 80
     score_length_factor: int = 8
     corpus_bytes: int = 64_000_000
 

@@ -75,7 +75,7 @@ class Recipe:
     theta_factors: tuple[int, ...] = (1, 50)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     trials: int = 16
-    score_trials: int = 80
+    score_trials: int = 100
     score_length_factor: int = 8
     corpus_bytes: int = 64_000_000
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ssmax.errors import UserError
+from ssmax.results import write_atomically
 from ssmax.evaluation.retrieval import CITIES
 
 __all__ = ["END_OF_TEXT", "Corpus", "documents", "load", "prepare"]
@@ -121,7 +122,7 @@ def _build(texts, vocab_size, held_out, folder):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tokenizer.save(str(temporary / "tokenizer.json"))
-    save_file({"train": train, "held_out": held}, temporary / "tokens.safetensors")
+    write_atomically(temporary / "tokens.safetensors", save({"train": train, "held_out": held}))
     temporary.rename(folder)
 
 

@@ -162,12 +162,11 @@ def _work(job, stages, recipe, tokens, run, provenance):
                 lambda n, s=stage: _messages.put((job.name, s, n)),
             )
             write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance))
-        except OSError as error:
-            raise RunFailed(
-                f"{stage}: {error.strerror or error}; finished stages are kept, the same command continues"
-            ) from None
-        except ValueError as error:
-            raise RunFailed(f"{stage}: {error}") from None
+        except (UserError, RunFailed):
+            raise
+        except Exception as error:  # a worker's traceback helps nobody; what is finished is kept
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise RunFailed(f"{stage}: {reason}; finished stages are kept, the same command continues") from error
     _messages.put((job.name, None, 0))
 
 

@@ -11,6 +11,9 @@ from ssmax import SSMaxScale, attention, visible_keys
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
+SCALE = SSMaxScale(4).requires_grad_(False)
+
+
 class CountGraphs:
     def __init__(self):
         self.graphs = 0
@@ -64,6 +67,26 @@ def test_two_graphs_serve_64_decode_lengths():
     assert backend.graphs <= 2
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda q, k, v, s: attention(q[:, :, :1], k, v, s, is_causal=True, window=8),
+        lambda q, k, v, s: attention(q[:, :, :1], k, v, s, n=k.shape[2]),
+        lambda q, k, v, s: attention(q, k, v, s, is_causal=True, window=8),
+        lambda q, k, v, s: SCALE(q[:, :, :1], k.shape[2]),
+    ],
+    ids=["decode in a window", "an integer n", "whole windows", "module, an integer n"],
+)
+def test_lengths_do_not_compile_anew(run):
+    backend = CountGraphs()
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    s = torch.full((4,), 0.4)
+    for length in range(3, 40):
+        q, k, v = tensors(length, length)
+        torch.testing.assert_close(compiled(q, k, v, s), run(q, k, v, s))
+    assert backend.graphs <= 2
+
+
 def test_the_module_and_n_from_positions_are_one_graph():
     scale = SSMaxScale(4, bias=True)
     query = torch.randn(2, 4, 6, 8)
@@ -98,7 +121,7 @@ warm = [x.detach()[:, :, :600].requires_grad_() for x in (q, k, v)]
 s = torch.full((2,), 0.43, requires_grad=True)
 def plain(q, k, v): return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 def causal(q, k, v): return attention(q, k, v, s, is_causal=True)
-def window(q, k, v): return attention(q, k, v, s, is_causal=True, window=1024)
+def window(q, k, v): return attention(q, k, v, s, is_causal=True, window=256)
 {name}(*warm).sum().backward()
 {name}(q, k, v).square().sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, q.numel() * 4)

@@ -235,6 +235,38 @@ def test_dropout_drops():
         assert (dropped - attention(q, k, v, s, b, impl=impl)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (3, 0), (0, 0)])
+def test_nothing_asked_and_nothing_to_see(impl, rows, keys):
+    (q, k, v), s, b = tensors(rows, keys)
+    for is_causal in (False, True):
+        got = attention(q, k, v, s, b, is_causal=is_causal, impl=impl)
+        assert got.shape == (B, H, rows, D)
+        assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("impl", TRAINED)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_dead_row_passes_nothing_on_whatever_stands_in_it(impl, poison):
+    (q, k, v), s, b = tensors()
+    q[:, :, 1] = poison
+    mask = torch.ones(N, S, dtype=torch.bool)
+    mask[1] = False
+    leaves = [x.requires_grad_() for x in (q, k, v, s, b)]
+    output = attention(*leaves, attn_mask=mask, impl=impl)
+    assert output[:, :, 1].eq(0).all()
+    for gradient in torch.autograd.grad(output.square().sum(), leaves):
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() > 0
+
+
+def test_a_bias_wider_than_the_query_is_not_rounded():
+    (q, k, v), s, b = tensors(dtype=torch.float16)
+    shifted = attention(q, k, v, s, b, n=S, attn_mask=torch.full((N, S), -1e5))
+    plain = attention(q, k, v, s, b, n=S)
+    torch.testing.assert_close(shifted, plain, rtol=0, atol=2e-2)
+
+
 def packed_causal(b, h, q, k):
     """Documents of 3 and 4 tokens."""
     return (q >= k) & ((q < 3) == (k < 3))
@@ -351,6 +383,12 @@ BLOCKS = create_block_mask(lambda b, h, q, k: q >= k, None, None, 3, 3, device="
         ({"attn_mask": torch.ones(2, 2, dtype=torch.bool)}, ValueError, "attn_mask must broadcast"),
         ({"attn_mask": torch.ones(3, 3, dtype=torch.long)}, TypeError, "attn_mask must be bool or floating"),
         ({"impl": "flash"}, ValueError, "impl must be one of"),
+        ({"softcap": math.inf}, ValueError, "finite"),
+        ({"softcap": "5"}, TypeError, "softcap must be a number"),
+        ({"scale": "a"}, TypeError, "scale must be a number"),
+        ({"s": None}, TypeError, "s must be"),
+        ({"key": Q.numpy()}, TypeError, "key must be a tensor"),
+        ({"n": 4, "attn_mask": torch.zeros(3, 3).double(), "impl": "sdpa"}, ValueError, "would round the bias"),
         ({"impl": "flex", "dropout_p": 0.1}, ValueError, "no dropout"),
         ({"impl": "flex", "s": torch.ones(4, requires_grad=True)}, ValueError, "no gradients on the CPU"),
         ({"attn_mask": "causal"}, TypeError, "tensor or a BlockMask"),

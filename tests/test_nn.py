@@ -103,10 +103,18 @@ def test_inference_first_then_training():
     assert scale.weight.grad.item() == pytest.approx(4 * math.log(2))
 
 
+def test_wrong_types():
+    with pytest.raises(TypeError, match="floating point"):
+        SSMaxScale(2)(torch.full((1, 2, 1, 2), 7), 9)
+    with pytest.raises(TypeError, match="n must be"):
+        SSMaxScale(2)(torch.ones(1, 2, 1, 2), None)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: SSMaxScale(0), "positive integer"),
+        (lambda: SSMaxScale(2, b=0.5), "needs bias=True"),
         (lambda: SSMaxScale(2)(torch.ones(1, 3, 4, 5), 4), "2 heads"),
         (lambda: SSMaxScale(2)(torch.ones(2, 4, 5), 4), r"query must be \(B, 2 heads"),
         (lambda: SSMaxScale(2)(torch.ones(1, 2, 4, 5), torch.ones(3)), "n must be"),

@@ -114,11 +114,35 @@ def test_gradients_of_z_s_and_b_and_zeros_for_dead_rows():
         ({"z": torch.ones(2, 3), "mask": torch.ones(4, dtype=torch.bool)}, ValueError, "mask must broadcast"),
         ({"z": torch.ones(2, 3), "n": torch.ones(2, 3)}, ValueError, "n must broadcast"),
         ({"z": torch.ones(2, 3), "n": -1}, ValueError, "negative"),
+        ({"z": [1.0, 2.0]}, TypeError, "z must be"),
+        ({"z": torch.ones(2, 3), "dim": 2}, ValueError, "dim must be"),
+        ({"z": torch.ones(2, 3), "s": "a"}, TypeError, "s must be"),
     ],
 )
 def test_bad_calls_of_scalable_softmax(arguments, error, words):
     with pytest.raises(error, match=words):
         scalable_softmax(**arguments)
+
+
+def test_a_python_float_keeps_float64_exact():
+    z = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    want = 1 / (1 + math.exp(-0.43 * math.log(2)))
+    assert scalable_softmax(z, 0.43)[1].item() == pytest.approx(want, rel=1e-15)
+
+
+def test_what_is_hidden_cannot_poison():
+    z = torch.tensor([[1.0, math.nan, 2.0], [math.nan, math.nan, math.nan]], requires_grad=True)
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    weights = scalable_softmax(z, 0.43, mask=mask)
+    assert weights.isfinite().all()
+    weights.square().sum().backward()
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mask", "position_ids", "cu_seqlens"])
+def test_lists_are_refused_by_name(name):
+    with pytest.raises(TypeError, match=f"{name} must be a tensor"):
+        visible_keys(**{name: [0, 1]})
 
 
 # ---- visible_keys, against counting in a table ----
@@ -221,6 +245,7 @@ def test_global_positions_of_a_shard_and_of_a_million():
         ({"mask": torch.tensor([[1.0, 1.0]])}, "additive mask"),
         ({"mask": torch.tensor([[2, 1]])}, "0 and 1 only"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "mask must be"),
+        ({"mask": torch.ones(1, 1, 3, 4, dtype=torch.bool), "window": 2}, "shows later keys"),
         ({"mask": torch.ones(1, 1, 2, 3, dtype=torch.bool), "num_queries": 3}, "2 query rows"),
     ],
 )

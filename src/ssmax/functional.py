@@ -1,12 +1,13 @@
 """attention(): validate, find n, choose the backend, call it."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ssmax.backends import reference, sdpa
-from ssmax.scaling import head_multiplier, rows_of, visible_keys
+from ssmax.scaling import as_bool, head_multiplier, rows_of, visible_keys
 
 __all__ = ["attention"]
 
@@ -44,7 +45,7 @@ def attention(
         n: visible keys of each query: a number, (N,), (B, N) or (B, H, N). Default: counted from attn_mask,
             is_causal and window. A row with n = 0 gives zeros.
         attn_mask: broadcast to (B, H, N, S). bool, True = visible; or floating point, added after the multiplier.
-            A floating mask that holds more than 0 and -inf is a bias and needs n. Or a BlockMask of FlexAttention.
+            A floating mask that holds more than 0 and -inf is a bias; it needs n and the query's dtype. Or a BlockMask of FlexAttention.
         is_causal: the queries are the last N of the S positions, as in FlashAttention and a cached decode (not
             torch's top-left rule). May be combined with attn_mask.
         window: at most so many visible keys, the query's own included. Needs is_causal.
@@ -64,12 +65,21 @@ def attention(
         ValueError: shapes that do not fit, an unknown impl, or one that cannot compute what is asked.
     """
     _check_tensors(query, key, value, enable_gqa)
-    _check_options(query, key, attn_mask, is_causal, window, softcap, dropout_p)
-    backend = _backend(_choose(impl, attn_mask, softcap, dropout_p, query, key, value, s, b))
+    _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p)
+    is_bias = n is not None and isinstance(attn_mask, Tensor) and attn_mask.is_floating_point()
+    narrowed = is_bias and attn_mask.dtype != query.dtype
+    backend = _backend(_choose(impl, attn_mask, narrowed, softcap, dropout_p, query, key, value, s, b))
+    if 0 in (query.shape[2], key.shape[2]):
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
     if isinstance(attn_mask, Tensor):
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
+        # Without n a floating mask must be a mask and no bias: bool is exact in every dtype.
+        attn_mask = as_bool(attn_mask) if n is None else attn_mask
     derived = n is None
     n = _derive_n(query, key, attn_mask, is_causal, window) if n is None else n
+    if attn_mask is not None or not derived:
+        # A row that sees nothing passes nothing on, whatever stands in it.
+        query = query.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
     output = backend.forward(
         query,
         key,
@@ -107,8 +117,7 @@ def _derive_n(query, key, attn_mask, is_causal, window):
         open_keys = open_keys.tril(num_keys - num_queries)
         if window is not None:
             open_keys = open_keys.triu(num_keys - num_queries - window + 1)
-        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask = mask.masked_fill(~open_keys, hidden)
+        mask = mask & open_keys
     return visible_keys(mask=mask.expand(-1, -1, num_queries, num_keys))
 
 
@@ -120,13 +129,17 @@ def _backend(name) -> Any:
     return {"reference": reference, "sdpa": sdpa}[name]
 
 
-def _choose(impl, attn_mask, softcap, dropout_p, *inputs):
+def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):
     """Return the backend that computes exactly this, or raise ValueError where the one asked for cannot."""
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, IMPLS))}; got {impl!r}")
     blocks = attn_mask is not None and not isinstance(attn_mask, Tensor)
     if impl == "auto":
-        impl = "flex" if blocks else "sdpa" if softcap is None else "reference"
+        impl = "flex" if blocks else "sdpa" if softcap is None and not narrowed else "reference"
+    if narrowed and impl != "reference":
+        raise ValueError(
+            f"impl={impl!r} would round the bias from {attn_mask.dtype} to {inputs[0].dtype}; cast it, or use impl='reference'"
+        )
     if blocks and impl != "flex":
         raise ValueError(f"impl={impl!r} does not take a BlockMask; use impl='flex' or 'auto'")
     if impl == "sdpa" and softcap is not None:
@@ -144,6 +157,8 @@ def _choose(impl, attn_mask, softcap, dropout_p, *inputs):
 
 def _check_tensors(query, key, value, enable_gqa):
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head size), got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -156,6 +171,8 @@ def _check_tensors(query, key, value, enable_gqa):
         raise ValueError(
             f"key and value must agree in heads and length, got {tuple(key.shape)} and {tuple(value.shape)}"
         )
+    if query.shape[-1] == 0:
+        raise ValueError("query has head size 0")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key has head size {key.shape[-1]}, but query has {query.shape[-1]}")
     heads, key_heads = query.shape[1], key.shape[1]
@@ -165,13 +182,16 @@ def _check_tensors(query, key, value, enable_gqa):
         raise ValueError(f"key's {key_heads} heads must divide query's {heads} heads")
 
 
-def _check_options(query, key, attn_mask, is_causal, window, softcap, dropout_p):
+def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p):
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be a positive integer, got {window!r}")
     if window is not None and not is_causal:
         raise ValueError("window needs is_causal=True; for a two-sided window pass attn_mask")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap!r}")
+    for name, number in (("softcap", softcap), ("scale", scale)):
+        if number is not None and not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     if attn_mask is None:

@@ -31,6 +31,8 @@ class SSMaxScale(nn.Module):
         super().__init__()
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
             raise ValueError(f"num_heads must be a positive integer, got {num_heads!r}")
+        if b != 0 and not bias:
+            raise ValueError(f"b = {b} needs bias=True; without it b is not used")
         self.num_heads = num_heads
         self.init_s, self.init_b = float(s), float(b)
         self.weight = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
@@ -65,6 +67,8 @@ class SSMaxScale(nn.Module):
         """
         if query.ndim != 4 or query.shape[1] != self.num_heads:
             raise ValueError(f"query must be (B, {self.num_heads} heads, N, D), got shape {tuple(query.shape)}")
+        if not query.is_floating_point():
+            raise TypeError(f"query must be floating point, got {query.dtype}")
         return scale_query(query, head_multiplier(n, self.weight, self.bias, query))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMaxScale":

@@ -72,7 +72,7 @@ def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
 
 def _per_head(value: Tensor | float, query: Tensor, name: str) -> Tensor:
     heads = query.shape[1]
-    value = torch.as_tensor(value, device=query.device)
+    value = _real(value, name, torch.float64 if query.dtype == torch.float64 else torch.float32, query.device)
     if value.shape not in ((), (heads,)):
         raise ValueError(f"{name} must be a number or one value for each of {heads} heads, got {tuple(value.shape)}")
     return value.reshape(-1, 1)
@@ -116,17 +116,22 @@ def scalable_softmax(
         TypeError: z is not floating point, or mask is not bool.
         ValueError: mask, n, s or b does not broadcast as said, or n is negative.
     """
-    if not z.is_floating_point():
-        raise TypeError(f"z must be floating point, got {z.dtype}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool (True = visible), got {mask.dtype}")
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        raise TypeError(f"z must be a floating point tensor, got {getattr(z, 'dtype', type(z).__name__)}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        raise TypeError(
+            f"mask must be a bool tensor (True = visible), got {getattr(mask, 'dtype', type(mask).__name__)}"
+        )
+    if not -z.ndim <= dim < z.ndim:
+        raise ValueError(f"dim must be one of z's {z.ndim} dimensions, got {dim}")
     row = list(z.shape)
     row[dim] = 1
-    visible = z > -math.inf if mask is None else _broadcast(mask, z.shape, "mask") & (z > -math.inf)
-    visible = visible | z.isnan()  # a NaN must surface, not vanish behind the mask
-    n_row = visible.sum(dim, keepdim=True) if n is None else _broadcast(_count(n, z.device), row, "n")
-    s_row, b_row = (_broadcast(torch.as_tensor(x, device=z.device), row, name) for x, name in ((s, "s"), (b, "b")))
+    visible = (z > -math.inf) | z.isnan()  # a NaN that is seen must surface
+    if mask is not None:
+        visible = visible & _broadcast(mask, z.shape, "mask")
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    n_row = visible.sum(dim, keepdim=True) if n is None else _broadcast(_count(n, z.device), row, "n")
+    s_row, b_row = (_broadcast(_real(x, name, wide, z.device), row, name) for x, name in ((s, "s"), (b, "b")))
     scaled = z.to(wide).masked_fill(~visible, 0.0) * multiplier(n_row, s_row, b_row, dtype=wide)
     alive = visible.any(dim, keepdim=True) & (n_row > 0)
     # Dead rows get finite logits first and zeros after, so that no NaN reaches the gradient.
@@ -168,6 +173,7 @@ def visible_keys(
         int64, (1, N) for num_keys and cu_seqlens, (B, N) otherwise, (B, H, N) for a mask that has H > 1 heads.
 
     Raises:
+        TypeError: mask, position_ids or cu_seqlens is no tensor.
         ValueError: none or several sources of visibility, wrong shapes or values, or a combination that does not
             determine n. Never a guess. Values are checked where that costs no device synchronisation (on the CPU).
     """
@@ -180,6 +186,9 @@ def visible_keys(
     for name, value in (("num_queries", num_queries), ("window", window), ("chunk", chunk)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    for name in ("mask", "position_ids", "cu_seqlens"):
+        if sources[name] is not None and not isinstance(sources[name], Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(sources[name]).__name__}")
     if window is not None and not causal:
         raise ValueError("window is defined for causal attention only; for a two-sided window pass the 4-D mask")
     if position_ids is not None:
@@ -246,7 +255,7 @@ def _from_documents(cu_seqlens, num_queries, window, chunk, causal):
 def _from_padding(mask, num_queries, window, chunk, causal):
     if mask.ndim != 2:
         raise ValueError(f"mask must be (B, S) or (B, 1 or H, N, S), got shape {tuple(mask.shape)}")
-    real_BS = _as_bool(mask)
+    real_BS = as_bool(mask)
     num_keys = real_BS.shape[1]
     num_queries = num_keys if num_queries is None else num_queries
     if not causal and chunk is None:
@@ -263,7 +272,7 @@ def _from_padding(mask, num_queries, window, chunk, causal):
 
 
 def _from_full_mask(mask, num_queries, window, chunk):
-    visible = _as_bool(mask)
+    visible = as_bool(mask)
     num_rows, num_keys = visible.shape[-2:]
     if num_queries is not None and num_queries != num_rows:
         raise ValueError(f"num_queries is {num_queries}, but the mask has {num_rows} query rows")
@@ -272,6 +281,10 @@ def _from_full_mask(mask, num_queries, window, chunk):
         position_N1 = torch.arange(num_keys - num_rows, num_keys, device=mask.device)[:, None]
         first, stop = _interval(position_N1, 0, num_keys, window, chunk, causal=False)
         key_S = torch.arange(num_keys, device=mask.device)
+        if window is not None and _readable(mask) and (visible & (key_S > position_N1)).any():
+            raise ValueError(
+                "window is defined for causal attention only, but the mask shows later keys; narrow the mask itself"
+            )
         visible = visible & (key_S >= first) & (key_S < stop)
     n_BHN = visible.sum(-1)
     return n_BHN.squeeze(1) if n_BHN.shape[1] == 1 else n_BHN
@@ -292,7 +305,7 @@ def _interval(position, start, end, window, chunk, causal):
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _as_bool(mask: Tensor) -> Tensor:
+def as_bool(mask: Tensor) -> Tensor:
     """Read a bool, 0/1 or additive mask as True = visible."""
     if mask.dtype == torch.bool:
         return mask
@@ -322,8 +335,19 @@ def _check_last(num_queries: int, available: int, name: str) -> None:
         raise ValueError(f"num_queries is {num_queries}, more than the {available} positions of {name}")
 
 
+def _real(value: Tensor | float, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def _count(n: Tensor | int, device: torch.device) -> Tensor:
-    n = torch.as_tensor(n, device=device)
+    if not isinstance(n, (Tensor, int, float)):
+        raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
+    # torch.full takes a symbolic size as it is; as_tensor would compile anew for each number.
+    n = n.to(device) if isinstance(n, Tensor) else torch.full((), n, device=device)
     if _readable(n) and not (n >= 0).all():
         raise ValueError(f"n counts visible keys and must not be negative, got {n.min().item()}")
     return n

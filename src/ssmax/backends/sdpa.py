@@ -37,38 +37,54 @@ def forward(
     num_queries, num_keys = query.shape[2], key.shape[2]
     offset = num_keys - num_queries
     if mask is not None:
-        return _masked(attend, scaled, num_keys, _narrow(mask, offset, is_causal, window, num_queries, num_keys))
+        return _masked(
+            attend, scaled, num_keys, _narrow(mask, offset, is_causal, window, num_queries, num_keys, query.device)
+        )
     if not is_causal:
         return attend(scaled, 0, num_keys, None)
-    window = num_keys if window is None else window
-    narrow = window < num_keys
-    if not narrow and num_queries == 1:
-        return attend(scaled, 0, num_keys, None)
-    if not narrow and offset == 0:
+    if num_queries == 1:
+        return attend(scaled, 0 if window is None else max(0, num_keys - window), num_keys, None)
+    if window is None and offset == 0:
         return attend(scaled, 0, num_keys, None, causal=True)
+    if window is not None and num_keys <= BLOCK:
+        return _masked(
+            attend, scaled, num_keys, _narrow(None, offset, True, window, num_queries, num_keys, query.device)
+        )
     blind = min(max(0, -offset), num_queries)  # rows before the first key see nothing
     outputs = [scaled.new_zeros(*scaled.shape[:2], blind, value.shape[-1])] if blind else []
+    window = num_keys if window is None else min(window, num_keys)
+    band = _band(min(BLOCK, num_queries), window, scaled)
     for start in range(blind, num_queries, BLOCK):
         stop = min(start + BLOCK, num_queries)
-        first = max(0, offset + start - window + 1) if narrow else 0
-        position = torch.arange(offset + start, offset + stop, device=query.device)[:, None]
-        other = torch.arange(first, offset + stop, device=query.device)
-        visible = other <= position
-        if narrow:
-            visible &= other > position - window
-        outputs.append(attend(scaled[:, :, start:stop], first, offset + stop, visible))
+        first = offset + start - window + 1
+        # All blocks look at the same band, so that one mask is kept for the backward and not one a block.
+        outputs.append(
+            attend(
+                scaled[:, :, start:stop],
+                max(0, first),
+                offset + stop,
+                band[: stop - start, max(0, -first) : stop - start + window - 1],
+            )
+        )
     return torch.cat(outputs, 2)
 
 
-def _narrow(mask, offset, is_causal, window, num_queries, num_keys):
+def _band(rows, window, like):
+    """Row r sees columns r to r + window - 1; additive, in the query's dtype, so that the kernel keeps no copy."""
+    gap = torch.arange(rows + window - 1, device=like.device) - torch.arange(rows, device=like.device)[:, None]
+    hidden = (gap < 0) | (gap >= window)
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(hidden, -torch.inf)
+
+
+def _narrow(mask, offset, is_causal, window, num_queries, num_keys, device):
     """Put causality and window into the mask."""
     if not is_causal:
         return mask
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=mask.device).tril(offset)
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)
     if window is not None:
         visible = visible.triu(offset - window + 1)
-    if mask.dtype == torch.bool:
-        return mask & visible
+    if mask is None or mask.dtype == torch.bool:
+        return visible if mask is None else mask & visible
     return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
 
 

@@ -21,6 +21,15 @@ def test_it_scales_each_row_and_head():
     torch.testing.assert_close(scale(query, 9)[:, 1, 0], query[:, 1, 0] * (0.8 * math.log(9) + 0.1))
 
 
+def test_a_shared_scale_is_one_for_all_heads_and_one_module_serves_all_layers():
+    scale = SSMaxScale(4, s=0.3, bias=True, b=0.2, shared=True)
+    query, n = torch.randn(2, 4, 3, 5), torch.tensor([1, 2, 7])
+    assert [p.shape for p in scale.parameters()] == [(1,), (1,)]
+    torch.testing.assert_close(scale(query, n), query * (0.3 * n.log() + 0.2)[:, None])
+    layers = torch.nn.ModuleList([torch.nn.ModuleDict({"ssmax": scale}) for _ in range(3)])
+    assert len(list(layers.parameters())) == 2
+
+
 def test_default_is_the_papers_start():
     assert SSMaxScale(1).s.item() == pytest.approx(0.16847, abs=5e-6)
     assert SSMaxScale(1, s=matched_scale(64)).s.item() == pytest.approx(64 / math.lgamma(65))

@@ -21,13 +21,17 @@ class SSMaxScale(nn.Module):
         s: starting value; default the paper's for a training length of 1,024, see ssmax.matched_scale.
         bias: learn b as well.
         b: starting value of b.
+        shared: one s and b for all heads of the layer. One for the whole model: give all layers the same module. A fixed s,
+            the paper's (c): SSMaxScale(heads, s=1.0).requires_grad_(False).
 
     Attributes:
-        weight: s, (H,). Not to be weight-decayed: the paper decays matrices only.
+        weight: s, (H,), or (1,) where shared. Not to be weight-decayed: the paper decays matrices only.
         bias: b, (H,), or None.
     """
 
-    def __init__(self, num_heads: int, s: float = matched_scale(1024), bias: bool = False, b: float = 0.0):
+    def __init__(
+        self, num_heads: int, s: float = matched_scale(1024), bias: bool = False, b: float = 0.0, shared: bool = False
+    ):
         super().__init__()
         if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
             raise ValueError(f"num_heads must be a positive integer, got {num_heads!r}")
@@ -35,8 +39,9 @@ class SSMaxScale(nn.Module):
             raise ValueError(f"b = {b} needs bias=True; without it b is not used")
         self.num_heads = num_heads
         self.init_s, self.init_b = float(s), float(b)
-        self.weight = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32)) if bias else None
+        size = 1 if shared else num_heads
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(size, dtype=torch.float32)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -42,7 +42,7 @@ def head_multiplier(n: Tensor | int, s: Tensor | float, b: Tensor | float | None
 
     Args:
         n: a number, (N,), (B or 1, N) or (B or 1, H or 1, N).
-        s: a number, () or (H,).
+        s: a number, (), (1,) or (H,).
         b: as s, or None.
         query: (B, H, N, D).
 
@@ -73,7 +73,7 @@ def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
 def _per_head(value: Tensor | float, query: Tensor, name: str) -> Tensor:
     heads = query.shape[1]
     value = _real(value, name, torch.float64 if query.dtype == torch.float64 else torch.float32, query.device)
-    if value.shape not in ((), (heads,)):
+    if value.shape not in ((), (1,), (heads,)):
         raise ValueError(f"{name} must be a number or one value for each of {heads} heads, got {tuple(value.shape)}")
     return value.reshape(-1, 1)
 

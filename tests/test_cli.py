@@ -108,7 +108,13 @@ def children(pid):
 def test_a_killed_run_continues_to_the_same_rows(number, stage, finished, corpus, tmp_path):
     command = [SSMAX, "reproduce", "smoke", "--corpus", str(corpus), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell's background job ignores Ctrl-C, and so would its children; the person at the terminal is no such job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: list(tmp_path.glob(f"run/stages/*.{stage}.jsonl")), process)
     workers = children(process.pid)

@@ -116,25 +116,27 @@ PEAK = """
 import resource, torch
 from ssmax import attention
 torch.set_num_threads(1)
-q, k, v = (torch.randn(1, 2, 16384, 64, requires_grad=True) for _ in range(3))
+q, k, v = (torch.randn(1, {heads}, 16384, {size}, requires_grad=True) for _ in range(3))
 warm = [x.detach()[:, :, :600].requires_grad_() for x in (q, k, v)]
-s = torch.full((2,), 0.43, requires_grad=True)
+s = torch.full(({heads},), 0.43, requires_grad=True)
 def plain(q, k, v): return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 def causal(q, k, v): return attention(q, k, v, s, is_causal=True)
-def window(q, k, v): return attention(q, k, v, s, is_causal=True, window=256)
+def window(q, k, v): return attention(q, k, v, s, is_causal=True, window={window})
 {name}(*warm).sum().backward()
 {name}(q, k, v).square().sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, q.numel() * 4)
 """
 
 
-def peak(name):
-    done = subprocess.run([sys.executable, "-c", PEAK.format(name=name)], capture_output=True, text=True, check=True)
+def peak(name, **shape):
+    script = PEAK.format(name=name, **{"window": 0, **shape})
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return [int(x) for x in done.stdout.split()]
 
 
-@pytest.mark.parametrize("layout", ["causal", "window"])
-def test_memory_beyond_plain_attention_is_below_three_queries(layout):
-    plain, size = peak("plain")
-    ours, _ = peak(layout)
-    assert ours - plain < 3 * size
+@pytest.mark.parametrize(("heads", "size"), [(2, 64), (4, 32)])
+def test_memory_beyond_plain_attention_is_below_three_queries(heads, size):
+    plain, query = peak("plain", heads=heads, size=size)
+    for layout in ({"name": "causal"}, {"name": "window", "window": 256}, {"name": "window", "window": 2048}):
+        ours, _ = peak(**layout, heads=heads, size=size)
+        assert ours - plain < 3 * query, layout

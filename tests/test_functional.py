@@ -115,13 +115,23 @@ def test_queries_are_the_last_positions(rows, keys, window, impl):
     assert (got[:, :, : max(0, rows - keys)] == 0).all()
 
 
-@pytest.mark.parametrize("window", [None, 100])
-def test_blocks_of_rows_join_without_a_seam(window):
-    (q, k, v), s, b = tensors(rows=1100, keys=1300)
-    reference, blocks = (
-        attention(q, k, v, s, b, is_causal=True, window=window, impl=impl) for impl in ("reference", "sdpa")
-    )
-    torch.testing.assert_close(blocks, reference, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("learned", ["q k v s b", "s", "k", ""])
+@pytest.mark.parametrize(("rows", "keys", "window"), [(1100, 1300, None), (1100, 1300, 100), (1300, 1100, 700)])
+def test_blocks_of_rows_join_without_a_seam_in_output_and_gradients(rows, keys, window, learned):
+    (q, k, v), s, b = tensors(rows=rows, keys=keys, key_heads=2)
+    inputs = dict(zip("qkvsb", (q, k, v, s, b), strict=True))
+    upstream = torch.randn(B, H, rows, D, dtype=torch.float64)
+    found = {}
+    for impl in ("reference", "sdpa"):
+        leaves = {name: x.clone().requires_grad_(name in learned.split()) for name, x in inputs.items()}
+        output = attention(*leaves.values(), is_causal=True, window=window, enable_gqa=True, impl=impl)
+        if learned:
+            output.backward(upstream)
+        found[impl] = [output.detach(), *(x.grad for x in leaves.values() if x.grad is not None)]
+    assert len(found["sdpa"]) == 1 + len(learned.split())
+    for got, want in zip(found["sdpa"], found["reference"], strict=True):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_decoding_with_a_cache_equals_one_pass():

@@ -167,14 +167,6 @@ def test_the_paper_size_has_the_papers_parameters():
     assert sum(p.numel() for p in model.parameters()) == 162_129_408 + scales + norms
 
 
-def test_vectors_are_not_decayed():
-    model = training.build_model(smoke(), "paper", "b", 0, 300)
-    optimizer = training._optimizer(model, 1e-3, (0.9, 0.95), 0.1)
-    for group in optimizer.param_groups:
-        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(loaded, tmp_path):
     import dataclasses
 

@@ -71,6 +71,13 @@ def test_s_and_b_survive_bit_for_bit(trip):
     assert all(p.requires_grad for p in after.parameters())
 
 
+def test_a_narrow_state_dict_is_widened_even_when_assigned():
+    scale = SSMaxScale(3)
+    scale.load_state_dict({"weight": torch.full((3,), 0.5, dtype=torch.bfloat16)}, assign=True)
+    assert scale.s.dtype == torch.float32
+    assert scale.s.tolist() == [0.5] * 3
+
+
 def test_double_widens():
     assert SSMaxScale(2).double().weight.dtype == torch.float64
 

@@ -19,6 +19,7 @@ _HOMES = {
     "revert": "ssmax.hf",
     "converted": "ssmax.hf",
     "fold": "ssmax.hf",
+    "calibrate": "ssmax.calibration",
 }
 _PACKAGES = ("evaluation", "hf")
 
@@ -27,6 +28,7 @@ __all__ = [*_HOMES, *_PACKAGES]
 if TYPE_CHECKING:
     from ssmax import evaluation as evaluation
     from ssmax import hf as hf
+    from ssmax.calibration import calibrate as calibrate
     from ssmax.functional import attention as attention
     from ssmax.hf import convert as convert
     from ssmax.hf import converted as converted

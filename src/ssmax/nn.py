@@ -1,6 +1,7 @@
 """SSMaxScale: the learned s and b of one attention layer, applied to its query."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,15 @@ class SSMaxScale(nn.Module):
             return tensor.to(moved.device)
 
         return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # pyrefly: ignore[bad-override]
+        for name in ("weight", "bias"):  # assign=True would take a narrower dtype as it comes
+            if isinstance(saved := state_dict.get(prefix + name), Tensor) and saved.dtype in (
+                torch.bfloat16,
+                torch.half,
+            ):
+                state_dict[prefix + name] = saved.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Describe the module in one line."""

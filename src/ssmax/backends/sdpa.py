@@ -1,13 +1,20 @@
 """torch's scaled_dot_product_attention with the multiplier and the scale folded into the query, rounded once."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from ssmax.scaling import scale_query
 
 # Rows of a block where the kernel has no flag for the pattern: bounds the mask to BLOCK x (BLOCK + window).
 BLOCK = 512
+
+Attend = Callable[..., Tensor]
+Block = tuple[slice, slice, Tensor]  # rows, keys, mask
 
 
 def forward(
@@ -29,44 +36,77 @@ def forward(
     scaled = scale_query(query, multiplier * scale)
     dropout = {"dropout_p": dropout_p, "enable_gqa": key.shape[1] != query.shape[1]}
 
-    def attend(rows: Tensor, first: int, stop: int, rows_mask: Tensor | None, causal: bool = False) -> Tensor:
-        return scaled_dot_product_attention(
-            rows, key[:, :, first:stop], value[:, :, first:stop], rows_mask, is_causal=causal, scale=1.0, **dropout
-        )
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=1.0, **dropout)
 
     num_queries, num_keys = query.shape[2], key.shape[2]
     offset = num_keys - num_queries
     if mask is not None:
-        return _masked(
-            attend, scaled, num_keys, _narrow(mask, offset, is_causal, window, num_queries, num_keys, query.device)
-        )
+        mask = _narrow(mask, offset, is_causal, window, num_queries, num_keys, query.device)
+        return _masked(attend, scaled, key, value, mask)
     if not is_causal:
-        return attend(scaled, 0, num_keys, None)
+        return attend(scaled, key, value, None)
     if num_queries == 1:
-        return attend(scaled, 0 if window is None else max(0, num_keys - window), num_keys, None)
+        first = 0 if window is None else max(0, num_keys - window)
+        return attend(scaled, key[:, :, first:], value[:, :, first:], None)
     if window is None and offset == 0:
-        return attend(scaled, 0, num_keys, None, causal=True)
+        return attend(scaled, key, value, None, causal=True)
     if window is not None and num_keys <= BLOCK:
-        return _masked(
-            attend, scaled, num_keys, _narrow(None, offset, True, window, num_queries, num_keys, query.device)
-        )
+        mask = _narrow(None, offset, True, window, num_queries, num_keys, query.device)
+        return _masked(attend, scaled, key, value, mask)
     blind = min(max(0, -offset), num_queries)  # rows before the first key see nothing
-    outputs = [scaled.new_zeros(*scaled.shape[:2], blind, value.shape[-1])] if blind else []
+    num_seeing, offset = num_queries - blind, offset + blind
     window = num_keys if window is None else min(window, num_keys)
-    band = _band(min(BLOCK, num_queries), window, scaled)
-    for start in range(blind, num_queries, BLOCK):
-        stop = min(start + BLOCK, num_queries)
+    # All blocks look at the same band, so that one mask is kept for the backward and not one a block.
+    band = _band(min(BLOCK, num_seeing), window, scaled)
+    blocks = []
+    for start in range(0, num_seeing, BLOCK):
+        stop = min(start + BLOCK, num_seeing)
         first = offset + start - window + 1
-        # All blocks look at the same band, so that one mask is kept for the backward and not one a block.
-        outputs.append(
-            attend(
-                scaled[:, :, start:stop],
-                max(0, first),
-                offset + stop,
-                band[: stop - start, max(0, -first) : stop - start + window - 1],
-            )
-        )
-    return torch.cat(outputs, 2)
+        rows_mask = band[: stop - start, max(0, -first) : stop - start + window - 1]
+        blocks.append((slice(start, stop), slice(max(0, first), offset + stop), rows_mask))
+    inputs = (scaled[:, :, blind:], key, value)
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if trained and dropout_p == 0 and not torch.compiler.is_compiling():
+        output = _Blocks.apply(*inputs, attend, blocks)
+    else:
+        output = _attend_blocks(*inputs, attend, blocks)
+    return output if blind == 0 else torch.nn.functional.pad(output, (0, 0, blind, 0))
+
+
+def _attend_blocks(query, key, value, attend, blocks):
+    return torch.cat(
+        [attend(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask) for rows, keys, mask in blocks], 2
+    )
+
+
+class _Blocks(torch.autograd.Function):
+    """The blocks one by one, in the backward too: autograd would make a gradient of all keys for each block."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, attend: Attend, blocks: list[Block]) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.attend, ctx.blocks = attend, blocks
+        return _attend_blocks(query, key, value, attend, blocks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        inputs, (grad,) = ctx.saved_tensors, grad_outputs
+        totals = {i: torch.zeros_like(x) for i, x in enumerate(inputs) if ctx.needs_input_grad[i]}
+        for rows, keys, mask in ctx.blocks:
+            spans = (rows, keys, keys)
+            parts = [
+                x[:, :, span].detach().requires_grad_(i in totals)
+                for i, (x, span) in enumerate(zip(inputs, spans, strict=True))
+            ]
+            with torch.enable_grad():
+                # A scalar with the same gradient: passing grad to autograd.grad would load 30 MB of sympy.
+                seed = (ctx.attend(*parts, mask) * grad[:, :, rows]).sum()
+            found = torch.autograd.grad(seed, [parts[i] for i in totals])
+            for (i, total), part in zip(totals.items(), found, strict=True):
+                total[:, :, spans[i]] += part
+        return *(totals.get(i) for i in range(3)), None, None
 
 
 def _band(rows, window, like):
@@ -88,7 +128,7 @@ def _narrow(mask, offset, is_causal, window, num_queries, num_keys, device):
     return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
 
 
-def _masked(attend, scaled, num_keys, mask):
+def _masked(attend, scaled, key, value, mask):
     """Attend under a mask; a row that sees nothing is computed open and then zeroed, since kernels differ on it."""
     if mask.dtype == torch.bool:
         alive = mask.any(-1, keepdim=True)
@@ -96,4 +136,4 @@ def _masked(attend, scaled, num_keys, mask):
     else:
         alive = (mask > torch.finfo(mask.dtype).min / 2).any(-1, keepdim=True)
         mask = mask.to(scaled.dtype).masked_fill(~alive, 0.0)
-    return attend(scaled, 0, num_keys, mask).masked_fill(~alive, 0.0)
+    return attend(scaled, key, value, mask).masked_fill(~alive, 0.0)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from ssmax.evaluation.mode import eval_mode
+
 __all__ = ["attend_last", "needle_scores"]
 
 
@@ -35,12 +37,8 @@ def needle_scores(model: PreTrainedModel, token_ids: Tensor, span: tuple[int, in
     first, stop = span
     if not 0 <= first < stop <= token_ids.shape[1]:
         raise ValueError(f"span must satisfy 0 <= first < stop <= {token_ids.shape[1]}, got {span}")
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         _, _, attention = attend_last(model, token_ids.to(model.device))
-    finally:
-        model.train(was_training)
     return attention[0, :, :, first:stop].sum(-1)
 
 

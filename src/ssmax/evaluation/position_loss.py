@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
+from ssmax.evaluation.mode import eval_mode
+
 __all__ = ["loss_by_position"]
 
 
@@ -30,12 +32,8 @@ def loss_by_position(model: PreTrainedModel, token_ids: Tensor, *, chunk: int = 
         raise ValueError(f"token_ids must be integers (B, T), T >= 2; got {token_ids.dtype} {tuple(token_ids.shape)}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         return _loss(model, token_ids.to(model.device), chunk)
-    finally:
-        model.train(was_training)
 
 
 def _loss(model, token_ids, chunk):

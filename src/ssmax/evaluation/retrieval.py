@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ssmax.evaluation.mode import eval_mode
 from ssmax.evaluation.needle_score import attend_last
 
 __all__ = ["CITIES", "NeedleExample", "NeedleTask", "RetrievalTrial", "retrieve"]
@@ -90,14 +91,10 @@ def retrieve(model: PreTrainedModel, examples: Sequence[NeedleExample]) -> list[
         torch.tensor([getattr(example, part) for example in examples], device=model.device)
         for part in ("prompt", "answer")
     )
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         logits, cache, attention = attend_last(model, prompts)
         # Feeding the true answer and comparing each next choice is exact match of greedy decoding, in one pass.
         rest = model(input_ids=answers[:, :-1], past_key_values=cache, use_cache=True).logits
-    finally:
-        model.train(was_training)
     chosen = torch.cat([logits[:, None], rest], 1).argmax(-1)
     correct = (chosen == answers).all(1).tolist()
     return [

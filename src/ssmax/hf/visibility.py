@@ -59,8 +59,8 @@ def kernel_visible_keys(
             f"SSMax does not know what the masks of attention implementation {implementation!r} mean; "
             "use 'sdpa' or 'eager' (attn_implementation=... in from_pretrained, or model.set_attn_implementation)"
         )
-    counted = _counted.get()
-    if counted is None or torch.compiler.is_compiling():
+    counted = None if torch.compiler.is_compiling() else _counted.get()
+    if counted is None:
         return rule(module, query, key, mask, kwargs)
     parts = (mask, *(kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "position_ids")))
     sizes = (query.shape[2], key.shape[2], query.device, kwargs.get("sliding_window"), _is_causal(module, kwargs))

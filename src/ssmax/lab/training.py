@@ -22,6 +22,7 @@ from transformers import (
 import ssmax
 from ssmax.errors import RunFailed, UserError
 from ssmax.evaluation import NeedleTask
+from ssmax.hf import parameter_groups
 from ssmax.lab.recipes import Recipe
 
 __all__ = ["Examples", "Windows", "build_model", "finetune", "pretrain"]
@@ -118,7 +119,8 @@ def pretrain(
 ) -> list[tuple[int, float]]:
     """Train as in Table 2 and return (step, mean loss since the last entry)."""
     data = Windows(tokens, recipe.train_length, recipe.steps * recipe.batch_size, seed)
-    optimizer = _optimizer(model, recipe.learning_rate, betas=(0.9, 0.95), decay=recipe.weight_decay)
+    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     arguments = {
         "max_steps": recipe.steps,
         "per_device_train_batch_size": recipe.batch_size,
@@ -132,7 +134,8 @@ def finetune(
     model: PreTrainedModel, recipe: Recipe, task: NeedleTask, seed: int, scratch: Path, progress: Callable[[int], None]
 ) -> list[tuple[int, float]]:
     """Fine-tune on retrieval as in Table 3 and return (step, mean loss since the last entry)."""
-    optimizer = _optimizer(model, recipe.finetune_learning_rate, betas=(0.9, 0.999), decay=0.0)
+    groups = parameter_groups(model, recipe.finetune_learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     arguments = {
         "max_steps": recipe.finetune_steps,
         "per_device_train_batch_size": recipe.finetune_batch_size,
@@ -141,14 +144,6 @@ def finetune(
     }
     tokens = recipe.train_length * recipe.finetune_batch_size
     return _train(model, Examples(task, recipe, seed), optimizer, arguments, seed, scratch, progress, tokens)
-
-
-def _optimizer(model, learning_rate, betas, decay):
-    """AdamW that decays parameters of rank >= 2 only: never s and b."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def _train(model, data, optimizer, arguments, seed, scratch, progress, tokens_per_step):

@@ -129,6 +129,7 @@ def test_a_killed_run_continues_to_the_same_rows(number, stage, finished, corpus
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "a worker outlived the run"
         time.sleep(0.05)
+    (tmp_path / "run" / "stages" / ".half.jsonl.1.tmp").write_text('{"half')
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     after = snapshot(tmp_path / "run" / "stages")

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class RunFolder:
             except BlockingIOError:
                 raise UserError(f"another process runs in {self.folder}; wait for it, or give another --out") from None
             self._check(fingerprint=None)
+            for half_written in list(self.folder.rglob(".*.tmp")):  # by a run that was killed
+                shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
             yield
 
     def claim(self, fingerprint: str) -> None:

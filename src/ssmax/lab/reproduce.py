@@ -93,12 +93,13 @@ def _run_jobs(run, recipe, tokens, provenance):
                 pool.submit(_work, job, stages, recipe, tokens, run, provenance): job for job, stages in todo.items()
             }
             _wait(futures)
+            messages.put(None)
+            watcher.join()
         except BaseException:
+            # A killed worker may hold the lock of messages for ever: nothing is put there or awaited any more.
             _kill(pool)
             raise
         finally:
-            messages.put(None)
-            watcher.join()
             pool.shutdown(cancel_futures=True)
 
 

@@ -1,6 +1,8 @@
-"""ssmax convert and inspect on real folders."""
+"""ssmax convert, calibrate and inspect on real folders."""
 
 import json
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ssmax
 import ssmax.hf
@@ -74,7 +78,148 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, source, options, wor
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_target_that_exists_is_never_overwritten(folder):
-    done = run("convert", folder / "plain", folder / "plain")
+@pytest.mark.parametrize("command", ["convert", "calibrate"])
+def test_a_target_that_exists_is_never_overwritten(folder, command):
+    done = run(command, folder / "plain", folder / "plain")
     assert done.returncode == 2
     assert "exists already" in done.stderr
+
+
+def test_a_law_that_learns_nothing(folder):
+    done = run("convert", folder / "plain", folder / "new", "--law", "yarn", "--law-parameters", "factor", "4")
+    assert done.returncode == 0, done.stderr
+    assert "law yarn, factor 4" in done.stdout
+    assert "yarn: (0.1 log(factor) + 1)^2" in run("inspect", folder / "new").stdout
+    for arguments, words in (
+        (["--law", "yarn"], "factor missing"),
+        (["--law", "olmo"], "law must be ssmax, ssmax-fixed"),
+        (["--law", "qwen-1", "--init", "identity"], "learns nothing"),
+        (["--law-parameters", "factor", "4"], "not law_parameters"),
+    ):
+        one_line(run("convert", folder / "plain", folder / "other", *arguments), 2, words)
+
+
+def one_line(done, status, words):
+    assert done.returncode == status, done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "then",
+    "it",
+    "sleeps",
+    "under",
+    "some",
+    "old",
+    "tree",
+]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A model that copies, blunted, with a tokenizer of whole words, and texts to copy."""
+    generator = random.Random(0)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *WORDS])}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "plain")
+
+    def text():
+        half = generator.choices(WORDS, k=32)
+        return " ".join(half + half)
+
+    torch.manual_seed(0)
+    model = tiny_model("llama", hidden_size=64, initializer_range=0.05, max_position_embeddings=64, vocab_size=20)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        tokens = torch.tensor([tokenizer.encode(text()).ids for _ in range(16)])
+        optimizer.zero_grad()
+        cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight /= 3
+    model.save_pretrained(tmp_path / "plain")
+    (tmp_path / "texts").mkdir()
+    for i in range(12):
+        (tmp_path / "texts" / f"{i}.txt").write_text(text())
+    return tmp_path
+
+
+def test_calibrate(trained):
+    options = ("--texts", trained / "texts", "--steps", "8", "--inits", "identity", "--learning-rate", "0.05")
+    would = run("calibrate", trained / "plain", trained / "new", *options, "--dry-run")
+    assert would.returncode == 0, would.stderr
+    assert "fit s and b 1 time in 8 steps of 64 tokens, on 12 texts with 12 such pieces" in would.stdout
+    assert not (trained / "new").exists()
+    done = run("calibrate", trained / "plain", trained / "new", *options, "--theta-factor", "2", "--checkpointing")
+    assert done.returncode == 0, done.stderr
+    assert "kept: init identity" in done.stdout
+    found = json.loads((trained / "new" / "calibration.json").read_text())
+    assert found["mean_after"] < found["mean_before"] - 0.1
+    model = AutoModelForCausalLM.from_pretrained(trained / "new")
+    plain = AutoModelForCausalLM.from_pretrained(trained / "plain")
+    assert model.config.rope_parameters["rope_theta"] == 2 * plain.config.rope_parameters["rope_theta"]
+    assert model.config.ssmax["calibrated_at"] == 64
+    assert (trained / "new" / "tokenizer.json").exists()
+    drawn = run("inspect", trained / "new", "--figure", trained / "s.png")
+    assert drawn.returncode == 0, drawn.stderr
+    assert (trained / "s.png").read_bytes().startswith(b"\x89PNG")
+    one_line(run("inspect", trained / "plain", "--figure", trained / "s.png"), 2, "nothing to draw")
+    one_line(run("inspect", trained / "new", "--figure", trained / "s.pdf"), 2, ".png or .svg")
+
+
+def test_a_calibration_without_gain_writes_nothing(trained):
+    noise = random.Random(1)
+    (trained / "noise.txt").write_text(" ".join(noise.choices(WORDS, k=64 * 8)))
+    options = ("--texts", trained / "noise.txt", "--steps", "1", "--inits", "matched", "--learning-rate", "1e-9")
+    done = run("calibrate", trained / "plain", trained / "new", *options)
+    assert done.returncode == 0, done.stderr
+    assert "nothing has changed" in done.stdout
+    assert "was not written" in done.stdout
+    assert sorted(path.name for path in trained.iterdir()) == ["noise.txt", "plain", "texts"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--texts", "nowhere.txt"], "does not exist"),
+        (["--length", "3"], "at least 16 tokens"),
+        (["--texts", "short.txt"], "fewer than two pieces of 64 tokens"),
+        (["--texts", "long.txt", "--inits", "paper"], "init must be"),
+        (["--texts", "long.txt", "--steps", "0"], "steps must be at least 1"),
+        (["--texts", "long.txt", "--theta-factor", "-1"], "theta-factor -1"),
+        (["--texts", "long.txt", "--layers", "9"], "layers must be some of"),
+    ],
+)
+def test_bad_calibrations_are_one_line_and_write_nothing(trained, options, words):
+    (trained / "short.txt").write_text("the quick brown")
+    (trained / "long.txt").write_text(" ".join(WORDS * 20))
+    before = sorted(trained.rglob("*"))
+    options = [trained / word if word.endswith(".txt") else word for word in options]
+    one_line(run("calibrate", trained / "plain", trained / "new", *options), 2, words)
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing(folder):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = folder / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine mounts no tmpfs")
+    try:
+        one_line(run("convert", folder / "plain", disk / "new"), 1, "o space left")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -20,7 +20,7 @@ from ssmax.evaluation.mode import eval_mode
 from ssmax.hf import convert, revert
 from ssmax.nn import SSMaxScale
 
-__all__ = ["Calibration", "Trial", "calibrate"]
+__all__ = ["Calibration", "Trial", "calibrate", "piece_length"]
 
 HELD_OUT = 4  # pieces, where the caller names none
 LOSS_POSITIONS = 1024  # of a piece in one step: bounds the logits to 1024 x vocabulary
@@ -124,13 +124,15 @@ def calibrate(
         ValueError: fewer than two pieces of that length, or arguments that convert refuses.
         FloatingPointError: a loss that is not finite; the model is as it was.
     """
-    tokens = _length(model, length)
+    tokens = piece_length(model, length)
     if steps < 1 or not inits or not layer_sets:
         raise ValueError(
             f"steps must be at least 1, inits and layer_sets not empty; got {steps}, {inits}, {layer_sets}"
         )
     fit_pieces, held_pieces = _split(texts, held_out, tokenizer, tokens)
     was_converted = hasattr(model.config, "ssmax")
+    if was_converted and not any(isinstance(module, SSMaxScale) for module in model.modules()):
+        raise ValueError(f"the model has law {model.config.ssmax['law']!r}, which learns nothing")
     options: list[Any] = [(init, layers) for init in inits for layers in layer_sets]
     options = [(model.config.ssmax["init"], model.config.ssmax["layers"])] if was_converted else options
     checks = min(steps, CHECKS)
@@ -172,6 +174,16 @@ def calibrate(
         trials=trials,
         chosen=None if kept is None else kept[0],
     )
+
+
+def piece_length(model: PreTrainedModel, length: int | None) -> int:
+    """Return length, or by default the config's max_position_embeddings; ValueError where there is none or it is too small."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None) if length is None else length
+    if length is None:
+        raise ValueError("calibrate needs length: the config has no max_position_embeddings")
+    if length < 16:
+        raise ValueError(f"length must be at least 16 tokens, got {length}")
+    return length
 
 
 def _fit(model, pieces, held_pieces, steps, check_every, learning_rate, seed, progress):
@@ -280,15 +292,6 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learns.get(name, True))
-
-
-def _length(model, length):
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None) if length is None else length
-    if length is None:
-        raise ValueError("calibrate needs length: the config has no max_position_embeddings")
-    if length < 16:
-        raise ValueError(f"length must be at least 16 tokens, got {length}")
-    return length
 
 
 def _split(texts, held_out, tokenizer, length):

@@ -1,4 +1,4 @@
-"""The command line: ssmax reproduce, convert, inspect."""
+"""The command line: ssmax reproduce, convert, calibrate, inspect."""
 
 import dataclasses
 import errno
@@ -97,11 +97,21 @@ class Convert:
     layers: Annotated[
         tuple[int, ...] | None, tyro.conf.arg(help="Indices of layers. Default: all that attend in full.")
     ] = None
+    law: Annotated[
+        str,
+        tyro.conf.arg(
+            help="ssmax: s log n, learned. Or a law without anything to learn: ssmax-fixed (log n), qwen-1, yarn, llama-4, "
+            "ministral-3; see ssmax.laws."
+        ),
+    ] = "ssmax"
+    law_parameters: Annotated[
+        dict[str, float], tyro.conf.arg(help="Parameters of such a law, as NAME VALUE; yarn needs factor.")
+    ] = dataclasses.field(default_factory=dict)
     dry_run: Annotated[bool, tyro.conf.arg(help="Say what would be done, write nothing.")] = False
 
     def run(self) -> None:
         """Run it."""
-        from ssmax.hf.commands import convert_folder  # loads torch and transformers
+        from ssmax.commands import convert_folder  # loads torch and transformers
 
         lines = convert_folder(
             self.source,
@@ -111,6 +121,70 @@ class Convert:
             train_length=self.train_length,
             bias=self.bias,
             layers=None if self.layers is None else list(self.layers),
+            law=self.law,
+            law_parameters=self.law_parameters,
+        )
+        print("\n".join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Fit s and b of each head on long texts, all other weights frozen, and save the model as a new folder.
+
+    Tries each init, keeps what is best on held-out text, and prints the loss by position before and after. Where
+    nothing is better than the model as it was, it says so and writes nothing.
+    """
+
+    source: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a transformers model, or its name on a hub.")
+    ]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="New folder.")]
+    texts: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="A text file, a folder of text files, or a data set on a hub. Default: Python's own standard library."
+        ),
+    ] = None
+    length: Annotated[
+        int | None,
+        tyro.conf.arg(help="Tokens of a piece of text: longer teaches more of n. Default: the config's longest."),
+    ] = None
+    steps: Annotated[int, tyro.conf.arg(help="Steps of each fit, one piece each.")] = 30
+    inits: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="Where to start, one fit each: matched, identity or numbers for s.")
+    ] = ("identity", "matched")
+    layers: Annotated[
+        tuple[int, ...] | None, tyro.conf.arg(help="Indices of layers. Default: all that attend in full.")
+    ] = None
+    bias: Annotated[bool, tyro.conf.arg(help="Fit b as well.")] = True
+    learning_rate: Annotated[float, tyro.conf.arg(help="How far the multipliers move in a step, root mean square.")] = (
+        0.006
+    )
+    theta_factor: Annotated[float, tyro.conf.arg(help="Multiply RoPE's theta, for longer contexts.")] = 1.0
+    checkpointing: Annotated[bool, tyro.conf.arg(help="Recompute activations: far less memory, a third more time.")] = (
+        False
+    )
+    seed: Annotated[int, tyro.conf.arg(help="Of the order of texts.")] = 0
+    dry_run: Annotated[bool, tyro.conf.arg(help="Load everything, say what would be done, write nothing.")] = False
+
+    def run(self) -> None:
+        """Run it."""
+        from ssmax.commands import calibrate_folder  # loads torch and transformers
+
+        lines = calibrate_folder(
+            self.source,
+            self.target,
+            self.texts,
+            theta_factor=self.theta_factor,
+            checkpointing=self.checkpointing,
+            dry_run=self.dry_run,
+            length=self.length,
+            steps=self.steps,
+            inits=[_number(init) for init in self.inits],
+            layer_sets=[None if self.layers is None else list(self.layers)],
+            bias=self.bias,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
         )
         print("\n".join(lines))
 
@@ -122,12 +196,16 @@ class Inspect:
     source: Annotated[
         str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a transformers model, or its name on a hub.")
     ]
+    figure: Annotated[Path | None, tyro.conf.arg(help="Draw s and b of each head as well, as this .png or .svg.")] = (
+        None
+    )
+    dry_run: Annotated[bool, tyro.conf.arg(help="Write no figure.")] = False
 
     def run(self) -> None:
         """Run it."""
-        from ssmax.hf.commands import describe
+        from ssmax.commands import inspect_folder
 
-        print("\n".join(describe(self.source)))
+        print("\n".join(inspect_folder(self.source, None if self.dry_run else self.figure)))
 
 
 def _number(text: str) -> str | float:
@@ -140,7 +218,7 @@ def _number(text: str) -> str | float:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; exit status 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"reproduce": Reproduce, "convert": Convert, "inspect": Inspect},
+        {"reproduce": Reproduce, "convert": Convert, "calibrate": Calibrate, "inspect": Inspect},
         prog="ssmax",
         description="Scalable-Softmax (arXiv 2501.19399): attention that holds at any context length.",
         args=arguments,

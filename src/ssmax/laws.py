@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LAWS", "Law", "QueryAwareScale"]
+from ssmax.scaling import rows_of, scale_query
+
+__all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,38 @@ LAWS: dict[str, Law] = {
         {"factor": None},
     ),
 }
+
+
+class LawScale(nn.Module):
+    """Multiply each query by a law of n that has nothing to learn; it holds no parameters and no buffers.
+
+    A law of the position p gets p = n - 1: right for causal attention in full, padded or packed, not for windows.
+
+    Args:
+        law: a name in LAWS.
+        parameters: as the law takes them; numbers.
+
+    Raises:
+        ValueError: an unknown law, or parameters that do not fit it.
+    """
+
+    def __init__(self, law: str, **parameters: float):
+        super().__init__()
+        if law not in LAWS:
+            raise ValueError(f"law must be one of {', '.join(LAWS)}, got {law!r}")
+        self.law, self.parameters_of_law = law, parameters
+        LAWS[law](torch.ones(1), **parameters)
+
+    def forward(self, query: Tensor, n: Tensor | int) -> Tensor:
+        """Return the scaled query in query's dtype, rounded once; arguments as SSMaxScale's."""
+        law, n_BHN = LAWS[self.law], rows_of(n, query)
+        x = n_BHN if law.of == "n" else (n_BHN - 1).clamp(min=0)
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        return scale_query(query, law(x.to(wide), **self.parameters_of_law).expand(-1, -1, query.shape[2]))
+
+    def extra_repr(self) -> str:
+        """Describe the module in one line."""
+        return f"{self.law}: {LAWS[self.law].formula}"
 
 
 class QueryAwareScale(nn.Module):

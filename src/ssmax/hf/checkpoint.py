@@ -27,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import ssmax
 from ssmax.hf.layers import language_layers, owner_device
 from ssmax.hf.visibility import forward_scope
+from ssmax.laws import LawScale
 from ssmax.nn import SSMaxScale
 
 __all__ = ["attach", "config_class", "model_class", "register"]
@@ -110,7 +111,12 @@ def attach(model: PreTrainedModel) -> None:
     layers = language_layers(model)
     for index in recipe["layers"]:
         layer = layers[index]
-        scale = SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
+        learned = "s" in recipe
+        scale = (
+            SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
+            if learned
+            else LawScale(recipe["law"], **recipe["parameters"])
+        )
         layer.module.ssmax = scale.to(owner_device(layer.module))
 
 

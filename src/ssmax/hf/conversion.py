@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 import ssmax
 from ssmax.hf.checkpoint import SSMaxModel, attach, auto_map, config_class, model_class
 from ssmax.hf.layers import FULL, language_layers
+from ssmax.laws import LAWS, LawScale
 from ssmax.scaling import matched_scale
 
 __all__ = ["convert", "converted", "revert"]
@@ -22,6 +23,8 @@ def convert(
     train_length: int | None = None,
     bias: bool | None = None,
     layers: list[int] | None = None,
+    law: str = "ssmax",
+    law_parameters: dict[str, float] | None = None,
 ) -> PreTrainedModel:
     """Turn a Softmax model into an SSMax model, in place: softmax((s log n + b) z) in each chosen layer.
 
@@ -33,6 +36,10 @@ def convert(
         bias: learn b as well; default as init says.
         layers: indices of the layers, whatever their kind; default every layer that attends in full. Cross and vision
             layers are never converted.
+        law: "ssmax", or one of ssmax.laws that has nothing to learn: "ssmax-fixed" (log n), "qwen-1", "yarn", "llama-4",
+            "ministral-3"; then init and bias have no meaning. The last two are laws of the position and do not go into
+            windowed layers. The learned laws of production are "ssmax" too: OLMo's is init=1.0, Mistral Large 4's "identity".
+        law_parameters: of such a law; the training length defaults to train_length or the config's.
 
     Returns:
         The same model. Its class and config become the saved kind (model_type "ssmax_..."), its weights stay.
@@ -56,14 +63,22 @@ def convert(
         raise ValueError(
             f"{base.__name__} is not a class of transformers itself; its checkpoints could not be loaded again"
         )
-    chosen = _chosen_layers(language_layers(model), layers)
-    recipe = {
-        "law": "s log n" if not _has_bias(init, bias) else "s log n + b",
-        "init": init,
-        **_start(init, bias, train_length, config),
-        "layers": chosen,
-        "version": ssmax.__version__,
-    }
+    available = language_layers(model)
+    chosen = _chosen_layers(available, layers)
+    if law == "ssmax":
+        if law_parameters:
+            raise ValueError("law 'ssmax' takes init and bias, not law_parameters")
+        recipe = {
+            "law": "s log n" if not _has_bias(init, bias) else "s log n + b",
+            "init": init,
+            **_start(init, bias, train_length, config),
+        }
+    else:
+        if init != "matched" or bias is not None:
+            raise ValueError(f"law {law!r} learns nothing; init and bias belong to law 'ssmax'")
+        kinds = [available[index].kind for index in chosen]
+        recipe = {"law": law, "parameters": _law_parameters(law, law_parameters or {}, kinds, train_length, config)}
+    recipe |= {"layers": chosen, "version": ssmax.__version__}
     before = {name: config.__dict__.get(name, _ABSENT) for name in ("architectures", "auto_map")}
     model.__dict__["_ssmax_reverts_to"] = before
     config.__class__ = config_class(type(config))
@@ -129,6 +144,23 @@ def _start(init, bias, train_length, config):
     if isinstance(init, bool) or not isinstance(init, (int, float)):
         raise ValueError(f"init must be 'matched', 'identity' or a number, got {init!r}")
     return {"s": float(init), "b": 0.0, "bias": _has_bias(init, bias)}
+
+
+FIXED_LAWS = ("ssmax-fixed", "qwen-1", "yarn", "llama-4", "ministral-3")
+
+
+def _law_parameters(law, given, kinds, train_length, config):
+    """All parameters of a fixed law, those of the training length from the config; ValueError where one is missing."""
+    if law not in FIXED_LAWS:
+        raise ValueError(f"law must be ssmax, {', '.join(FIXED_LAWS)}; got {law!r}")
+    if LAWS[law].of == "p" and set(kinds) != {FULL}:
+        raise ValueError(f"law {law!r} is one of the position, which a windowed layer does not know; leave those out")
+    parameters = {**LAWS[law].defaults}
+    length = getattr(config, "max_position_embeddings", None) if train_length is None else train_length
+    parameters |= {name: length for name in ("train_length", "length") if name in parameters and length is not None}
+    parameters |= given
+    LawScale(law, **parameters)
+    return parameters
 
 
 def _chosen_layers(available, layers):

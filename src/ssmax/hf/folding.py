@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import language_layers
+from ssmax.laws import LawScale
 
 __all__ = ["fold"]
 
@@ -45,6 +46,8 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
 
 def _obstacle(layer):
     module = layer.module
+    if isinstance(module.ssmax, LawScale):
+        return f"law {module.ssmax.law} has no s"
     if module.ssmax.b is not None:
         return "it has a bias b"
     if type(getattr(module, "q_proj", None)) is not nn.Linear:

@@ -1,5 +1,7 @@
 """The paper's figures from rows: each title says what this run found, and each model keeps one colour."""
 
+import io
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from ssmax.report.select import FORM_NAMES, NAMES, Spread, by, forms, pick, variants
 from ssmax.results import Row
 
-__all__ = ["FIGURES", "draw"]
+__all__ = ["FIGURES", "draw", "scales"]
 
 COLOURS = {"a": "#d55e00", "b": "#0072b2"}
 STYLE = {
@@ -34,6 +36,30 @@ def draw(number: int, rows: Sequence[Row], train_length: int) -> Figure:
     """Draw one of the paper's figures."""
     with matplotlib.rc_context(STYLE):
         return FIGURES[number](rows, train_length)
+
+
+def scales(rows: Sequence[Row], kind: str) -> bytes:
+    """Draw s (and b) of each layer and head of a model as an image, kind "png" or "svg"."""
+    metrics = sorted({row.metric for row in rows}, reverse=True)
+    with matplotlib.rc_context(STYLE):
+        heads = 1 + max(row.at["head"] for row in rows)
+        layers = sorted({row.at["layer"] for row in rows})
+        width, height = max(4.5, 0.32 * heads + 2), max(2.6, 0.2 * len(layers) + 1.2)
+        figure, axes = _panels(1, len(metrics), width * len(metrics), height)
+        for axis, metric in zip(axes[0], metrics, strict=True):
+            grid = np.full((len(layers), heads), np.nan)
+            for row in pick(rows, metric):
+                grid[layers.index(row.at["layer"]), row.at["head"]] = row.value
+            image = axis.imshow(grid, cmap="viridis", aspect="auto", origin="lower")
+            figure.colorbar(image, ax=axis)
+            every = math.ceil(len(layers) / 16)
+            axis.set_yticks(range(0, len(layers), every), layers[::every])
+            axis.set(title=f"{metric}: mean {np.nanmean(grid):.4f}", xlabel="head", ylabel="layer")
+            axis.grid(False)
+        _title(figure, f"{rows[0].variant}: multiplier s log n{' + b' if 'b' in metrics else ''} of each head")
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return content.getvalue()
 
 
 def _max_weight(rows, train_length):

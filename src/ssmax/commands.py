@@ -1,0 +1,232 @@
+"""ssmax convert, calibrate and inspect: models on disk."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from ssmax.calibration import Calibration, calibrate, piece_length
+from ssmax.errors import RunFailed, UserError
+from ssmax.hf import convert
+from ssmax.hf.layers import Layer, language_layers
+from ssmax.lab.corpus import documents
+from ssmax.nn import SSMaxScale
+from ssmax.results import Row, write_atomically
+
+__all__ = ["calibrate_folder", "convert_folder", "inspect_folder"]
+
+# What belongs to a model beside its weights and config.
+COMPANIONS = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "preprocessor")
+TEXT_LIMIT = 64 * 2**20  # bytes read for a calibration
+NO_SPACE = "os error 28"  # as safetensors words it
+
+
+def convert_folder(source: str, target: Path, *, dry_run: bool, **options: Any) -> list[str]:
+    """Convert the model in source and save it, whole or not at all, as the new folder target; return what was done.
+
+    Raises:
+        UserError: target exists, source is no model, or it cannot be converted.
+        RunFailed: no space to write it.
+    """
+    _refuse_existing(target)
+    model = _load(source)
+    _for_people(lambda: convert(model, **options))
+    lines = _describe(model)
+    if dry_run:
+        return [*lines, "dry run: nothing was written"]
+    _save(model, source, target)
+    return [*lines, f"saved as {target.resolve()}"]
+
+
+def calibrate_folder(
+    source: str, target: Path, texts: str | None, *, theta_factor: float, checkpointing: bool, dry_run: bool, **options
+) -> list[str]:
+    """Fit s and b of the model in source on texts and save it with calibration.json as the new folder target.
+
+    Args:
+        source: folder of a model and its tokenizer.
+        target: new folder; it is written only where the fit is better than the model as it was.
+        texts: as for ssmax.lab.corpus.documents.
+        theta_factor: of RoPE's theta, saved with the model.
+        checkpointing: recompute activations: less memory, a third more time.
+        dry_run: load everything, say what would be done, and stop.
+        options: as for ssmax.calibrate.
+
+    Raises:
+        UserError: target exists, source is no model or cannot be converted, or the texts are too short.
+        RunFailed: a loss that is not finite, or no space to write.
+    """
+    _refuse_existing(target)
+    model = _load(source, theta_factor)
+    if checkpointing:
+        _for_people(model.gradient_checkpointing_enable)
+    length = _for_people(lambda: piece_length(model, options["length"]))
+    tokens = _tokens(source, texts, length, options["steps"])
+    if dry_run:
+        pieces = sum(len(document) // length for document in tokens)
+        fits = len(options["inits"]) * len(options["layer_sets"])
+        return [
+            *_describe(model),
+            f"would fit s{' and b' if options['bias'] else ''} {fits} time{'s' * (fits > 1)} in {options['steps']} steps of "
+            f"{length:,} tokens, on {len(tokens)} texts with {pieces} such pieces, a quarter of them held out",
+            "dry run: nothing was written",
+        ]
+    try:
+        found = _for_people(lambda: calibrate(model, tokens, **options))
+    except FloatingPointError as error:
+        raise RunFailed(str(error)) from error
+    if found.chosen is None:
+        return [str(found), f"{target} was not written"]
+    _save(model, source, target, found)
+    return [str(found), f"saved as {target.resolve()}"]
+
+
+def inspect_folder(source: str, figure: Path | None) -> list[str]:
+    """Return lines that describe the model in source; draw s and b of its heads as figure, PNG or SVG by its name.
+
+    Raises:
+        UserError: no model, no learned scale to draw, or a figure's name of another kind.
+    """
+    if figure is not None and figure.suffix not in (".png", ".svg"):
+        raise UserError(f"the figure's name must end in .png or .svg, got {figure.name!r}")
+    model = _load(source)
+    lines = _describe(model)
+    if figure is None:
+        return lines
+    rows = _scale_rows(model, Path(source).name)
+    if not rows:
+        raise UserError(f"{source} has no learned s; there is nothing to draw")
+    from ssmax.report.figures import scales  # loads matplotlib
+
+    write_atomically(figure, scales(rows, figure.suffix[1:]))
+    return [*lines, f"figure: {figure.resolve()}"]
+
+
+def _describe(model):
+    """Lines that say which layers carry SSMax, by which law, and s and b of each head."""
+    recipe = getattr(model.config, "ssmax", None)
+    layers = _layers(model)
+    lines = [f"{type(model).__name__}: {len(layers)} self-attention layers that can carry SSMax"]
+    if recipe is None:
+        return [*lines, "not converted: plain softmax"]
+    started = f"init {recipe['init']}" if "init" in recipe else _words(recipe["parameters"])
+    lines.append(f"law {recipe['law']}, {started}, converted by ssmax {recipe['version']}")
+    lines.append(f"{'layer':>5}  {'kind':<18} s of each head" + (" / b of each head" if recipe.get("bias") else ""))
+    for index, layer in sorted(layers.items()):
+        lines.append(f"{index:>5}  {layer.kind:<18} {_scale_words(getattr(layer.module, 'ssmax', None))}")
+    return lines
+
+
+def _scale_rows(model: PreTrainedModel, name: str) -> list[Row]:
+    rows = []
+    for index, layer in sorted(_layers(model).items()):
+        scale = getattr(layer.module, "ssmax", None)
+        for metric, values in (("s", getattr(scale, "s", None)), ("b", getattr(scale, "b", None))):
+            for head, value in enumerate([] if values is None else values.tolist()):
+                rows.append(Row(metric, name, None, {"layer": index, "head": head}, value, 1))
+    return rows
+
+
+def _scale_words(scale):
+    if scale is None:
+        return "softmax"
+    if not isinstance(scale, SSMaxScale):
+        return str(scale)
+    parts = (scale.s, scale.b)
+    return " / ".join(" ".join(f"{x:.4f}" for x in part.tolist()) for part in parts if part is not None)
+
+
+def _words(parameters):
+    return ", ".join(f"{name} {value:g}" for name, value in parameters.items()) or "no parameters"
+
+
+def _layers(model: PreTrainedModel) -> dict[int, Layer]:
+    return _for_people(lambda: language_layers(model))
+
+
+def _for_people(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _load(source: str, theta_factor: float = 1.0) -> PreTrainedModel:
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        config: Any = AutoConfig.from_pretrained(source)
+        _raise_theta(config, theta_factor)
+        return AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=getattr(config, "dtype", None) or "auto"
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} cannot be loaded as a causal language model: {reason[:300]}") from error
+
+
+def _raise_theta(config: Any, factor: float) -> None:
+    if factor == 1:
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not factor > 0 or rope.get("rope_type") != "default":
+        raise UserError(f"theta-factor {factor:g} needs to be positive, and the model to have RoPE of type 'default'")
+    config.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * factor}
+
+
+def _tokens(source: str, texts: str | None, length: int, steps: int) -> list[Tensor]:
+    """Long texts in a fixed shuffled order, as many as the steps can use and a quarter more to be held out."""
+    found, name = documents(texts, TEXT_LIMIT)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{source} has no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
+    random.Random(0).shuffle(found)
+    tokens, pieces = [], 0
+    for text in found:
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"]) if len(text) >= length else torch.empty(0)
+        if len(ids) >= length:
+            tokens.append(ids)
+            pieces += len(ids) // length
+        if len(tokens) > 1 and pieces >= 2 * steps:
+            break
+    if pieces < 2:
+        raise UserError(
+            f"{name} has fewer than two pieces of {length:,} tokens; give longer texts or a smaller --length"
+        )
+    return tokens
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target} exists already; give a new folder")
+
+
+def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration | None = None) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        if found is not None:
+            (temporary / "calibration.json").write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        for path in sorted(Path(source).iterdir()) if Path(source).is_dir() else ():
+            if path.is_file() and path.name.startswith(COMPANIONS):
+                shutil.copy2(path, temporary)
+        temporary.rename(target)
+    except SafetensorError as error:
+        if NO_SPACE in str(error):
+            raise RunFailed(f"no space left to write {target}; nothing of it was kept") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

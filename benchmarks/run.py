@@ -1,12 +1,14 @@
 """Benchmarks: ratios against plain attention in the same process, contenders in alternation, medians and quartiles.
 
     python benchmarks/run.py overhead     attention() over scaled_dot_product_attention, forward and backward
+    python benchmarks/run.py model        a converted Llama over the plain one: training step, cached decoding
     python benchmarks/run.py peer         this library beside the PyPI package scalable-softmax: right, fast, small?
     python benchmarks/run.py gradient     error of the gradients of s and b in bfloat16
 
 Each prints a table and writes its rows to benchmarks/results/CASE.jsonl.
 """
 
+import copy
 import math
 import platform
 import statistics
@@ -96,6 +98,45 @@ def overhead():
         middle, low, high = found["ssmax"]
         rows.append(row("overhead", "ssmax", {"length": length, "low": low, "high": high}, middle, repeats))
         show(f"{length:>6} tokens, 8 heads of 64, fp32", f"{middle:.3f}  ({low:.3f} to {high:.3f})")
+    return rows
+
+
+def model():
+    """A Llama of 8 layers, converted, over the same one plain: a training step and 32 cached decode steps."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=4096, **shape))
+    converted = ssmax.convert(copy.deepcopy(plain))
+    tokens = torch.randint(0, 4096, (1, 2080), generator=torch.Generator().manual_seed(0))
+
+    def train(model):
+        def run():
+            model.zero_grad()
+            model(tokens[:, :1024], labels=tokens[:, :1024]).loss.backward()
+
+        return run
+
+    def decode(model):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens[:, :2048], past_key_values=cache)
+
+        @torch.no_grad()
+        def run():
+            for i in range(2048, 2080):
+                model(tokens[:, i : i + 1], past_key_values=cache)
+            cache.crop(-32)
+
+        return run
+
+    rows = []
+    for name, case, repeats in (("training step, 1,024 tokens", train, 24), ("cached decode, 2,048 keys", decode, 24)):
+        contenders = {"plain": case(plain), "ssmax": case(converted)}
+        middle, low, high = ratios(alternate(contenders, repeats), "plain")["ssmax"]
+        rows.append(row("overhead", "ssmax", {"case": name, "low": low, "high": high}, middle, repeats))
+        show(f"converted Llama, 8 layers, 512 wide, fp32: {name}", f"{middle:.3f}  ({low:.3f} to {high:.3f})")
     return rows
 
 
@@ -219,7 +260,7 @@ def show(name, value):
 
 
 if __name__ == "__main__":
-    cases = {"overhead": overhead, "peer": peer, "gradient": gradient}
+    cases = {"overhead": overhead, "model": model, "peer": peer, "gradient": gradient}
     if len(sys.argv) != 2 or sys.argv[1] not in cases:
         sys.exit(__doc__)
     file = RESULTS / f"{sys.argv[1]}.jsonl"

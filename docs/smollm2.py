@@ -103,7 +103,7 @@ def prepare(contender, model, tokenizer):
         return
     kept = WORK / f"calibrated-{contender.theta_factor:g}.safetensors"
     if not kept.exists():
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         fit, held = ([tokens_of(tokenizer, f"{name}.py") for name in names] for names in (FIT, HELD_OUT))
         with rope_theta(model, contender.theta_factor):
             start = time.perf_counter()

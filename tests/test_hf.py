@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -280,6 +281,16 @@ def test_a_fresh_process_loads_it_or_fails_loudly(model, tmp_path, before, optio
     assert ("SSMax" in done.stdout) == works
 
 
+def test_a_plain_class_refuses_a_converted_checkpoint(model, tmp_path):
+    plain = type(model)
+    ssmax.convert(model).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{plain.config_class.__name__} would drop its scales"):
+        plain.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="would drop its scales"):
+        plain.config_class.from_pretrained(tmp_path)
+    assert type(type(model).from_pretrained(tmp_path)) is type(model)
+
+
 def damage(folder, change):
     path = folder / "model.safetensors"
     tensors = change(load_file(path))
@@ -391,3 +402,68 @@ def test_fold_refuses_what_it_cannot_do_exactly(family, options, words):
     with pytest.raises(ValueError, match=words):
         ssmax.fold(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+N_OF_LEFT_PADDED = np.cumsum(MASKS["left"], 1)
+FORMULAS = {
+    "ssmax-fixed": ({}, lambda n: np.log(n)),
+    "qwen-1": ({"train_length": 6}, lambda n: np.maximum(1, np.log(n) / np.log(6))),
+    "yarn": ({"factor": 8.0}, lambda n: np.full(n.shape, (0.1 * np.log(8) + 1) ** 2)),
+    "llama-4": ({"floor": 3}, lambda n: 1 + 0.1 * np.log(n // 3 + 1)),
+    "ministral-3": ({"length": 4}, lambda n: 1 + 0.1 * np.log(1 + (n - 1) // 4)),
+}
+
+
+@pytest.mark.parametrize("law", FORMULAS)
+def test_laws_that_learn_nothing(model, law, tmp_path):
+    parameters, formula = FORMULAS[law]
+    plain = model.state_dict().keys()
+    ssmax.convert(model, law=law, law_parameters=parameters)
+    assert model.state_dict().keys() == plain
+    mask = torch.tensor(MASKS["left"])
+    logits, calls = recorded_attention(model, input_ids=TOKENS, attention_mask=mask)
+    real = N_OF_LEFT_PADDED > 0
+    for query, scaled in calls:
+        want = query.numpy() * formula(np.maximum(N_OF_LEFT_PADDED, 1))[:, None, :, None]
+        np.testing.assert_allclose(scaled.numpy().swapaxes(1, 2)[real], want.swapaxes(1, 2)[real], rtol=2e-6)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.ssmax["law"] == law
+    assert torch.equal(loaded(TOKENS, attention_mask=mask).logits, logits)
+    with pytest.raises(ValueError, match=f"law {law} has no s"):
+        ssmax.fold(model)
+    with pytest.raises(ValueError, match="learns nothing"):
+        ssmax.calibrate(model, TOKENS.repeat(1, 8), length=16)
+    assert isinstance(ssmax.revert(model), FAMILIES[model.config.model_type][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"law": "olmo"}, "law must be ssmax, ssmax-fixed"),
+        ({"law": "yarn"}, "factor missing"),
+        ({"law": "yarn", "law_parameters": {"factor": 2, "length": 3}}, "length too much"),
+        ({"law": "qwen-1", "init": "identity"}, "learns nothing"),
+        ({"law": "qwen-1", "bias": True}, "learns nothing"),
+        ({"law_parameters": {"factor": 2}}, "not law_parameters"),
+    ],
+)
+def test_laws_that_do_not_fit_leave_the_model_as_it_was(model, options, words):
+    before = type(model)
+    with pytest.raises(ValueError, match=words):
+        ssmax.convert(model, **options)
+    assert type(model) is before
+    assert not any(hasattr(layer.self_attn, "ssmax") for layer in model.model.layers)
+
+
+def test_a_law_of_the_training_length_takes_the_configs(model):
+    ssmax.convert(model, law="qwen-1")
+    assert model.config.ssmax["parameters"] == {"train_length": 64}
+
+
+def test_a_law_of_the_position_stays_out_of_windows():
+    changes = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "use_sliding_window": True}
+    windowed = tiny_model("qwen2", num_hidden_layers=2, **changes)
+    with pytest.raises(ValueError, match="windowed layer does not know"):
+        ssmax.convert(windowed, law="llama-4", layers=[0, 1])
+    assert ssmax.convert(windowed, law="llama-4").config.ssmax["layers"] == [1]

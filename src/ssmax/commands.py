@@ -69,7 +69,8 @@ def calibrate_folder(
     _refuse_existing(target)
     model = _load(source, theta_factor)
     if checkpointing:
-        _for_people(model.gradient_checkpointing_enable)
+        # transformers 5 has a new name for it, and a warning for the old one
+        _for_people(getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable))
     length = _for_people(lambda: piece_length(model, options["length"]))
     tokens = _tokens(source, texts, length, options["steps"])
     if dry_run:

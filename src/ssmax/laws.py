@@ -119,8 +119,8 @@ class LawScale(nn.Module):
         self.law, self.parameters_of_law = law, parameters
         LAWS[law](torch.ones(1), **parameters)
 
-    def forward(self, query: Tensor, n: Tensor | int) -> Tensor:
-        """Return the scaled query in query's dtype, rounded once; arguments as SSMaxScale's."""
+    def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
+        """Return the scaled query in query's dtype, rounded once; arguments as SSMaxScale's, log_n is not used."""
         law, n_BHN = LAWS[self.law], rows_of(n, query)
         x = n_BHN if law.of == "n" else (n_BHN - 1).clamp(min=0)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmax.scaling import head_multiplier, matched_scale, scale_query
+from ssmax.scaling import log_visible, matched_scale, scale_query
 
 __all__ = ["SSMaxScale"]
 
@@ -61,12 +61,13 @@ class SSMaxScale(nn.Module):
         """The bias, (H,): the parameter named bias, or None."""
         return self.bias
 
-    def forward(self, query: Tensor, n: Tensor | int) -> Tensor:
+    def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
         """Return the scaled query in query's dtype, rounded once.
 
         Args:
             query: (B, H, N, D), after position encoding and QK-norm.
             n: visible keys: a number, (N,), (B, N) or (B, H, N); see ssmax.visible_keys.
+            log_n: ssmax.scaling.log_visible(n, query), where many layers share it.
 
         Raises:
             ValueError: the query has another number of heads, or n does not fit it.
@@ -75,7 +76,8 @@ class SSMaxScale(nn.Module):
             raise ValueError(f"query must be (B, {self.num_heads} heads, N, D), got shape {tuple(query.shape)}")
         if not query.is_floating_point():
             raise TypeError(f"query must be floating point, got {query.dtype}")
-        return scale_query(query, head_multiplier(n, self.weight, self.bias, query))
+        m_BHN = self.weight[:, None] * (log_visible(n, query) if log_n is None else log_n)
+        return scale_query(query, m_BHN if self.bias is None else m_BHN + self.bias[:, None])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMaxScale":
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -58,6 +58,11 @@ def head_multiplier(n: Tensor | int, s: Tensor | float, b: Tensor | float | None
     return m_BHN.expand(-1, -1, query.shape[2])
 
 
+def log_visible(n: Tensor | int, query: Tensor) -> Tensor:
+    """Return log n, (B or 1, H or 1, N or 1), float32 (float64 for a float64 query); n = 0 counts as 1."""
+    return rows_of(n, query).clamp(min=1).to(torch.float64 if query.dtype == torch.float64 else torch.float32).log()
+
+
 def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
     """Return n as (B or 1, H or 1, N or 1), or raise ValueError where it does not fit the query (B, H, N, D)."""
     n = _count(n, query.device)

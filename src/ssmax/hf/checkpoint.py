@@ -166,8 +166,29 @@ def _base_type(model_type: object) -> str | None:
     return base if base in CONFIG_MAPPING._mapping else None
 
 
+def _refuse_plain_configs() -> None:
+    """Let a plain class, as in LlamaForCausalLM.from_pretrained, refuse a converted checkpoint; it would run as softmax."""
+    original: Any = PreTrainedConfig.__dict__["from_dict"].__func__
+    if getattr(original, "_ssmax", False):
+        return
+
+    @functools.wraps(original)
+    def from_dict(cls, config_dict, **kwargs):
+        saved, wanted = str(config_dict.get("model_type", "")), getattr(cls, "model_type", "")
+        if saved.startswith("ssmax_") and not wanted.startswith("ssmax_"):
+            raise ValueError(
+                f"the checkpoint is a converted model ({saved}); {cls.__name__} would drop its scales and compute plain "
+                "softmax. Load it with an Auto class such as AutoModelForCausalLM, then ssmax.revert(model) where softmax is meant"
+            )
+        return original(cls, config_dict, **kwargs)
+
+    from_dict.__dict__["_ssmax"] = True
+    PreTrainedConfig.from_dict = classmethod(from_dict)  # pyrefly: ignore[bad-assignment]
+
+
 def register() -> None:
-    """Make transformers' Auto classes know the converted families."""
+    """Make transformers' Auto classes know the converted families, and plain classes refuse them."""
+    _refuse_plain_configs()
     if not isinstance(CONFIG_MAPPING._extra_content, _SavedTypes):
         CONFIG_MAPPING._extra_content = _SavedTypes(CONFIG_MAPPING._extra_content)
 

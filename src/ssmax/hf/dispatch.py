@@ -18,7 +18,7 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("this model adds a position bias to its logits; SSMax is not defined for it here")
-    n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs)
+    n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs)
     if kwargs.get("softcap") is not None:
         if implementation != "eager":
             raise ValueError(
@@ -26,7 +26,7 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
                 "use model.set_attn_implementation('eager')"
             )
         return _softcapped(scale, n, query, key, value, attention_mask, **kwargs)
-    return attend(module, scale(query, n), key, value, attention_mask, *args, **kwargs)
+    return attend(module, scale(query, n, log_n), key, value, attention_mask, *args, **kwargs)
 
 
 def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0, **kwargs):

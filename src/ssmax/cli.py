@@ -1,11 +1,13 @@
-"""The command line: ssmax reproduce, convert, calibrate, inspect."""
+"""The command line: ssmax reproduce, train, convert, calibrate, inspect."""
 
+import contextlib
 import dataclasses
 import errno
+import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,59 +21,150 @@ __all__ = ["main"]
 EXTRAS = "pip install 'ssmax[lab]'"
 
 
+def _options() -> type:
+    """Every field of a recipe as an option; what is not given is the recipe's own."""
+    fields = [field for field in dataclasses.fields(Recipe) if field.name != "name"]
+    made = [
+        (field.name, Annotated[field.type | None, tyro.conf.arg(help=field.metadata["help"])], None)  # pyrefly: ignore
+        for field in fields
+    ]
+    return dataclasses.make_dataclass("Options", made, frozen=True)
+
+
+Options: Any = _options()
+
+
+def _recipe(name: str, options: Any, **more: Any) -> Recipe:
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
+    chosen = {key: value for key, value in vars(options).items() if value is not None}
+    return dataclasses.replace(RECIPES[name](), **{**more, **chosen})
+
+
+RECIPE_HELP = (
+    "tiny: 2 CPU cores, a quarter of an hour. smoke: a minute, shows nothing. small: one GPU, about an hour. paper: the "
+    "paper's own size, a cluster."
+)
+CORPUS_HELP = "A text file, a folder of text files, or a data set on a hub. Default: Python's own standard library."
+SHARD_HELP = "Under torchrun, shard weights and optimizer over the ranks (FSDP2). Default: each rank holds all (DDP)."
+
+
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Train Softmax and SSMax side by side, measure them far past their training length, and report.
+    """Train the paper's models side by side, measure them far past their training length, and report.
 
     Leaves runs/NAME/ with rows.jsonl (every number), figures/ (PNG and SVG) and report.html. The same command
-    continues an interrupted run and repeats nothing that is finished.
+    continues an interrupted run and repeats nothing that is finished. On more devices: torchrun --nproc-per-node 8
+    -m ssmax reproduce ...; the batch of a step stays the same.
     """
 
     recipe: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(
-            metavar="{tiny,smoke}", help="tiny: 2 CPU cores, a quarter of an hour. smoke: a minute, shows nothing."
-        ),
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="{tiny,smoke,small,paper}", help=RECIPE_HELP)
     ] = "tiny"
-    corpus: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help="A text file, a folder of text files, or a data set on a hub. Default: Python's own standard library."
-        ),
-    ] = None
+    corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
     out: Annotated[Path | None, tyro.conf.arg(help="Folder of the run. Default: runs/RECIPE.")] = None
-    seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(help="Seeds, one model each. Default: the recipe's.")] = None
-    steps: Annotated[int | None, tyro.conf.arg(help="Pretraining steps. Default: the recipe's.")] = None
-    train_length: Annotated[int | None, tyro.conf.arg(help="Tokens of a training window. Default: the recipe's.")] = (
-        None
-    )
-    learning_rate: Annotated[float | None, tyro.conf.arg(help="Of pretraining. Default: the recipe's.")] = None
-    warmup_steps: Annotated[int | None, tyro.conf.arg(help="Of pretraining. Default: the recipe's.")] = None
+    dry_run: Annotated[bool, tyro.conf.arg(help="Say what it takes, from one measured step; write nothing.")] = False
+    shard: Annotated[bool, tyro.conf.arg(help=SHARD_HELP)] = False
+    of_the_recipe: Annotated[Options, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Options)
 
     def run(self) -> None:
         """Run it."""
-        recipe = self._recipe()
+        recipe = _recipe(self.recipe, self.of_the_recipe)
+        if self.dry_run:
+            return _print_plan(recipe)
         folder = self.out or Path("runs") / recipe.name
         run = RunFolder(folder, recipe, self.corpus)
+        if WORLD_SIZE > 1:
+            return self._together(run)
         with run.opened():
             if not run.finished:
                 from ssmax.lab.reproduce import reproduce  # loads torch and transformers
 
                 reproduce(recipe, self.corpus, run, cache=folder.parent / "cache")
-            found = report.build(folder)
-        print(report.claims_text(found, shutil.get_terminal_size().columns))
-        print(f"Report: {(folder / 'report.html').resolve()}")
+            _report(folder)
+        return None
 
-    def _recipe(self) -> Recipe:
-        if self.recipe not in RECIPES:
-            raise UserError(f"there is no recipe {self.recipe!r}; recipes are {', '.join(RECIPES)}")
-        names = ("seeds", "steps", "train_length", "learning_rate", "warmup_steps")
-        chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
-        for name, value in chosen.items():
-            if value == () or (name != "seeds" and value <= 0) or (name == "seeds" and min(value) < 0):
-                raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
-        return dataclasses.replace(RECIPES[self.recipe](), **chosen)
+    def _together(self, run: RunFolder) -> None:
+        from ssmax.lab.reproduce import reproduce, start_ranks
+        from ssmax.lab.training import Setup
+
+        main = start_ranks()
+        with run.opened() if main else contextlib.nullcontext():
+            reproduce(run.recipe, self.corpus, run, run.folder.parent / "cache", Setup(shard=self.shard))
+            if main:
+                _report(run.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Pretrain one model of a recipe on your own text, and save it as a folder that transformers loads.
+
+    OUT/model loads with AutoModelForCausalLM after "import ssmax.hf"; OUT/rows.jsonl holds the training loss. The same
+    command continues an interrupted run from its last checkpoint. On more devices: torchrun --nproc-per-node 8 -m
+    ssmax train ...; the batch of a step stays the same, and a run may continue on another number of devices.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="Folder of the run.")]
+    recipe: Annotated[str, tyro.conf.arg(metavar="{tiny,smoke,small,paper}", help=RECIPE_HELP)] = "tiny"
+    variant: Annotated[
+        Literal["a", "b", "c", "d", "f"],
+        tyro.conf.arg(
+            help="a: Softmax. b: SSMax. c: SSMax without s. d: SSMax with bias. f: Softmax that switches to SSMax for the last "
+            "eighth. (e is ssmax convert.)"
+        ),
+    ] = "b"
+    form: Annotated[
+        Literal["paper", "qk-norm", "partial-rope"],
+        tyro.conf.arg(
+            help="paper: Llama's shape. qk-norm: queries and keys normalised. partial-rope: RoPE on half of a head."
+        ),
+    ] = "paper"
+    seed: Annotated[int, tyro.conf.arg(help="Of initial weights and data order.")] = 0
+    corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
+    shard: Annotated[bool, tyro.conf.arg(help=SHARD_HELP)] = False
+    report_to: Annotated[
+        str, tyro.conf.arg(help="A tracker of transformers' Trainer, such as tensorboard or wandb. Default: none.")
+    ] = "none"
+    dry_run: Annotated[bool, tyro.conf.arg(help="Say what it takes, from one measured step; write nothing.")] = False
+    of_the_recipe: Annotated[Options, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Options)
+
+    def run(self) -> None:
+        """Run it."""
+        for name in ("models", "retrieval", "counting", "seeds"):
+            if getattr(self.of_the_recipe, name) is not None:
+                raise UserError(
+                    f"--{name} is of ssmax reproduce; train takes --form, --variant and --seed of one model"
+                )
+        only = {"models": (f"{self.form}:{self.variant}",), "retrieval": (), "counting": (), "seeds": (self.seed,)}
+        recipe = _recipe(self.recipe, self.of_the_recipe, **only)
+        if self.of_the_recipe.checkpoint_steps is None and not recipe.checkpoint_steps:
+            recipe = dataclasses.replace(recipe, checkpoint_steps=max(1, recipe.steps // 10))
+        if self.dry_run:
+            return _print_plan(recipe)
+        from ssmax.lab.reproduce import start_ranks, train  # loads torch and transformers
+        from ssmax.lab.training import Setup
+
+        main = start_ranks()
+        run = RunFolder(self.out, recipe, self.corpus)
+        with run.opened() if main else contextlib.nullcontext():
+            model = train(recipe, self.corpus, run, self.out.parent / "cache", Setup(self.shard, self.report_to))
+        if main:
+            print(f"Model: {model.resolve()}")
+        return None
+
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets it
+
+
+def _report(folder: Path) -> None:
+    print(report.claims_text(report.build(folder), shutil.get_terminal_size().columns))
+    print(f"Report: {(folder / 'report.html').resolve()}")
+
+
+def _print_plan(recipe: Recipe) -> None:
+    from ssmax.lab.plan import plan  # loads torch and transformers
+
+    print("\n".join([*plan(recipe), "dry run: nothing was written"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +234,7 @@ class Calibrate:
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="New folder.")]
     texts: Annotated[
         str | None,
-        tyro.conf.arg(
-            help="A text file, a folder of text files, or a data set on a hub. Default: Python's own standard library."
-        ),
+        tyro.conf.arg(help=CORPUS_HELP),
     ] = None
     length: Annotated[
         int | None,
@@ -218,7 +309,7 @@ def _number(text: str) -> str | float:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; exit status 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"reproduce": Reproduce, "convert": Convert, "calibrate": Calibrate, "inspect": Inspect},
+        {"reproduce": Reproduce, "train": Train, "convert": Convert, "calibrate": Calibrate, "inspect": Inspect},
         prog="ssmax",
         description="Scalable-Softmax (arXiv 2501.19399): attention that holds at any context length.",
         args=arguments,

@@ -1,23 +1,31 @@
 """The paper's experiments as stages: each leaves its rows, whole, before the next begins, so that a run can continue."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import ssmax.hf  # noqa: F401  (registers the saved models)
+import ssmax.hf
 from ssmax.evaluation import NeedleTask, loss_by_position, retrieve, rope_theta
 from ssmax.lab import training
 from ssmax.lab.corpus import Corpus
+from ssmax.lab.counting import CountTask, counted
+from ssmax.lab.models import build_model
 from ssmax.lab.recipes import Job, Recipe
+from ssmax.lab.training import Setup
 from ssmax.results import Row
 from ssmax.scaling import scalable_softmax
 
 __all__ = ["check_fit", "formula_rows", "run_stage", "stage_tokens"]
 
+TRAINED = {"finetune": "finetuned", "count": "counting"}  # folders of fine-tuned models
 # Tokens that pass at once in an evaluation: bounds its memory.
 BATCH_TOKENS = 32_768
 
@@ -25,27 +33,45 @@ BATCH_TOKENS = 32_768
 def check_fit(recipe: Recipe, corpus: Corpus) -> None:
     """Raise UserError where the corpus or the training length is too short for the recipe, before anything is trained."""
     training.Windows(corpus.train, recipe.train_length, 1, seed=0)
-    training.Examples(needle_task(corpus, recipe, corpus.train), recipe, seed=0)
+    for stage, asked in (("finetune", recipe.retrieval), ("count", recipe.counting)):
+        if asked:
+            _examples(stage, corpus, recipe, seed=0)
 
 
 def stage_tokens(stage: str, recipe: Recipe) -> int:
     """Return the work of a stage for the progress bar, in tokens of a training step (a forward counts a third)."""
     if stage == "pretrain":
         return recipe.steps * recipe.batch_size * recipe.train_length
-    if stage == "finetune":
-        return recipe.finetune_steps * recipe.finetune_batch_size * recipe.train_length
+    if stage in ("finetune", "count"):
+        steps = recipe.finetune_steps if stage == "finetune" else recipe.count_steps
+        return steps * recipe.finetune_batch_size * recipe.train_length
     if stage == "position_loss":
         return len(recipe.theta_factors) * recipe.loss_texts * recipe.length_factor * recipe.train_length // 3
+    if stage == "counting":
+        return sum(recipe.lengths) * COUNT_TRIALS * recipe.trials // 3
     cells = sum(recipe.lengths) * len(recipe.depths) * recipe.trials
     return (cells + recipe.score_trials * recipe.score_length_factor * recipe.train_length) // 3
 
 
 def run_stage(
-    stage: str, job: Job, recipe: Recipe, corpus: Corpus, folder: Path, progress: Callable[[int], None]
+    stage: str,
+    job: Job,
+    recipe: Recipe,
+    corpus: Corpus,
+    models: Path,
+    progress: Callable[[int], Any],
+    setup: Setup = Setup(),  # noqa: B008 (frozen)
 ) -> list[Row]:
-    """Run one stage of one job: read what the stages before it left in folder, leave its own, and return its rows."""
-    run = {"pretrain": _pretrain, "position_loss": _position_loss, "finetune": _finetune, "retrieval": _retrieval}
-    return run[stage](job, recipe, corpus, folder, progress)
+    """Run one stage of one job: read what the stages before it left in the folder models, leave its own, return its rows.
+
+    In a distributed run all ranks call the stages of training together; each returns the rows.
+    """
+    if stage == "pretrain":
+        return _pretrain(job, recipe, corpus, models, progress, setup)
+    if stage in ("finetune", "count"):
+        return _finetune(stage, job, recipe, corpus, models, progress, setup)
+    measure = {"position_loss": _position_loss, "retrieval": _retrieval, "counting": _counting}[stage]
+    return measure(job, recipe, corpus, models, progress)
 
 
 def formula_rows() -> list[Row]:
@@ -67,23 +93,49 @@ def formula_rows() -> list[Row]:
     return rows
 
 
-def _pretrain(job, recipe, corpus, folder, progress):
-    model = training.build_model(recipe, job.form, job.variant, job.seed, corpus.tokenizer.get_vocab_size())
-    losses = training.pretrain(model, recipe, corpus.train, job.seed, folder / "scratch", progress)
-    _save(model, folder / "pretrained")
-    return _loss_rows(job, losses, "pretrain")
+def _pretrain(job, recipe, corpus, models, progress, setup):
+    folder = models / job.name
+    model = build_model(recipe, job.form, job.variant, job.seed, corpus.tokenizer.get_vocab_size())
+    scratch = folder / "pretrain-checkpoints"
+    trained = training.pretrain(model, recipe, corpus.train, job.seed, scratch, progress, setup)
+    rows = _loss_rows(job, trained.losses, "pretrain")
+    if job.variant == "p":
+        learned: Any = trained.model.learned_p
+        rows += [
+            Row("learned_p", "p", job.seed, {"form": job.form, "n": n}, p, 1) for n, p in enumerate(learned.tolist(), 1)
+        ]
+    else:
+        _save(trained.model, folder / "pretrained")
+    _remove(scratch)
+    return rows
 
 
-def _finetune(job, recipe, corpus, folder, progress):
-    model = _load(folder / "pretrained")
-    task = needle_task(corpus, recipe, corpus.train)
-    losses = training.finetune(model, recipe, task, job.seed, folder / "scratch", progress)
-    _save(model, folder / "finetuned")
-    return _loss_rows(job, losses, "finetune")
+def _finetune(stage, job, recipe, corpus, models, progress, setup):
+    folder = models / job.name
+    model = _pretrained(job, models)
+    examples = _examples(stage, corpus, recipe, job.seed)
+    scratch = folder / f"{stage}-checkpoints"
+    trained = training.finetune(model, recipe, examples, scratch, progress, setup)
+    _save(trained.model, folder / TRAINED[stage])
+    _remove(scratch)
+    return _loss_rows(job, trained.losses, stage)
 
 
-def _position_loss(job, recipe, corpus, folder, progress):
-    model = _load(folder / "pretrained")
+def _examples(stage, corpus, recipe, seed):
+    if stage == "count":
+        task = count_task(corpus, corpus.train)
+        return training.Examples(task.example, task.shortest, recipe, recipe.count_steps, seed)
+    needles = needle_task(corpus, recipe, corpus.train)
+    draw = partial(_at_any_depth, needles)
+    return training.Examples(draw, needles.shortest, recipe, recipe.finetune_steps, seed)
+
+
+def _at_any_depth(task, length, rng):
+    return task.example(length, rng.random(), rng)
+
+
+def _position_loss(job, recipe, corpus, models, progress):
+    model = _pretrained(job, models)
     length = recipe.length_factor * recipe.train_length
     texts = torch.from_numpy(corpus.held_out[:, : length + 1].astype(np.int64))
     edges = sorted({round(8 * 2 ** (k / 2)) for k in range(64) if 8 * 2 ** (k / 2) < length} | {length})
@@ -102,8 +154,8 @@ def _position_loss(job, recipe, corpus, folder, progress):
     return rows
 
 
-def _retrieval(job, recipe, corpus, folder, progress):
-    model = _load(folder / "finetuned")
+def _retrieval(job, recipe, corpus, models, progress):
+    model = _load(models / job.name / TRAINED["finetune"])
     task = needle_task(corpus, recipe, corpus.held_out.reshape(-1))
     factor = max(recipe.theta_factors)
     rows = []
@@ -126,6 +178,33 @@ def _retrieval(job, recipe, corpus, folder, progress):
         place = {**at, "trial": number, "correct": trial.correct}
         rows.append(Row("top_needle_score", job.variant, job.seed, place, trial.scores.max().item(), 1))
     return rows
+
+
+# Counting is right or wrong a text, so that it takes more of them than a needle grid has in a cell.
+COUNT_TRIALS = 8
+
+
+def _counting(job, recipe, corpus, models, progress):
+    model = _load(models / job.name / TRAINED["count"])
+    task = count_task(corpus, corpus.held_out.reshape(-1))
+    factor = max(recipe.theta_factors)
+    rows = []
+    with rope_theta(model, factor):
+        for length in recipe.lengths:
+            rng = np.random.default_rng([length, 1])
+            right, count, batch = 0, COUNT_TRIALS * recipe.trials, max(1, BATCH_TOKENS // length)
+            for first in range(0, count, batch):
+                examples = [task.example(length, rng) for _ in range(min(batch, count - first))]
+                right += sum(counted(model, examples))
+                progress(length * len(examples) // 3)
+            at = {"form": job.form, "length": length, "theta_factor": factor}
+            rows.append(Row("counting_accuracy", job.variant, job.seed, at, right / count, count))
+    return rows
+
+
+def count_task(corpus: Corpus, haystack: np.ndarray) -> CountTask:
+    """Return the counting task in tokens of the corpus."""
+    return CountTask(lambda text: corpus.tokenizer.encode(text).ids, haystack)
 
 
 def needle_task(corpus: Corpus, recipe: Recipe, haystack: np.ndarray) -> NeedleTask:
@@ -152,6 +231,8 @@ def _loss_rows(job, losses, stage):
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
+    if not PartialState().is_main_process:
+        return
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -159,5 +240,18 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     temporary.rename(folder)
 
 
+def _remove(scratch: Path) -> None:
+    if PartialState().is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _pretrained(job: Job, models: Path) -> PreTrainedModel:
+    """(e) is (a) of the same seed, switched after its pretraining."""
+    if job.variant != "e":
+        return _load(models / job.name / "pretrained")
+    return ssmax.convert(_load(models / dataclasses.replace(job, variant="a").name / "pretrained"), "matched")
+
+
 def _load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
+    return model.to(PartialState().device)

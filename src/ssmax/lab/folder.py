@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssmax.errors import UserError
-from ssmax.lab.recipes import STAGES, Recipe
+from ssmax.lab.recipes import Job, Recipe
 from ssmax.results import write_atomically
 
 __all__ = ["RunFolder"]
@@ -38,11 +38,15 @@ class RunFolder:
     @property
     def stages(self) -> list[str]:
         """Names of all stages, in the order of their rows."""
-        return ["formula", *(f"{job.name}.{stage}" for job in self.recipe.jobs for stage in STAGES)]
+        return ["formula", *(f"{job.name}.{stage}" for job in self.recipe.jobs for stage in self.recipe.stages(job))]
 
     def stage_file(self, name: str) -> Path:
         """Rows of one stage; the file exists once the stage is done."""
         return self.folder / "stages" / f"{name}.jsonl"
+
+    def todo(self, job: Job) -> list[str]:
+        """Stages of a job that are not done, in their order."""
+        return [stage for stage in self.recipe.stages(job) if not self.stage_file(f"{job.name}.{stage}").exists()]
 
     @property
     def finished(self) -> bool:

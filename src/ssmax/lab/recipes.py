@@ -1,11 +1,16 @@
 """What is trained and measured: a recipe is a function that returns a Recipe; the command line is made from its fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-__all__ = ["RECIPES", "STAGES", "Job", "Recipe", "smoke", "tiny"]
+from ssmax.errors import UserError
 
-# What is done with each model, in this order.
-STAGES = ("pretrain", "position_loss", "finetune", "retrieval")
+__all__ = ["FORMS", "RECIPES", "TOGETHER", "Job", "Recipe", "paper", "small", "smoke", "tiny"]
+
+FORMS = ("paper", "qk-norm", "partial-rope")
+LETTERS = "abcdefp"
+# Stages that all ranks of a distributed run do together; the others are one rank's work.
+TOGETHER = ("pretrain", "finetune", "count")
 
 
 @dataclass(frozen=True)
@@ -22,67 +27,105 @@ class Job:
         return f"{self.form}-{self.variant}-{self.seed}"
 
 
+def _field(default: Any, text: str, *, zero: bool = False, empty: bool = False) -> Any:
+    return field(default=default, metadata={"help": text, "zero": zero, "empty": empty})
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One run of the paper's experiments.
+    """One run of the paper's experiments. Every field but the name is an option of the command line.
 
-    Attributes:
-        name: the recipe's name.
-        variants: letters of the paper's models: a Softmax, b SSMax.
-        forms: "paper" (a Llama-shaped model as in Table 1), "qk-norm" (the same with QK-norm, transformers' Qwen3).
-        seeds: one model is trained for each seed, form and variant; the variants of a seed share weights and data.
-        hidden_size, num_layers, num_heads, intermediate_size, vocab_size: shape of the model; head size is hidden / heads.
-        train_length: tokens of a training window.
-        batch_size: windows a step.
-        steps: of pretraining.
-        learning_rate, warmup_steps: linear warm-up, then constant.
-        weight_decay: on parameters of rank >= 2 only.
-        finetune_steps, finetune_batch_size, finetune_learning_rate, finetune_warmup_steps: the retrieval fine-tuning,
-            cosine, no decay.
-        needle_digits: length of the needle's number; the paper's is 7.
-        loss_texts: held-out texts for the loss by position.
-        length_factor: how far past the training length everything is measured.
-        theta_factors: of RoPE at test time.
-        depths: of the needle, 0 = start of the text.
-        trials: examples for each retrieval cell of length x depth.
-        score_trials: trials of the top needle score.
-        score_length_factor: context of the needle scores, in training lengths.
-        corpus_bytes: how much text is read.
+    Raises:
+        UserError: a field that makes no sense, or two that do not fit.
     """
 
     name: str
-    variants: tuple[str, ...] = ("a", "b")
-    forms: tuple[str, ...] = ("paper", "qk-norm")
-    seeds: tuple[int, ...] = (0, 1, 2)
-    hidden_size: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    intermediate_size: int = 176
-    vocab_size: int = 512
-    train_length: int = 128
-    batch_size: int = 32
-    steps: int = 260
-    learning_rate: float = 4e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
-    finetune_steps: int = 440
-    finetune_batch_size: int = 32
-    finetune_learning_rate: float = 3e-3
-    finetune_warmup_steps: int = 20
-    needle_digits: int = 2
-    loss_texts: int = 24
-    length_factor: int = 16
-    theta_factors: tuple[int, ...] = (1, 50)
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    trials: int = 16
-    score_trials: int = 100
-    score_length_factor: int = 8
-    corpus_bytes: int = 64_000_000
+    models: tuple[str, ...] = _field(
+        ("paper:ab", "qk-norm:abcdefp"),
+        "The models, as FORM:LETTERS. Forms: paper (Llama's shape), qk-norm (the same with normalised queries and keys), "
+        "partial-rope (RoPE on half of each head). Letters: the paper's a to f, and p for its Figure 2.",
+    )
+    retrieval: tuple[str, ...] = _field(
+        ("paper:ab", "qk-norm:ab"), "Which of them are fine-tuned and asked for needles.", empty=True
+    )
+    counting: tuple[str, ...] = _field(
+        ("qk-norm:ab",), "Which of them learn to count, a task that wants flat attention.", empty=True
+    )
+    seeds: tuple[int, ...] = _field(
+        (0, 1, 2), "One model each; the models of a seed share initial weights and data.", zero=True
+    )
+    hidden_size: int = _field(64, "Width of the model; the head size is this by the number of heads.")
+    num_layers: int = _field(2, "Layers of the model.")
+    num_heads: int = _field(4, "Attention heads of a layer.")
+    intermediate_size: int = _field(176, "Of the gated feed-forward.")
+    vocab_size: int = _field(512, "Of the byte-pair tokenizer that is trained on the corpus.")
+    tokenizer: str = _field("", "A tokenizer's folder, or its name on a hub. Default: train one on the corpus.")
+    train_length: int = _field(128, "Tokens of a training window.")
+    batch_size: int = _field(32, "Windows of a step, over all devices.")
+    device_batch_size: int = _field(32, "Windows that pass at once on a device; the rest of a step accumulates.")
+    precision: Literal["float32", "bfloat16"] = _field("float32", "Of the matrix products in training.")
+    steps: int = _field(260, "Of pretraining.")
+    learning_rate: float = _field(4e-3, "Of pretraining: linear warm-up, then constant.")
+    warmup_steps: int = _field(50, "Of pretraining.", zero=True)
+    weight_decay: float = _field(0.1, "On parameters of rank >= 2 alone.", zero=True)
+    checkpoint_steps: int = _field(0, "Steps between checkpoints inside a training; 0 for none.", zero=True)
+    finetune_steps: int = _field(440, "Of the fine-tuning on needles.")
+    count_steps: int = _field(440, "Of the fine-tuning on counting.")
+    finetune_batch_size: int = _field(32, "Examples of a step of fine-tuning.")
+    finetune_learning_rate: float = _field(3e-3, "Of fine-tuning: linear warm-up, then a cosine to zero.")
+    finetune_warmup_steps: int = _field(20, "Of fine-tuning.", zero=True)
+    needle_digits: int = _field(2, "Digits of the needle's number; the paper's is 7.")
+    loss_texts: int = _field(24, "Held-out texts for the loss by position.")
+    length_factor: int = _field(16, "How far past the training length everything is measured.")
+    theta_factors: tuple[int, ...] = _field((1, 50), "Of RoPE's theta at test time.")
+    depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
+    trials: int = _field(16, "Needles for each context size and depth, and texts to count in for each size.")
+    score_trials: int = _field(100, "Trials of the needle scores.")
+    score_length_factor: int = _field(8, "Context of the needle scores, in training lengths.")
+    corpus_bytes: int = _field(64_000_000, "How much text is read, where it is held in memory.")
+    corpus_tokens: int = _field(
+        0, "Training tokens to prepare, with a tokenizer; 0: what pretraining reads.", zero=True
+    )
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, option = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
+            values = value if isinstance(value, tuple) else (value,)
+            numbers = [x for x in values if isinstance(x, (int, float))]
+            zero = f.metadata.get("zero", False)
+            if any(x < 0 or (x == 0 and not zero) or x != x for x in numbers):
+                raise UserError(f"{option} must be {'at least 0' if zero else 'positive'}, got {value}")
+            if value == () and not f.metadata["empty"]:
+                raise UserError(f"{option} must be positive numbers or names, got none")
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(
+                f"--hidden-size must be a multiple of twice --num-heads, for RoPE; got {self.hidden_size}, {self.num_heads}"
+            )
+        trained = _letters("--models", self.models)
+        for form, letters in trained.items():
+            if "e" in letters and "a" not in letters:
+                raise UserError(f"--models {form}:{letters}: e is made of a, which is missing")
+        for option in ("retrieval", "counting"):
+            for form, letters in _letters(f"--{option}", getattr(self, option)).items():
+                unknown = set(letters) - (set(trained.get(form, "")) - {"p"})
+                if unknown:
+                    raise UserError(
+                        f"--{option} {form}:{letters} asks for models that --models does not train, or for p"
+                    )
 
     @property
     def jobs(self) -> list[Job]:
         """The recipe's models, the variants of a seed side by side."""
-        return [Job(form, variant, seed) for seed in self.seeds for form in self.forms for variant in self.variants]
+        forms = _letters("--models", self.models)
+        return [Job(form, letter, seed) for seed in self.seeds for form, letters in forms.items() for letter in letters]
+
+    def stages(self, job: Job) -> list[str]:
+        """What is done with a model, in this order."""
+        named = [] if job.variant == "e" else ["pretrain"]
+        named += [] if job.variant == "p" else ["position_loss"]
+        for option, stages in (("retrieval", ["finetune", "retrieval"]), ("counting", ["count", "counting"])):
+            named += stages if job.variant in _letters(option, getattr(self, option)).get(job.form, "") else []
+        return named
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -90,11 +133,26 @@ class Recipe:
         return tuple(self.train_length * 2**k for k in range(self.length_factor.bit_length()))
 
 
+def _letters(option, models):
+    """Form -> letters, from FORM:LETTERS."""
+    found = {}
+    for model in models:
+        form, _, letters = model.partition(":")
+        if form not in FORMS or form in found or not letters or set(letters) - set(LETTERS):
+            raise UserError(
+                f"{option} must be FORM:LETTERS, a form of {', '.join(FORMS)} (each once) and letters of {LETTERS}; got {model!r}"
+            )
+        found[form] = "".join(sorted(set(letters)))
+    return found
+
+
 def smoke() -> Recipe:
     """Everything once, too small to show anything: for the tests, under a minute."""
     return Recipe(
         name="smoke",
-        forms=("paper",),
+        models=("paper:abcdefp",),
+        retrieval=("paper:ab",),
+        counting=("paper:ab",),
         seeds=(0,),
         hidden_size=32,
         num_layers=2,
@@ -106,6 +164,7 @@ def smoke() -> Recipe:
         steps=30,
         warmup_steps=5,
         finetune_steps=10,
+        count_steps=10,
         finetune_batch_size=8,
         finetune_warmup_steps=2,
         loss_texts=4,
@@ -119,8 +178,72 @@ def smoke() -> Recipe:
 
 
 def tiny() -> Recipe:
-    """Softmax against SSMax on two CPU cores in a quarter of an hour."""
+    """Every experiment of the paper on two CPU cores in a quarter of an hour."""
     return Recipe(name="tiny")
 
 
-RECIPES = {"smoke": smoke, "tiny": tiny}
+def small() -> Recipe:
+    """All forms and variants on one GPU; about an hour is meant, and has not been measured."""
+    return Recipe(
+        name="small",
+        models=tuple(f"{form}:abcdefp" for form in FORMS),
+        retrieval=tuple(f"{form}:abcdef" for form in FORMS),
+        counting=tuple(f"{form}:ab" for form in FORMS),
+        hidden_size=256,
+        num_layers=6,
+        num_heads=8,
+        intermediate_size=688,
+        vocab_size=4096,
+        train_length=256,
+        batch_size=64,
+        device_batch_size=64,
+        precision="bfloat16",
+        steps=1500,
+        learning_rate=2e-3,
+        warmup_steps=100,
+        checkpoint_steps=500,
+        finetune_steps=600,
+        count_steps=600,
+        finetune_batch_size=64,
+        finetune_learning_rate=1e-3,
+        finetune_warmup_steps=50,
+        needle_digits=4,
+        length_factor=32,
+        trials=32,
+    )
+
+
+def paper() -> Recipe:
+    """The paper's Tables 1 to 3: 162,129,408 parameters and 144 scales. Steps of pretraining are our choice."""
+    return Recipe(
+        name="paper",
+        models=("paper:abcdefp",),
+        retrieval=("paper:abcdef",),
+        counting=(),
+        seeds=(0,),
+        hidden_size=768,
+        num_layers=12,
+        num_heads=12,
+        intermediate_size=2048,
+        vocab_size=50_257,
+        tokenizer="gpt2",
+        train_length=1024,
+        batch_size=2048,
+        device_batch_size=32,
+        precision="bfloat16",
+        steps=200_000,
+        learning_rate=6e-4,
+        warmup_steps=1000,
+        checkpoint_steps=1000,
+        finetune_steps=10_000,
+        finetune_batch_size=128,
+        finetune_learning_rate=2e-5,
+        finetune_warmup_steps=1000,
+        needle_digits=7,
+        loss_texts=64,
+        length_factor=20,
+        trials=20,
+    )
+
+
+RECIPES = {"smoke": smoke, "tiny": tiny, "small": small, "paper": paper}

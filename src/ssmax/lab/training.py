@@ -1,36 +1,27 @@
-"""Models, data order and optimizer: the paper's Table 1 to 3 by transformers' Trainer."""
+"""Data order, optimizer and the training loop: the paper's Tables 2 and 3 by transformers' Trainer, on any number of ranks."""
 
+import copy
 import math
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType, PartialState
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-import ssmax
 from ssmax.errors import RunFailed, UserError
-from ssmax.evaluation import NeedleTask
 from ssmax.hf import parameter_groups
+from ssmax.lab import checkpoints
+from ssmax.lab.models import switch_at, turn_on
 from ssmax.lab.recipes import Recipe
 
-__all__ = ["Examples", "Windows", "build_model", "finetune", "pretrain"]
-
-FORMS: dict[str, tuple[Any, Any]] = {
-    "paper": (LlamaConfig, LlamaForCausalLM),
-    "qk-norm": (Qwen3Config, Qwen3ForCausalLM),
-}
+__all__ = ["Examples", "Setup", "Trained", "Windows", "finetune", "pretrain", "world_size"]
 
 
 class Windows(Dataset):
@@ -57,56 +48,67 @@ class Windows(Dataset):
 
 
 class Examples(Dataset):
-    """Retrieval examples no longer than the training length, longer ones as the training goes on; loss on the answer."""
+    """Examples of a task no longer than the training length, longer ones as the training goes on; loss on the answer.
 
-    def __init__(self, task: NeedleTask, recipe: Recipe, seed: int):
-        self.task, self.recipe, self.seed = task, recipe, seed
-        self.shortest = task.shortest + 8
+    Args:
+        draw: (length, generator) -> an example with prompt and answer of length tokens together.
+        shortest: length of the shortest example.
+        recipe: its training length and batch size.
+        steps: of the training.
+        seed: of lengths and examples.
+    """
+
+    def __init__(
+        self, draw: Callable[[int, np.random.Generator], Any], shortest: int, recipe: Recipe, steps: int, seed: int
+    ):
+        self.draw, self.recipe, self.steps, self.seed = draw, recipe, steps, seed
+        self.shortest = shortest + 8
         if self.shortest > recipe.train_length:
             raise UserError(
-                f"a retrieval example has at least {self.shortest} tokens and the training window only {recipe.train_length}; "
-                "raise --train-length"
+                f"an example of the task has at least {self.shortest} tokens and the training window only "
+                f"{recipe.train_length}; raise --train-length"
             )
 
     def __len__(self) -> int:
-        return self.recipe.finetune_steps * self.recipe.finetune_batch_size
+        return self.steps * self.recipe.finetune_batch_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         step = index // self.recipe.finetune_batch_size
-        grown = min(1.0, 0.15 + 2 * step / self.recipe.finetune_steps)
+        grown = min(1.0, 0.15 + 2 * step / self.steps)
         longest = self.shortest + int((self.recipe.train_length - self.shortest) * grown)
         # One length for a batch, one example for an index: nothing depends on who asks, or in which order.
         length = int(np.random.default_rng([self.seed, step]).integers(self.shortest, longest + 1))
-        rng = np.random.default_rng([self.seed, step, index])
-        example = self.task.example(length, rng.random(), rng)
+        example = self.draw(length, np.random.default_rng([self.seed, step, index]))
         tokens = torch.tensor(example.prompt + example.answer)
         labels = tokens.clone()
         labels[: len(example.prompt)] = -100
         return {"input_ids": tokens, "labels": labels}
 
 
-def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: int) -> PreTrainedModel:
-    """Return a new model of the paper's shape; all variants of a seed have the same weights."""
-    config_type, model_type = FORMS[form]
-    config = config_type(
-        vocab_size=vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_heads,
-        head_dim=recipe.hidden_size // recipe.num_heads,
-        max_position_embeddings=recipe.train_length,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    torch.manual_seed(seed)
-    model = model_type(config)
-    return ssmax.convert(model, "matched") if variant == "b" else model
+@dataclass(frozen=True)
+class Setup:
+    """How a training runs, which does not change what it computes.
+
+    Attributes:
+        shard: shard weights and optimizer over the ranks (FSDP2); otherwise each holds all (DDP).
+        report_to: a tracker of transformers' Trainer, such as "tensorboard" or "wandb".
+    """
+
+    shard: bool = False
+    report_to: str = "none"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained model, whole, on the CPU or this rank's device, and (step, mean loss since the last entry)."""
+
+    model: PreTrainedModel
+    losses: list[tuple[float, float]]
+
+
+def world_size() -> int:
+    """Return the number of ranks that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def pretrain(
@@ -114,84 +116,153 @@ def pretrain(
     recipe: Recipe,
     tokens: np.ndarray,
     seed: int,
-    scratch: Path,
-    progress: Callable[[int], None],
-) -> list[tuple[int, float]]:
-    """Train as in Table 2 and return (step, mean loss since the last entry)."""
+    folder: Path,
+    progress: Callable[[int], Any],
+    setup: Setup = Setup(),
+) -> Trained:
+    """Train as in Table 2; checkpoints lie in folder, and the newest whole one there is continued."""
     data = Windows(tokens, recipe.train_length, recipe.steps * recipe.batch_size, seed)
-    groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    arguments = {
+    arguments: dict[str, Any] = {
         "max_steps": recipe.steps,
-        "per_device_train_batch_size": recipe.batch_size,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": recipe.warmup_steps,
     }
-    return _train(model, data, optimizer, arguments, seed, scratch, progress, recipe.train_length * recipe.batch_size)
+    optimizer = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "betas": (0.9, 0.95)}
+    return _train(model, recipe, data, recipe.batch_size, optimizer, arguments, seed, folder, progress, setup)
 
 
 def finetune(
-    model: PreTrainedModel, recipe: Recipe, task: NeedleTask, seed: int, scratch: Path, progress: Callable[[int], None]
-) -> list[tuple[int, float]]:
-    """Fine-tune on retrieval as in Table 3 and return (step, mean loss since the last entry)."""
-    groups = parameter_groups(model, recipe.finetune_learning_rate, weight_decay=0.0)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    arguments = {
-        "max_steps": recipe.finetune_steps,
-        "per_device_train_batch_size": recipe.finetune_batch_size,
+    model: PreTrainedModel,
+    recipe: Recipe,
+    examples: Examples,
+    folder: Path,
+    progress: Callable[[int], Any],
+    setup: Setup = Setup(),
+) -> Trained:
+    """Fine-tune on a task as in Table 3; checkpoints as in pretrain."""
+    arguments: dict[str, Any] = {
+        "max_steps": examples.steps,
         "lr_scheduler_type": "cosine",
         "warmup_steps": recipe.finetune_warmup_steps,
     }
-    tokens = recipe.train_length * recipe.finetune_batch_size
-    return _train(model, Examples(task, recipe, seed), optimizer, arguments, seed, scratch, progress, tokens)
+    optimizer = {"learning_rate": recipe.finetune_learning_rate, "weight_decay": 0.0, "betas": (0.9, 0.999)}
+    size = recipe.finetune_batch_size
+    return _train(model, recipe, examples, size, optimizer, arguments, examples.seed, folder, progress, setup)
 
 
-def _train(model, data, optimizer, arguments, seed, scratch, progress, tokens_per_step):
+def _train(model, recipe, data, batch_size, optimizer, arguments, seed, folder, progress, setup):
     steps = arguments["max_steps"]
-    watch = _Watch(progress, tokens_per_step)
+    sharded = setup.shard and world_size() > 1
+    if sharded:
+        if hasattr(model, "learned_p"):
+            raise UserError("variant p shares one parameter among all layers and cannot be sharded; leave out --shard")
+        arguments |= {"fsdp": True, "fsdp_config": FSDP}
+    watch = _Watch(recipe, progress, recipe.train_length * batch_size)
+    whole = copy.deepcopy(model) if sharded else model
     trainer = _InOrder(
         model=model,
         args=TrainingArguments(
-            output_dir=str(scratch),
+            output_dir=str(folder),
+            **batch_arguments(batch_size, recipe.device_batch_size),
+            bf16=recipe.precision == "bfloat16",
             logging_steps=max(1, steps // 50),
             logging_nan_inf_filter=False,
             max_grad_norm=1.0,
-            save_strategy="no",
-            report_to="none",
+            save_strategy="steps" if recipe.checkpoint_steps else "no",
+            save_steps=recipe.checkpoint_steps or 1,
+            save_total_limit=2,
+            report_to=setup.report_to,
             disable_tqdm=True,
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
             **arguments,
         ),
         train_dataset=data,
-        optimizers=(optimizer, None),
         callbacks=[watch],
     )
+    trainer.wanted = optimizer
     # The Trainer prints its log as dictionaries; progress and rows say it better.
     trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
-    trainer.train()
-    return watch.losses
+    newest = checkpoints.newest(folder)
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    if sharded:
+        trained: Any = trainer.model
+        state = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.is_world_process_zero():
+            whole.load_state_dict(state)
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(whole, losses)
+
+
+FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
+
+
+def batch_arguments(batch_size: int, device_batch_size: int) -> dict[str, Any]:
+    """Return per-device size and accumulation so that a step sees batch_size windows on any number of ranks.
+
+    Raises:
+        UserError: the ranks cannot share the batch evenly.
+    """
+    ranks = world_size()
+    share, rest = divmod(batch_size, ranks)
+    if rest:
+        raise UserError(f"a batch of {batch_size} cannot be shared by {ranks} ranks; give a multiple as --batch-size")
+    rounds = next(k for k in range(-(-share // device_batch_size), share + 1) if share % k == 0)
+    return {"per_device_train_batch_size": share // rounds, "gradient_accumulation_steps": rounds}
 
 
 class _InOrder(Trainer):
+    """The Trainer with the data in order and the paper's parameter groups."""
+
+    wanted: dict[str, Any]
+
     def _get_train_sampler(self, train_dataset=None):
         data: Any = self.train_dataset
         return SequentialSampler(data)
 
+    def create_accelerator_and_postprocess(self):
+        """Accelerate shards on accelerators alone and ignores the wish on CPUs, where FSDP2 works as well."""
+        state = PartialState._shared_state
+        kind = state.get("distributed_type")
+        if self.args.fsdp and kind == DistributedType.MULTI_CPU:
+            state["distributed_type"] = DistributedType.MULTI_GPU
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            state["distributed_type"] = kind
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            rate, decay = self.wanted["learning_rate"], self.wanted["weight_decay"]
+            trained: Any = self.model if model is None else model
+            groups = parameter_groups(trained, rate, decay)
+            self.optimizer = torch.optim.AdamW(groups, betas=self.wanted["betas"], fused=True)
+        return self.optimizer
+
 
 class _Watch(TrainerCallback):
-    def __init__(self, progress, tokens_per_step):
-        self.progress, self.tokens_per_step, self.losses = progress, tokens_per_step, []
+    """Progress, the switch of (f), losses that are not finite, and the seal of a whole checkpoint."""
+
+    def __init__(self, recipe, progress, tokens_per_step):
+        self.recipe, self.progress, self.tokens_per_step = recipe, progress, tokens_per_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress(state.global_step * self.tokens_per_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        turn_on(kwargs["model"], state.global_step >= switch_at(self.recipe))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress(self.tokens_per_step)
 
+    def on_save(self, args, state, control, **kwargs):
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.is_world_process_zero)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise RunFailed(
-                    f"the training loss became {logs['loss']} by step {state.global_step}; "
-                    "lower --learning-rate or raise --warmup-steps"
-                )
-            self.losses.append((state.global_step, logs["loss"]))
+        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
+            raise RunFailed(
+                f"the training loss became {logs['loss']} by step {state.global_step}; "
+                "lower --learning-rate or raise --warmup-steps"
+            )

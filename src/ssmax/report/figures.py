@@ -11,12 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ssmax.report.claims import law_fits
 from ssmax.report.select import FORM_NAMES, NAMES, Spread, by, forms, pick, variants
 from ssmax.results import Row
 
-__all__ = ["FIGURES", "draw", "scales"]
+__all__ = ["draw", "drawable", "scales"]
 
-COLOURS = {"a": "#d55e00", "b": "#0072b2"}
+COLOURS = {"a": "#d55e00", "b": "#0072b2", "c": "#56b4e9", "d": "#009e73", "e": "#e69f00", "f": "#cc79a7"}
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -32,10 +33,16 @@ STYLE = {
 }
 
 
-def draw(number: int, rows: Sequence[Row], train_length: int) -> Figure:
-    """Draw one of the paper's figures."""
+def draw(name: int | str, rows: Sequence[Row], train_length: int) -> Figure:
+    """Draw one of the paper's figures by its number, or "counting"."""
     with matplotlib.rc_context(STYLE):
-        return FIGURES[number](rows, train_length)
+        return FIGURES[name](rows, train_length)
+
+
+def drawable(rows: Sequence[Row]) -> list[int | str]:
+    """Return the figures that the rows can show."""
+    metrics = {row.metric for row in rows}
+    return [name for name, metric in NEEDS.items() if metric in metrics]
 
 
 def scales(rows: Sequence[Row], kind: str) -> bytes:
@@ -101,67 +108,99 @@ def _focus(rows, train_length):
     return figure
 
 
+def _learned_p(rows, train_length):
+    learned = pick(rows, "learned_p")
+    shown = forms(learned)
+    figure, axes = _panels(1, len(shown), 6 * len(shown), 3.6)
+    found = []
+    for axis, form in zip(axes[0], shown, strict=True):
+        curves = by(pick(learned, "learned_p", form=form), "n")
+        keys = [n for n in curves if n > 1]
+        spreads = [Spread(tuple(curves[n])) for n in keys]
+        mean = np.array([s.mean for s in spreads])
+        axis.plot(keys, mean, ".", ms=3, color="k", label=f"learned p_n ({len(spreads[0].values)} seeds, mean)")
+        low, high = ([end(s.values) for s in spreads] for end in (min, max))
+        axis.fill_between(keys, low, high, color="k", alpha=0.12, lw=0)
+        fits = law_fits(keys, mean)
+        for name, colour in (("log", COLOURS["b"]), ("linear", COLOURS["d"]), ("constant", COLOURS["a"])):
+            fit = fits[name]
+            axis.plot(keys, fit.curve, color=colour, label=f"{fit.formula}: R² {fit.r2:.3f}")
+        axis.set(title=FORM_NAMES[form], ylabel="p")
+        _tokens(axis, [2**k for k in range(1, 40) if 2**k <= max(keys)], "visible keys n")
+        axis.legend()
+        found.append(
+            f"{FORM_NAMES[form]}: {fits['log'].formula}, R² {fits['log'].r2:.3f}; a line {fits['linear'].r2:.3f}"
+        )
+    _title(figure, "The factor that a model learns for each n. " + "; ".join(found))
+    return figure
+
+
 def _training_loss(rows, train_length):
-    shown = forms(rows)
+    losses = pick(rows, "train_loss", stage="pretrain")
+    shown = forms(losses)
     figure, axes = _panels(1, len(shown), 5.2 * len(shown), 3.6)
     ends = []
     for axis, form in zip(axes[0], shown, strict=True):
-        for variant in variants(rows):
-            losses = pick(rows, "train_loss", variant, form=form, stage="pretrain")
-            _band(axis, by(losses, "step"), variant)
+        last = {}
+        for variant in variants(pick(losses, "train_loss", form=form)):
+            curve = by(pick(losses, "train_loss", variant, form=form), "step")
+            _band(axis, curve, variant)
+            last[variant] = np.mean(list(curve.values())[-1])
         axis.set(title=FORM_NAMES[form], xlabel="training step", ylabel="training loss (nats per token)")
-        axis.set_ylim(top=_early(rows, form))
-        last = {
-            v: np.mean(list(by(pick(rows, "train_loss", v, form=form, stage="pretrain"), "step").values())[-1])
-            for v in variants(rows)
-        }
-        ends.append(f"{FORM_NAMES[form]}: " + ", ".join(f"{NAMES[v]} {x:.3f}" for v, x in last.items()))
+        axis.set_ylim(top=_early(losses, form))
+        ends.append(f"{FORM_NAMES[form]}: " + _listed(last, ".3f"))
         axis.legend()
     _title(figure, "Training loss at the end. " + "; ".join(ends))
     return figure
 
 
+def _listed(values: dict[str, Any], spec: str) -> str:
+    """Models and their values in words, the lowest first."""
+    return ", ".join(f"{NAMES[v]} {value:{spec}}" for v, value in sorted(values.items(), key=lambda item: item[1]))
+
+
 def _early(rows, form):
     """The loss after a sixth of the training: what lies above it hides all differences."""
-    losses = by(pick(rows, "train_loss", form=form, stage="pretrain"), "step")
-    values = [float(np.max(v)) for v in losses.values()]
+    curve = by([row for row in pick(rows, "train_loss", form=form) if row.variant in NAMES], "step")
+    values = [float(np.max(v)) for v in curve.values()]
     return values[min(len(values) - 1, len(values) // 6)]
 
 
 def _position_loss(rows, train_length):
-    shown, factors = forms(rows), sorted({row.at["theta_factor"] for row in pick(rows, "loss_by_position")})
+    measured = pick(rows, "loss_by_position")
+    shown, factors = forms(measured), sorted({row.at["theta_factor"] for row in measured})
+    longest = max(row.at["position"] for row in measured)
     figure, axes = _panels(len(shown), len(factors), 4.8 * len(factors), 3.1 * len(shown), sharex=True)
+    ends = []
     for row, form in enumerate(shown):
+        models = variants(pick(measured, "loss_by_position", form=form))
         for column, factor in enumerate(factors):
             axis = axes[row, column]
-            for variant in variants(rows):
-                losses = pick(rows, "loss_by_position", variant, form=form, theta_factor=factor)
+            for variant in models:
+                losses = pick(measured, "loss_by_position", variant, form=form, theta_factor=factor)
                 _band(axis, by(losses, "position"), variant)
             _mark_training(axis, train_length)
             axis.set(title=f"{FORM_NAMES[form]}, RoPE theta × {factor}", ylabel="loss (nats per token)")
-            ends = [int(2**k) for k in range(3, 40) if 2**k <= max(row.at["position"] for row in losses)]
-            _tokens(axis, ends, "position in the text (tokens)")
+            _tokens(axis, [2**k for k in range(3, 40) if 2**k <= longest], "position in the text (tokens)")
             axis.legend(loc="upper left")
-    longest, top = max(row.at["position"] for row in pick(rows, "loss_by_position")), factors[-1]
-    ends = [
-        f"{FORM_NAMES[form]}: "
-        + ", ".join(
-            f"{NAMES[v]} {np.mean([r.value for r in pick(rows, 'loss_by_position', v, form=form, theta_factor=top, position=longest)]):.2f}"
-            for v in variants(rows)
+        at_end = pick(measured, "loss_by_position", form=form, theta_factor=factors[-1], position=longest)
+        ends.append(
+            f"{FORM_NAMES[form]}: "
+            + _listed({v: np.mean([r.value for r in at_end if r.variant == v]) for v in models}, ".2f")
         )
-        for form in shown
-    ]
-    _title(figure, f"Loss around position {longest:,}, theta × {top}. " + "; ".join(ends))
+    _title(figure, f"Loss around position {longest:,}, theta × {factors[-1]}. " + "; ".join(ends))
     return figure
 
 
 def _retrieval(rows, train_length):
-    shown, models = forms(rows), variants(rows)
     cells = pick(rows, "retrieval_accuracy")
+    shown = forms(cells)
+    asked = {form: variants(pick(cells, "retrieval_accuracy", form=form)) for form in shown}
+    most = max(map(len, asked.values()))
     lengths, depths = (sorted({row.at[name] for row in cells}) for name in ("length", "depth"))
-    figure, axes = _panels(len(shown), len(models) + 1, 3.6 * (len(models) + 1), 3.0 * len(shown))
+    figure, axes = _panels(len(shown), most + 1, 3.6 * (most + 1), 3.0 * len(shown))
     for row, form in enumerate(shown):
-        for column, variant in enumerate(models):
+        for column, variant in enumerate(asked[form]):
             axis = axes[row, column]
             mean = by(pick(rows, "retrieval_accuracy", variant, form=form), "depth", "length")
             grid = np.array([[np.mean(mean[depth, length]) for length in lengths] for depth in depths])
@@ -174,8 +213,10 @@ def _retrieval(rows, train_length):
             axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
             axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
             axis.grid(False)
+        for axis in axes[row, len(asked[form]) : -1]:
+            axis.axis("off")
         axis = axes[row, -1]
-        for variant in models:
+        for variant in asked[form]:
             per_seed = by(pick(rows, "retrieval_accuracy", variant, form=form), "length", "seed")
             _band(axis, {n: [float(np.mean(v)) for (m, _), v in per_seed.items() if m == n] for n in lengths}, variant)
         _mark_training(axis, train_length)
@@ -184,7 +225,7 @@ def _retrieval(rows, train_length):
         axis.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
     beyond = {
         v: np.mean([r.value for r in pick(rows, "retrieval_accuracy", v) if r.at["length"] > train_length])
-        for v in models
+        for v in variants(cells)
     }
     what = ", ".join(f"{NAMES[v]} {x:.0%}" for v, x in beyond.items())
     _title(figure, f"Needles found past the training length, theta × {cells[0].at['theta_factor']}: {what}")
@@ -192,15 +233,16 @@ def _retrieval(rows, train_length):
 
 
 def _needle_scores(rows, train_length):
-    shown = forms(rows)
+    scores = pick(rows, "needle_score")
+    shown = forms(scores)
     figure, axes = _panels(1, len(shown), 4.8 * len(shown), 3.4, sharey=True)
-    best = {}
+    best = {form: {} for form in shown}
     for axis, form in zip(axes[0], shown, strict=True):
-        for variant in variants(rows):
+        for variant in variants(pick(scores, "needle_score", form=form)):
             per_seed = by(pick(rows, "needle_score", variant, form=form), "seed")
             ranked = np.array([sorted(scores, reverse=True) for scores in per_seed.values()])
             _band(axis, {rank + 1: ranked[:, rank].tolist() for rank in range(ranked.shape[1])}, variant, marker="o")
-            best[form, variant] = ranked[:, 0].mean()
+            best[form][variant] = ranked[:, 0].mean()
         axis.set(
             title=FORM_NAMES[form],
             xlabel="head, best first",
@@ -208,21 +250,20 @@ def _needle_scores(rows, train_length):
             ylim=(0, None),
         )
         axis.legend()
-    length = pick(rows, "needle_score")[0].at["length"]
-    what = "; ".join(
-        f"{FORM_NAMES[f]}: " + ", ".join(f"{NAMES[v]} {best[f, v]:.2f}" for v in variants(rows)) for f in shown
-    )
+    length = scores[0].at["length"]
+    what = "; ".join(f"{FORM_NAMES[form]}: {_listed(best[form], '.2f')}" for form in shown)
     _title(figure, f"Attention of the best head on the needle in {length:,} tokens. {what}")
     return figure
 
 
 def _top_scores(rows, train_length):
-    shown, models = forms(rows), variants(rows)
+    trials = pick(rows, "top_needle_score")
+    shown = forms(trials)
     figure, axes = _panels(1, len(shown), 5.2 * len(shown), 3.8, sharey=True)
     jitter = np.random.default_rng(0)
     for axis, form in zip(axes[0], shown, strict=True):
         labels = []
-        for variant in models:
+        for variant in variants(pick(trials, "top_needle_score", form=form)):
             for ok, word in ((True, "right"), (False, "wrong")):
                 values = [trial.value for trial in pick(rows, "top_needle_score", variant, form=form, correct=ok)]
                 place = len(labels) + jitter.uniform(-0.32, 0.32, len(values))
@@ -240,6 +281,27 @@ def _top_scores(rows, train_length):
         figure,
         f"Top needle score of a trial: {means[True]} where the answer was right, {means[False]} where it was wrong",
     )
+    return figure
+
+
+def _counting(rows, train_length):
+    answers = pick(rows, "counting_accuracy")
+    shown = forms(answers)
+    figure, axes = _panels(1, len(shown), 5.2 * len(shown), 3.6, sharey=True)
+    far = []
+    for axis, form in zip(axes[0], shown, strict=True):
+        past, curve = {}, {}
+        for variant in variants(pick(answers, "counting_accuracy", form=form)):
+            curve = by(pick(answers, "counting_accuracy", variant, form=form), "length")
+            _band(axis, curve, variant)
+            past[variant] = np.mean([np.mean(values) for n, values in curve.items() if n > train_length])
+        axis.axhline(0.1, color="0.6", lw=0.8, ls=":")
+        _mark_training(axis, train_length)
+        axis.set(title=f"{FORM_NAMES[form]}; dotted: chance", ylabel="share of right counts", ylim=(0, 1.02))
+        _tokens(axis, list(curve), "context (tokens)")
+        axis.legend()
+        far.append(f"{FORM_NAMES[form]}: " + _listed(past, ".2f"))
+    _title(figure, "Counting 0 to 9 words, right past the training length. " + "; ".join(far))
     return figure
 
 
@@ -285,12 +347,26 @@ def _mark_training(axis: Axes, train_length: int) -> None:
     )
 
 
-FIGURES = {
+# The metric without which a figure cannot be drawn.
+NEEDS = {
+    1: "max_weight",
+    2: "learned_p",
+    3: "focus_weight",
+    4: "train_loss",
+    5: "loss_by_position",
+    6: "retrieval_accuracy",
+    7: "needle_score",
+    8: "top_needle_score",
+    "counting": "counting_accuracy",
+}
+FIGURES: dict[int | str, Any] = {
     1: _max_weight,
+    2: _learned_p,
     3: _focus,
     4: _training_loss,
     5: _position_loss,
     6: _retrieval,
     7: _needle_scores,
     8: _top_scores,
+    "counting": _counting,
 }

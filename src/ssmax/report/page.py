@@ -18,12 +18,14 @@ __all__ = ["build", "claims_text"]
 
 CAPTIONS = {
     1: "Figure 1. The largest attention weight against the number of keys, from the formula.",
+    2: "Figure 2. One factor p_n learned for each number of visible keys, shared by all layers and heads, in softmax((s p_n + b) z), with least-squares fits; n = 1 has no gradient and is left out.",
     3: "Figure 3. The weight of the largest logit against its value, from the formula. Darker: more keys.",
     4: "Figure 4. Training loss; mean and range over seeds. The first sixth of the training lies above the panel.",
     5: "Figure 5. Loss at each position of held-out texts, far past the training length; mean and range over seeds.",
     6: "Figure 6. Share of needles found, by context size and depth, after fine-tuning on contexts no longer than the training length.",
     7: "Figure 7. Needle score of each head: its attention on the needle's tokens from the query that emits the first answer token, mean over trials, sorted; mean and range over seeds.",
     8: "Figure 8. The highest needle score of any head in each trial, all seeds, marked by whether the answer was right.",
+    "counting": "Counter-test. Share of right answers to how often a word stands in the text, after fine-tuning on contexts no longer than the training length; mean and range over seeds.",
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -47,16 +49,18 @@ def build(folder: Path) -> list[Claim]:
     made_from = hashlib.sha256((folder / "rows.jsonl").read_bytes() + ssmax.__version__.encode()).hexdigest()
     if page.exists() and made_from in page.read_text():
         return found
-    from ssmax.report.figures import FIGURES, draw  # loads matplotlib
+    from ssmax.report.figures import draw, drawable  # loads matplotlib
 
     images = {}
-    for number in FIGURES:
-        figure = draw(number, rows, recipe["train_length"])
+    for name in drawable(rows):
+        figure = draw(name, rows, recipe["train_length"])
         for kind in ("png", "svg"):
             content = io.BytesIO()
             figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-            write_atomically(folder / "figures" / f"figure{number}.{kind}", content.getvalue())
-        images[number] = content.getvalue()
+            write_atomically(
+                folder / "figures" / f"{f'figure{name}' if isinstance(name, int) else name}.{kind}", content.getvalue()
+            )
+        images[name] = content.getvalue()
     write_atomically(page, _page(rows, settings, found, images, made_from))
     return found
 
@@ -68,9 +72,13 @@ def claims_text(found: Sequence[Claim], width: int) -> str:
     columns = [claim, width - verdict - 4 - claim, verdict]
     lines = [_line(("claim", "measured here", "verdict"), columns), "─" * (sum(columns) + 4)]
     for claim in found:
-        cells = (f"Fig. {claim.figure}: {claim.claim}", claim.measured, claim.verdict)
+        cells = (f"{_label(claim)}: {claim.claim}", claim.measured, claim.verdict)
         lines += [_line(cells, columns), ""]
     return "\n".join(lines)
+
+
+def _label(claim):
+    return f"Fig. {claim.figure}" if isinstance(claim.figure, int) else "Counter-test"
 
 
 def _line(cells, columns):
@@ -87,7 +95,7 @@ def _page(rows, settings, found, images, made_from):
     recipe, provenance = settings["recipe"], rows[-1].provenance
     css = {HOLDS: "holds", HOLDS_NOT: "not"}
     table = "".join(
-        f"<tr><td>{claim.figure}</td><td>{_text(claim.claim)}</td><td>{_text(claim.paper)}</td>"
+        f"<tr><td>{_label(claim)}</td><td>{_text(claim.claim)}</td><td>{_text(claim.paper)}</td>"
         f"<td>{_text(claim.measured)}</td><td class='{css.get(claim.verdict, 'open')}'>{_text(claim.verdict)}</td></tr>"
         for claim in found
     )
@@ -121,7 +129,11 @@ def _method(rows, recipe):
         f"feed-forward, RoPE theta 10,000, trained on windows of {length} tokens, {recipe['steps']} steps of "
         f"{recipe['batch_size']} windows. The paper: 12 layers, hidden 768, windows of 1,024, batches of 2,048.",
         "Forms: “paper's form” is the Llama shape of the paper; “with QK-norm” is the same with normalised queries and keys, "
-        "whose logits cannot grow, so that the effect of the factor log n shows without long training.",
+        "whose logits cannot grow, so that the effect of the factor log n shows without long training; “with partial RoPE” turns "
+        "half of each head.",
+        "Models: SSMax starts at s = 1 / mean log n over the training length; “without s” has the factor log n; “with b” learns "
+        "s log n + b from b = 0; “switched afterwards” is the trained Softmax model with that s put in and no training since; “switched late” is "
+        "Softmax for seven eighths of the steps and SSMax then, in one run.",
         f"Loss by position: up to {texts} held-out texts of {length * recipe['length_factor']:,} tokens, nothing trained at "
         "more than the training length.",
         f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digits (the paper: 7), "

@@ -12,8 +12,15 @@ from ssmax.results import Row
 __all__ = ["NAMES", "Spread", "by", "forms", "pick", "spread", "variants"]
 
 # The paper's letters, in the words of every figure and table.
-NAMES = {"a": "Softmax", "b": "SSMax"}
-FORM_NAMES = {"paper": "paper's form", "qk-norm": "with QK-norm"}
+NAMES = {
+    "a": "Softmax",
+    "b": "SSMax",
+    "c": "SSMax without s",
+    "d": "SSMax with b",
+    "e": "switched afterwards",
+    "f": "switched late",
+}
+FORM_NAMES = {"paper": "paper's form", "qk-norm": "with QK-norm", "partial-rope": "with partial RoPE"}
 
 
 def pick(rows: Sequence[Row], metric: str, variant: str | None = None, **at: Any) -> list[Row]:
@@ -37,13 +44,13 @@ def by(rows: Sequence[Row], *names: str) -> dict[Any, list[float]]:
 
 
 def forms(rows: Sequence[Row]) -> list[str]:
-    """Return the model forms that were trained, the paper's first."""
-    return sorted({row.at["form"] for row in rows if "form" in row.at}, key=lambda form: (form != "paper", form))
+    """Return the model forms among the rows, the paper's first."""
+    return sorted({row.at["form"] for row in rows if "form" in row.at}, key=list(FORM_NAMES).index)
 
 
 def variants(rows: Sequence[Row]) -> list[str]:
-    """Return the letters of the trained models."""
-    return sorted({row.variant for row in rows if "form" in row.at})
+    """Return the letters of the models among the rows."""
+    return sorted({row.variant for row in rows if row.variant in NAMES})
 
 
 @dataclass(frozen=True)

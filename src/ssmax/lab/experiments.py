@@ -48,7 +48,7 @@ def stage_tokens(stage: str, recipe: Recipe) -> int:
     if stage == "position_loss":
         return len(recipe.theta_factors) * recipe.loss_texts * recipe.length_factor * recipe.train_length // 3
     if stage == "counting":
-        return sum(recipe.lengths) * COUNT_TRIALS * recipe.trials // 3
+        return sum(count_lengths(recipe)) * COUNT_TRIALS * recipe.trials // 3
     cells = sum(recipe.lengths) * len(recipe.depths) * recipe.trials
     return (cells + recipe.score_trials * recipe.score_length_factor * recipe.train_length) // 3
 
@@ -187,10 +187,11 @@ COUNT_TRIALS = 8
 def _counting(job, recipe, corpus, models, progress):
     model = _load(models / job.name / TRAINED["count"])
     task = count_task(corpus, corpus.held_out.reshape(-1))
-    factor = max(recipe.theta_factors)
+    # Counting depends on positions so much that nothing is left of it under a theta that was not trained.
+    factor = min(recipe.theta_factors)
     rows = []
     with rope_theta(model, factor):
-        for length in recipe.lengths:
+        for length in count_lengths(recipe):
             rng = np.random.default_rng([length, 1])
             right, count, batch = 0, COUNT_TRIALS * recipe.trials, max(1, BATCH_TOKENS // length)
             for first in range(0, count, batch):
@@ -200,6 +201,11 @@ def _counting(job, recipe, corpus, models, progress):
             at = {"form": job.form, "length": length, "theta_factor": factor}
             rows.append(Row("counting_accuracy", job.variant, job.seed, at, right / count, count))
     return rows
+
+
+def count_lengths(recipe: Recipe) -> list[int]:
+    """Context sizes of the counting test: from half of the training length."""
+    return [recipe.train_length // 2, *recipe.lengths]
 
 
 def count_task(corpus: Corpus, haystack: np.ndarray) -> CountTask:

@@ -41,7 +41,7 @@ class Recipe:
 
     name: str
     models: tuple[str, ...] = _field(
-        ("paper:ab", "qk-norm:abcdefp"),
+        ("paper:ab", "qk-norm:abcdefp", "partial-rope:ab"),
         "The models, as FORM:LETTERS. Forms: paper (Llama's shape), qk-norm (the same with normalised queries and keys), "
         "partial-rope (RoPE on half of each head). Letters: the paper's a to f, and p for its Figure 2.",
     )

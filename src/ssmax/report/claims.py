@@ -164,13 +164,16 @@ def _made(figure, form, values, unit, entries):
     ]
 
 
+def learned_p(rows: Sequence[Row], form: str, train_length: int) -> list[Row]:
+    """Return the rows of p_n that learned: n = 1 has one key, whose weight is 1, and the last n has no next token."""
+    return [row for row in pick(rows, "learned_p", form=form) if 1 < row.at["n"] < train_length]
+
+
 def _logarithmic(rows, form, train_length):
     fits = {}
     for seed in by(pick(rows, "learned_p", form=form), "seed"):
-        learned = {
-            row.at["n"]: row.value for row in pick(rows, "learned_p", form=form) if row.seed == seed and row.at["n"] > 1
-        }
-        fits[seed] = law_fits(list(learned), np.array(list(learned.values())))
+        curve = by([row for row in learned_p(rows, form, train_length) if row.seed == seed], "n")
+        fits[seed] = law_fits(list(curve), np.array([values[0] for values in curve.values()]))
     log, line = (Spread(tuple(fit[name].r2 for fit in fits.values())) for name in ("log", "linear"))
     return Claim(
         2,
@@ -311,9 +314,9 @@ def _retrieval_others(rows, form, train_length):
 def _counting(rows, form, train_length):
     def value(variant):
         answers = pick(rows, "counting_accuracy", variant, form=form)
-        return by([row for row in answers if row.at["length"] > train_length], "seed")
+        return by([row for row in answers if row.at["length"] <= train_length], "seed")
 
-    text = "Counting, which wants flat attention, goes worse past the training length under SSMax"
+    text = "Counting, which wants flat attention, suffers under SSMax; within the training length"
     entry = (text, "not in the paper: a counter-test", _lower, ("b", "a"))
     return _made("counting", form, _of_models(rows, form, "counting_accuracy", value), "", [entry])
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ssmax.report.claims import law_fits
+from ssmax.report.claims import law_fits, learned_p
 from ssmax.report.select import FORM_NAMES, NAMES, Spread, by, forms, pick, variants
 from ssmax.results import Row
 
@@ -114,8 +114,8 @@ def _learned_p(rows, train_length):
     figure, axes = _panels(1, len(shown), 6 * len(shown), 3.6)
     found = []
     for axis, form in zip(axes[0], shown, strict=True):
-        curves = by(pick(learned, "learned_p", form=form), "n")
-        keys = [n for n in curves if n > 1]
+        curves = by(learned_p(rows, form, train_length), "n")
+        keys = list(curves)
         spreads = [Spread(tuple(curves[n])) for n in keys]
         mean = np.array([s.mean for s in spreads])
         axis.plot(keys, mean, ".", ms=3, color="k", label=f"learned p_n ({len(spreads[0].values)} seeds, mean)")
@@ -149,7 +149,7 @@ def _training_loss(rows, train_length):
         axis.set(title=FORM_NAMES[form], xlabel="training step", ylabel="training loss (nats per token)")
         axis.set_ylim(top=_early(losses, form))
         ends.append(f"{FORM_NAMES[form]}: " + _listed(last, ".3f"))
-        axis.legend()
+        _legend(axis)
     _title(figure, "Training loss at the end. " + "; ".join(ends))
     return figure
 
@@ -182,7 +182,7 @@ def _position_loss(rows, train_length):
             _mark_training(axis, train_length)
             axis.set(title=f"{FORM_NAMES[form]}, RoPE theta × {factor}", ylabel="loss (nats per token)")
             _tokens(axis, [2**k for k in range(3, 40) if 2**k <= longest], "position in the text (tokens)")
-            axis.legend(loc="upper left")
+            _legend(axis)
         at_end = pick(measured, "loss_by_position", form=form, theta_factor=factors[-1], position=longest)
         ends.append(
             f"{FORM_NAMES[form]}: "
@@ -294,15 +294,23 @@ def _counting(rows, train_length):
         for variant in variants(pick(answers, "counting_accuracy", form=form)):
             curve = by(pick(answers, "counting_accuracy", variant, form=form), "length")
             _band(axis, curve, variant)
-            past[variant] = np.mean([np.mean(values) for n, values in curve.items() if n > train_length])
+            past[variant] = np.mean([np.mean(values) for n, values in curve.items() if n <= train_length])
         axis.axhline(0.1, color="0.6", lw=0.8, ls=":")
         _mark_training(axis, train_length)
         axis.set(title=f"{FORM_NAMES[form]}; dotted: chance", ylabel="share of right counts", ylim=(0, 1.02))
         _tokens(axis, list(curve), "context (tokens)")
         axis.legend()
         far.append(f"{FORM_NAMES[form]}: " + _listed(past, ".2f"))
-    _title(figure, "Counting 0 to 9 words, right past the training length. " + "; ".join(far))
+    _title(figure, "Counting 0 to 9 words, right within the training length. " + "; ".join(far))
     return figure
+
+
+def _legend(axis: Axes) -> None:
+    """A legend above the curves, with room made for it."""
+    models = len(axis.get_legend_handles_labels()[1])
+    low, high = axis.get_ylim()
+    axis.set_ylim(top=high + (high - low) * (0.12 + 0.05 * models))
+    axis.legend(loc="upper right", ncols=2, fontsize=7)
 
 
 def _title(figure: Figure, text: str) -> None:

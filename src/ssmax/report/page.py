@@ -18,7 +18,7 @@ __all__ = ["build", "claims_text"]
 
 CAPTIONS = {
     1: "Figure 1. The largest attention weight against the number of keys, from the formula.",
-    2: "Figure 2. One factor p_n learned for each number of visible keys, shared by all layers and heads, in softmax((s p_n + b) z), with least-squares fits; n = 1 has no gradient and is left out.",
+    2: "Figure 2. One factor p_n learned for each number of visible keys, shared by all layers and heads, in softmax((s p_n + b) z), with least-squares fits; the first and the last n get no gradient and are left out.",
     3: "Figure 3. The weight of the largest logit against its value, from the formula. Darker: more keys.",
     4: "Figure 4. Training loss; mean and range over seeds. The first sixth of the training lies above the panel.",
     5: "Figure 5. Loss at each position of held-out texts, far past the training length; mean and range over seeds.",

@@ -1,5 +1,6 @@
 """The command line as a person meets it: real processes, real signals, real files."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ssmax.lab.recipes import Recipe
 from ssmax.results import read_rows
 
 SSMAX = str(Path(sys.executable).with_name("ssmax"))
@@ -61,13 +63,14 @@ def test_it_leaves_rows_figures_a_report_and_a_table(finished):
     assert seconds < 60
     metrics = {row.metric for row in read_rows(folder / "rows.jsonl")}
     assert metrics == {
-        "max_weight", "focus_weight", "train_loss", "loss_by_position", "retrieval_accuracy", "needle_score", "top_needle_score",
+        "max_weight", "focus_weight", "learned_p", "train_loss", "loss_by_position", "retrieval_accuracy", "needle_score",
+        "top_needle_score", "counting_accuracy",
     }  # fmt: skip
     for row in read_rows(folder / "rows.jsonl"):
         assert {"recipe", "commit", "torch", "transformers", "time"} <= row.provenance.keys()
         assert (row.seed is None) == (row.metric in ("max_weight", "focus_weight"))
-    assert len(list((folder / "figures").glob("*.png"))) == len(list((folder / "figures").glob("*.svg"))) == 7
-    assert done.stdout.count("Fig. ") == 8
+    assert len(list((folder / "figures").glob("*.png"))) == len(list((folder / "figures").glob("*.svg"))) == 9
+    assert done.stdout.count("Fig. ") == 13
     assert str(folder / "report.html") in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -178,6 +181,8 @@ def test_another_configuration_is_refused_and_the_old_one_kept(finished, corpus)
         (["smoke", "--steps", "0"], ["--steps", "positive"]),
         (["smoke", "--train-length", "20"], ["--train-length"]),
         (["smoke", "--seeds", "-1"], ["--seeds"]),
+        (["smoke", "--models", "paper:be"], ["e is made of a"]),
+        (["smoke", "--models", "llama"], ["FORM:LETTERS"]),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, words, tmp_path):
@@ -225,9 +230,25 @@ def test_a_loss_that_explodes_is_one_line_and_keeps_what_is_finished(corpus, tmp
     assert (tmp_path / "run" / "stages" / "formula.jsonl").exists()
 
 
+def test_a_dry_run_writes_nothing(tmp_path):
+    done = run("reproduce", "smoke", "--dry-run", "--out", tmp_path / "out", "--hidden-size", "64")
+    assert done.returncode == 0, done.stderr
+    for word in ("parameters", "tokens", "memory", "disk", "tokens a second", "nothing was written"):
+        assert word in done.stdout
+    trained = run("train", tmp_path / "out", "--recipe", "smoke", "--dry-run")
+    assert "1 models, paper:b, seeds 0" in trained.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_says_what_belongs_to_reproduce(tmp_path):
+    one_line(run("train", tmp_path / "out", "--recipe", "smoke", "--seeds", "1"), 2, "--seeds is of ssmax reproduce")
+
+
 def test_help_teaches():
     top, reproduce = run("--help"), run("reproduce", "--help")
     assert top.returncode == reproduce.returncode == 0
     assert "reproduce" in top.stdout
+    for field in dataclasses.fields(Recipe):
+        assert field.name == "name" or f"--{field.name.replace('_', '-')} " in reproduce.stdout
     for word in ("tiny", "smoke", "--corpus", "--out", "--seeds", "continues an interrupted run"):
         assert word in reproduce.stdout

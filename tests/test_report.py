@@ -1,8 +1,10 @@
 import base64
 import dataclasses
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 
 from ssmax import report
@@ -74,6 +76,9 @@ def made_up_rows(better):
             for head in range(3):
                 score = 0.4 + gain / 4 - head / 10 + jitter
                 rows.append(Row("needle_score", variant, seed, place | {"layer": 0, "head": head}, score, 4))
+            for length in (8, 16, 32):
+                place_n = at | {"length": length, "theta_factor": 1}
+                rows.append(Row("counting_accuracy", variant, seed, place_n, 0.6 - gain / 4 + jitter, 20))
             for trial in range(6):
                 ok = trial % 2 == 0
                 value = 0.5 + (0.2 if ok else -0.2) + jitter
@@ -87,11 +92,67 @@ def test_claims_follow_the_rows(better, expected):
     comparisons = [claim for claim in found if claim.figure in (4, 5, 6, 7)]
     assert len(comparisons) == 5
     assert {claim.verdict for claim in comparisons} == {expected}
+    assert next(claim for claim in found if claim.figure == "counting").verdict == expected
     assert {claim.verdict for claim in found if claim.figure in (1, 3, 8)} == {HOLDS}
     loss = next(claim for claim in found if claim.figure == 4)
     assert "Softmax 3.001 ± 0.001" in loss.measured
     difference = float(re.search(r"difference ([+-][\d.]+) ±", loss.measured)[1])
     assert difference == pytest.approx(-better + better / 1000, abs=1e-3)
+
+
+def other_models(far, short, late):
+    """Rows of the other variants: far = loss past 8 x of c, d, e, f; short = loss of e within the training length."""
+    rows = made_up_rows(0.5)
+    for variant, value in far.items():
+        for seed in (0, 1, 2):
+            at = {"form": "paper", "theta_factor": 50}
+            jitter = seed / 1000
+            rows.append(Row("loss_by_position", variant, seed, at | {"position": 16, "from": 9}, short + jitter, 4))
+            rows.append(Row("loss_by_position", variant, seed, at | {"position": 256, "from": 129}, value + jitter, 4))
+            train = {"form": "paper", "stage": "pretrain", "step": 20}
+            rows.append(Row("train_loss", variant, seed, train, late[variant] + jitter, 1))
+    return rows
+
+
+def test_claims_of_the_other_models():
+    # Softmax is at 3 within the training length and at 4 far beyond, SSMax at 3 and 3.5; training losses 3 and 2.5.
+    fair = other_models(
+        {"c": 3.6, "d": 3.7, "e": 3.8, "f": 3.55}, short=3.2, late={"c": 2.52, "d": 2.4, "e": 3.0, "f": 2.6}
+    )
+    found = {claim.claim: claim.verdict for claim in judged.claims(fair, 16) if claim.figure in (4, 5)}
+    assert len(found) == 11
+    assert set(found.values()) == {HOLDS}
+    foul = other_models(
+        {"c": 4.1, "d": 3.4, "e": 4.2, "f": 3.9}, short=2.9, late={"c": 3.2, "d": 2.6, "e": 3.0, "f": 2.6}
+    )
+    against = {claim.claim: claim.verdict for claim in judged.claims(foul, 16) if claim.figure in (4, 5)}
+    ours = {
+        name
+        for name in found
+        if "SSMax ends pretraining" in name or "SSMax's loss is lower" in name or "rises less" in name
+    }
+    assert {name for name, word in against.items() if word == HOLDS} == ours
+    assert {word for name, word in against.items() if name not in ours} == {HOLDS_NOT}
+
+
+def test_the_learned_law_is_fitted_without_its_untrained_ends():
+    def rows(p):
+        return [
+            Row("learned_p", "p", seed, {"form": "paper", "n": n}, p(n) + seed / 100, 1)
+            for seed in (0, 1)
+            for n in range(1, 17)
+        ]
+
+    ends = {1: 1.0, 16: 1.0}
+    log = judged.claims([*made_up_rows(0.5), *rows(lambda n: ends.get(n, 0.2 * math.log(n) + 0.4))], 16)
+    claim = next(claim for claim in log if claim.figure == 2)
+    assert claim.verdict == HOLDS
+    assert "R² of a1 log n + a2: 1.000 ± 0.000" in claim.measured
+    line = judged.claims([*made_up_rows(0.5), *rows(lambda n: 0.1 * n + (n % 2) / 10)], 16)
+    assert next(claim for claim in line if claim.figure == 2).verdict == HOLDS_NOT
+    fit = judged.law_fits([2, 4, 8], np.array([1.0, 2.0, 3.0]))["log"]
+    assert fit.formula == f"{1 / math.log(2):.3f} log n + 0.000"
+    assert fit.r2 == pytest.approx(1)
 
 
 @pytest.fixture
@@ -107,13 +168,13 @@ def test_the_report_is_whole_offline_and_escaped(run):
     report.build(run)
     page = (run / "report.html").read_text()
     images = re.findall(r"src='data:image/svg\+xml;base64,([^']+)'", page)
-    assert len(images) == 7
+    assert len(images) == 8
     assert all(b"<svg" in base64.b64decode(image) for image in images)
     assert not re.search(r"(?:src|href)=['\"]?(?:https?:)?//", page)
     assert "<script" not in page
     assert "&lt;b&gt;" in page
     assert {path.name for path in (run / "figures").iterdir()} == {
-        f"figure{n}.{k}" for n in (1, 3, 4, 5, 6, 7, 8) for k in ("png", "svg")
+        f"{n}.{k}" for n in ("counting", *(f"figure{i}" for i in (1, 3, 4, 5, 6, 7, 8))) for k in ("png", "svg")
     }
     for claim in judged.claims(made_up_rows(0.5), 16):
         assert claim.verdict in page

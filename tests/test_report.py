@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ssmax import report
+from ssmax.lab.recipes import smoke
 from ssmax.report import claims as judged
 from ssmax.report.claims import HOLDS, HOLDS_NOT, OPEN, verdict
 from ssmax.report.select import Spread
@@ -157,8 +158,7 @@ def test_the_learned_law_is_fitted_without_its_untrained_ends():
 
 @pytest.fixture
 def run(tmp_path):
-    recipe = {"name": "<b>", "num_layers": 2, "num_heads": 2, "hidden_size": 8, "train_length": 16, "steps": 20}
-    recipe |= {"batch_size": 2, "length_factor": 16, "needle_digits": 3, "loss_texts": 4}
+    recipe = dataclasses.asdict(dataclasses.replace(smoke(), name="<b>", train_length=16, steps=23_456))
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recipe, "corpus": "</pre><script>alert(1)</script>"}))
     write_rows(tmp_path / "rows.jsonl", made_up_rows(0.5))
     return tmp_path
@@ -173,6 +173,8 @@ def test_the_report_is_whole_offline_and_escaped(run):
     assert not re.search(r"(?:src|href)=['\"]?(?:https?:)?//", page)
     assert "<script" not in page
     assert "&lt;b&gt;" in page
+    for words in ("Table 1. Model", "Table 2. Pretraining", "Table 3. Fine-tuning", "50,257", "23,456"):
+        assert words in page
     assert {path.name for path in (run / "figures").iterdir()} == {
         f"{n}.{k}" for n in ("counting", *(f"figure{i}" for i in (1, 3, 4, 5, 6, 7, 8))) for k in ("png", "svg")
     }

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import ssmax
 from ssmax.report.claims import HOLDS, HOLDS_NOT, RULE, Claim, claims
-from ssmax.report.select import pick
 from ssmax.results import read_rows, write_atomically
 
 __all__ = ["build", "claims_text"]
@@ -115,10 +114,59 @@ def _page(rows, settings, found, images, made_from):
 <h2>Figures</h2>{figures}
 <h2>How it was done</h2>
 <ul>{"".join(f"<li>{_text(line)}</li>" for line in _method(rows, recipe))}</ul>
+{_tables(recipe)}
 <p>{_text(facts)}</p>
 <details><summary>All settings</summary><pre>{_text(json.dumps(settings, indent=1))}</pre></details>
 </html>
 """
+
+
+def _tables(recipe):
+    """The paper's Tables 1 to 3, each value beside this run's."""
+    r = recipe
+    vocabulary = (
+        f"{r['vocab_size']:,}, trained on the text, and the needle's words" if not r["tokenizer"] else r["tokenizer"]
+    )
+    tables = {
+        "Table 1. Model": [
+            ("layers", "12", r["num_layers"]),
+            ("heads", "12", r["num_heads"]),
+            ("hidden size", "768", r["hidden_size"]),
+            ("feed-forward, gated", "2,048", r["intermediate_size"]),
+            ("vocabulary", "50,257", vocabulary),
+            ("position encoding", "RoPE, theta 10,000", "the same"),
+            ("dropout", "none", "none"),
+        ],
+        "Table 2. Pretraining": [
+            ("optimizer", "AdamW (0.9, 0.95), gradients clipped to 1.0", "the same"),
+            ("weight decay", "0.1, on parameters of rank ≥ 2", f"{r['weight_decay']:g}, on the same"),
+            (
+                "learning rate",
+                "6e-4, constant after 1,000 steps",
+                f"{r['learning_rate']:g}, constant after {r['warmup_steps']:,} steps",
+            ),
+            ("sequence", "1,024 tokens", f"{r['train_length']:,} tokens"),
+            ("batch", "2,048 sequences", f"{r['batch_size']:,} sequences"),
+            ("precision", "bfloat16", r["precision"]),
+            ("steps", "not known here", f"{r['steps']:,}"),
+        ],
+        "Table 3. Fine-tuning for retrieval": [
+            ("optimizer", "AdamW (0.9, 0.999), no decay, gradients clipped to 1.0", "the same"),
+            (
+                "learning rate",
+                "2e-5, cosine, one epoch of warm-up",
+                f"{r['finetune_learning_rate']:g}, cosine, {r['finetune_warmup_steps']:,} steps of warm-up",
+            ),
+            ("sequence", "1,024 tokens", f"up to {r['train_length']:,} tokens"),
+            ("batch", "128 sequences", f"{r['finetune_batch_size']:,} sequences, {r['finetune_steps']:,} steps"),
+        ],
+    }
+    return "".join(
+        f"<h3>{name}</h3><table><tr><th></th><th>The paper</th><th>Here</th></tr>"
+        + "".join(f"<tr><td>{_text(a)}</td><td>{_text(b)}</td><td>{_text(c)}</td></tr>" for a, b, c in lines)
+        + "</table>"
+        for name, lines in tables.items()
+    )
 
 
 def _method(rows, recipe):
@@ -139,7 +187,7 @@ def _method(rows, recipe):
         f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digits (the paper: 7), "
         "hidden in held-out text; the tokenizer holds the sentence's words whole. Fine-tuned with the loss on the answer, on "
         f"contexts that grow up to the training length. Exact match of greedy decoding; "
-        f"{pick(rows, 'retrieval_accuracy')[0].samples} trials for each cell and seed, the same for all models.",
+        f"{recipe['trials']} trials for each cell and seed, the same for all models.",
         "Needle score: the paper's definition could not be read; here it is one head's attention on the needle's tokens "
         "from the query that emits the first answer token.",
     ]

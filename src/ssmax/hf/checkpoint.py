@@ -154,7 +154,8 @@ class _SavedTypes(dict):
         self[model_type] = config = config_class(base)
         for auto in AUTO_CLASSES:
             base_model = auto._model_mapping.get(base, None)
-            if isinstance(base_model, type):
+            # Mllama's CausalLM class is found by the whole config, and takes the text config alone.
+            if isinstance(base_model, type) and base_model.config_class is base:
                 auto.register(config, model_class(base_model), exist_ok=True)
         return config
 

@@ -39,7 +39,13 @@ def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{family} is an encoder-decoder model; only decoder-only language models can be converted")
     text_config = model.config.get_text_config(decoder=True)
-    candidates: list[Any] = [module for module in model.modules() if _is_attention(module, type(text_config))]
+    # The language model inside a larger one may see its prompt whole (PaliGemma), and is causal all the same.
+    prompted = model.config is not text_config and model.can_generate()
+    candidates: list[Any] = [
+        module
+        for module in model.modules()
+        if _is_attention(module, type(text_config)) and (prompted or getattr(module, "is_causal", False) is True)
+    ]
     dispatched = [module for module in candidates if _dispatches(module)]
     if not dispatched:
         raise ValueError(f"no causal self-attention of {family} can be converted: {_reason(model)}")
@@ -68,7 +74,6 @@ def _is_attention(module, text_config_type):
     return (
         isinstance(getattr(module, "layer_idx", None), int)
         and type(getattr(module, "config", None)) is text_config_type
-        and getattr(module, "is_causal", False) is True
         and not getattr(module, "is_cross_attention", _takes_other_keys(module))
     )
 

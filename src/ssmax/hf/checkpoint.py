@@ -153,9 +153,9 @@ class _SavedTypes(dict):
         base = CONFIG_MAPPING[_base_type(model_type) or model_type]
         self[model_type] = config = config_class(base)
         for auto in AUTO_CLASSES:
-            base_model = auto._model_mapping.get(base, None)
+            base_model: Any = auto._model_mapping.get(base, None)
             # Mllama's CausalLM class is found by the whole config, and takes the text config alone.
-            if isinstance(base_model, type) and base_model.config_class is base:
+            if getattr(base_model, "config_class", None) is base:
                 auto.register(config, model_class(base_model), exist_ok=True)
         return config
 

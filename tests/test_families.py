@@ -317,6 +317,18 @@ def test_round_trips_are_exact(family, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_left_padded_batch_generates_what_each_row_generates_alone(family):
+    model, _ = converted_and_naive(family)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    batch = TOKENS.masked_fill(torch.tensor(LEFT) == 0, 0)
+    together = model.generate(batch, attention_mask=torch.tensor(LEFT), **options)[:, 12:]
+    for row, prompt in enumerate((batch[:1, 5:], batch[1:])):
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :]
+        assert together[row].tolist() == alone.tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_windowed_layers_stay_unless_named():
     changes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
     model, plain = converted_and_naive("qwen2", use_sliding_window=True, **changes)

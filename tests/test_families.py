@@ -236,6 +236,18 @@ def test_a_family_equals_the_naive_core(family):
     assert checked in (4, 12)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_flex_attention_equals_the_naive_core(family):
+    """Whole passes, forward only: torch's kernel for CPUs has no backward, and does not compile for a growing cache."""
+    model, plain = converted_and_naive(family)
+    model.set_attn_implementation("flex_attention")
+    for layout, (inputs, real, _) in LAYOUTS.items():
+        want = naive_logits(plain, layout)
+        with torch.no_grad():
+            close(model(**inputs, use_cache=False).logits, want, real)
+
+
 def close(got, want, real, allowed=0.0):
     where = torch.tensor(real, dtype=torch.bool)
     error = (got - want).abs()[where].max() / max(1.0, want.abs().max())

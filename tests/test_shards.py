@@ -56,7 +56,7 @@ def tokenizer(root):
     """A byte-level tokenizer as GPT-2's: digits share tokens, and the end of text is not the first id."""
     made = ByteLevelBPETokenizer()
     numbers = (
-        [f" {i}" for i in range(10)] * 50
+        [" 0 1 2 3 4 5 6 7 8 9 12 34 56 78 90"] * 2000
         + [f" {i}" for i in range(200)]
         + [f" {1234567 * i % 9999999:07}." for i in range(99)]
     )
@@ -153,7 +153,8 @@ def test_no_copy_of_a_held_out_text_is_trained_on(tokenizer, tmp_path):
     with open(tmp_path / "twice.jsonl", "w") as file:
         for t in [*TEXTS, *TEXTS]:
             file.write(json.dumps({"content": t}) + "\n")
-    _, loaded = prepared(tmp_path / "twice.jsonl", tokenizer, tmp_path / "cache")
+    _, loaded = prepared(tmp_path / "twice.jsonl", tokenizer, tmp_path / "cache", wanted=1000)
+    assert 10 < len({tuple(row) for row in loaded.held_out.tolist()}) == len(loaded.held_out)
     train = loaded.tokenizer.decode(loaded.train[:].tolist())
     assert train.count(TEXTS[0][:60]) == 2
     assert not any(loaded.tokenizer.decode(row.tolist())[:200] in train for row in loaded.held_out)
@@ -370,11 +371,13 @@ def test_ranks_wait_for_one_preparation_and_train_as_one(trained, rows, tokenize
 def test_needles_and_counts_with_digits_that_share_tokens(rows, tokenizer, tmp_path):
     recipe = dataclasses.replace(
         smoke(), models=("paper:a",), retrieval=("paper:a",), counting=("paper:a",), steps=2, finetune_steps=2, count_steps=2,
-        needle_digits=4, train_length=128, length_factor=2, tokenizer=tokenizer,
+        needle_digits=4, train_length=256, length_factor=1, trials=12, tokenizer=tokenizer,
     )  # fmt: skip
     tokens, _ = reproduce.prepared(recipe, str(rows / "json"), tmp_path / "cache")
     loaded = corpus.load(tokens)
     check_fit(recipe, loaded)
+    with pytest.raises(UserError, match="a text to count in has up to"):
+        check_fit(dataclasses.replace(recipe, train_length=128), loaded)
     metrics = set()
     for stage in recipe.stages(recipe.jobs[0]):
         metrics |= {row.metric for row in run_stage(stage, recipe.jobs[0], recipe, loaded, tmp_path, lambda n: None)}

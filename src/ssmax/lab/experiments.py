@@ -37,6 +37,11 @@ def check_fit(recipe: Recipe, corpus: Corpus) -> None:
     for stage, asked in (("finetune", recipe.retrieval), ("count", recipe.counting)):
         if asked:
             _examples(stage, corpus, recipe, seed=0)
+    if recipe.counting and (shortest := count_task(corpus, corpus.train).shortest) > min(count_lengths(recipe)):
+        raise UserError(
+            f"a text to count in has up to {shortest} tokens in marks and question, and the shortest that is asked about has "
+            f"{min(count_lengths(recipe))}, half of the training window; raise --train-length"
+        )
 
 
 def stage_tokens(stage: str, recipe: Recipe) -> int:

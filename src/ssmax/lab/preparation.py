@@ -95,18 +95,13 @@ class _Preparation:
 
     def _state(self) -> dict[str, Any]:
         """Where the next batch begins."""
-        return {
-            "stream": self.stream.state(),
-            "documents": self.documents,
-            "tokens": self.done,
-            "held_out": len(self.held),
-        }
+        return {"stream": self.stream.state(), "documents": self.documents, "tokens": self.done}
 
     def _restore(self, state):
         self.stream.restore(state["stream"])
         self.documents, self.done, self.skip = state["documents"], state["tokens"], state["written"]
         self.seen = self.done
-        self.held = list(np.load(self.folder / HELD_OUT))[: state["held_out"]]
+        self.held = list(np.load(self.folder / HELD_OUT))  # those of the batch as well: they are held out again
 
     def run(self) -> None:
         """Write all shards and the finished manifest."""

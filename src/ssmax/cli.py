@@ -45,11 +45,12 @@ RECIPE_HELP = (
     "tiny: 2 CPU cores, a quarter of an hour. smoke: a minute, shows nothing. small: one GPU, about an hour. paper: the "
     "paper's own size, a cluster."
 )
-CORPUS_HELP = (
+TEXTS_HELP = (
     "A text file, a folder of text files, .parquet, .jsonl or .csv files, a data set saved on disk, or one on a hub as "
-    "NAME:SUBSET#COLUMN (each but the name may be left out); several with their shares as A=0.7,B=0.3; or what ssmax prepare "
-    "left. Default: Python's own standard library."
+    "NAME:SUBSET#COLUMN (each but the name may be left out); several with their shares as A=0.7,B=0.3. "
+    "Default: Python's own standard library."
 )
+CORPUS_HELP = f"{TEXTS_HELP} Or the folder that ssmax prepare left."
 SHARD_HELP = "Under torchrun, shard weights and optimizer over the ranks (FSDP2). Default: each rank holds all (DDP)."
 
 
@@ -267,7 +268,7 @@ class Calibrate:
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="New folder.")]
     texts: Annotated[
         str | None,
-        tyro.conf.arg(help=CORPUS_HELP),
+        tyro.conf.arg(help=TEXTS_HELP),
     ] = None
     length: Annotated[
         int | None,

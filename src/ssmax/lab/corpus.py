@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from ssmax.errors import UserError
 from ssmax.lab.preparation import prepare_stream
-from ssmax.lab.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, locked, token_type
+from ssmax.lab.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, is_prepared, locked, token_type
 from ssmax.lab.sources import documents
 from ssmax.lab.tokenizer import END_OF_TEXT, NEEDLE_WORDS, trained, vocabulary, wrapped
 
@@ -69,7 +69,7 @@ def prepare(
     Raises:
         UserError: the text is too short for what is asked, or the prepared folder does not fit.
     """
-    if source is not None and (folder := Path(source).expanduser()).is_dir() and Manifest.read(folder) is not None:
+    if source is not None and is_prepared(folder := Path(source).expanduser()):
         _check_prepared(folder, tokenizer, held_out[1])
     elif tokenizer:
         folder = prepare_stream(source, tokenizer=tokenizer, tokens=tokens, held_out=held_out, cache=cache)

@@ -19,7 +19,17 @@ from ssmax.errors import UserError
 from ssmax.lab.progress import progress_bar
 from ssmax.results import write_atomically
 
-__all__ = ["SHARD_TOKENS", "Manifest", "ShardWriter", "Shards", "check", "locked", "token_type", "verify"]
+__all__ = [
+    "SHARD_TOKENS",
+    "Manifest",
+    "ShardWriter",
+    "Shards",
+    "check",
+    "is_prepared",
+    "locked",
+    "token_type",
+    "verify",
+]
 
 SHARD_TOKENS = 2**28  # 512 MiB of 16-bit tokens
 VERSION = 1
@@ -160,6 +170,11 @@ def _mapped(path, dtype):
 def token_type(vocabulary: int) -> str:
     """Return the narrowest of two types that hold ids below vocabulary."""
     return "<u2" if vocabulary <= 2**16 else "<u4"
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a preparation was begun in a folder; other data has a manifest.json as well."""
+    return (folder / MANIFEST).is_file() and (folder / HELD_OUT).is_file()
 
 
 def check(folder: Path) -> Manifest:

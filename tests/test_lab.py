@@ -236,9 +236,12 @@ def test_the_late_switch_is_softmax_for_seven_eighths_and_ssmax_then(loaded, tmp
         losses[variant] = dict(trained.losses)
         scales[variant] = [m.weight for m in model.modules() if isinstance(m, SwitchedScale)]
     assert switch_at(recipe) == 14
+    # The norm that gradients are clipped by sums the zeros of s in between, which may move its last bit.
+    last_bits = 2 * float(np.spacing(np.float32(losses["a"][1])))
     for step in range(1, 15):
-        assert losses["f"][step] == losses["a"][step]
-    assert losses["f"][15] != losses["a"][15]
+        assert losses["f"][step] == pytest.approx(losses["a"][step], abs=last_bits)
+    assert max(abs(losses["b"][step] - losses["a"][step]) for step in range(1, 15)) > 10 * last_bits
+    assert abs(losses["f"][15] - losses["a"][15]) > 10 * last_bits
     assert all((scale != ssmax.matched_scale(recipe.train_length)).all() for scale in scales["f"])  # trained since
 
 

@@ -27,7 +27,7 @@ __all__ = ["Examples", "Setup", "Trained", "Windows", "finetune", "pretrain", "w
 class Windows(Dataset):
     """The training stream cut into windows, in an order that depends on the seed alone: all once, then all again.
 
-    The order of one pass is held, 4 bytes a window (1.6 GiB for the paper's 410 million), and drawn when it is reached.
+    The order of one pass is held, 4 bytes a window (1.5 GiB for the paper's 410 million), and drawn when it is reached.
     It is a plain permutation: windows of a document never meet in a step but by chance, however the text is sorted.
 
     Args:

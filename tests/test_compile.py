@@ -122,6 +122,8 @@ s = torch.full(({heads},), 0.43, requires_grad=True)
 def plain(q, k, v): return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 def causal(q, k, v): return attention(q, k, v, s, is_causal=True)
 def window(q, k, v): return attention(q, k, v, s, is_causal=True, window={window})
+def packed(q, k, v):
+    return attention(q, k, v, s, is_causal=True, cu_seqlens=torch.tensor([0, q.shape[2] // 2 - 40, q.shape[2] - 3]))
 {name}(*warm).sum().backward()
 {name}(q, k, v).square().sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, q.numel() * 4)
@@ -137,6 +139,6 @@ def peak(name, **shape):
 @pytest.mark.parametrize(("heads", "size"), [(2, 64), (4, 32)])
 def test_memory_beyond_plain_attention_is_below_three_queries(heads, size):
     plain, query = peak("plain", heads=heads, size=size)
-    for layout in ({"name": "causal"}, {"name": "window", "window": 256}, {"name": "window", "window": 2048}):
+    for layout in ({"name": "causal"}, {"name": "packed"}, {"name": "window", "window": 256}, {"name": "window", "window": 2048}):
         ours, _ = peak(**layout, heads=heads, size=size)
         assert ours - plain < 3 * query, layout

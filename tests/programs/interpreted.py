@@ -39,15 +39,18 @@ def run(inputs, upstream, impl, dtype, **options):
 
 
 def compare(inputs, upstream, **options):
-    """Assert that float32 is as near to float64 as the reference in float32 is, within a factor of 2."""
-    exact, plain, got = (
-        run(inputs, upstream, impl, dtype, **options)
-        for impl, dtype in (("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32))
-    )
-    for name, truth, theirs, mine in zip(NAMES, exact, plain, got, strict=True):
+    """Assert that float32 is as near to float64 as the other two in float32 are, within a factor of 2.
+
+    sdpa is one of them: it takes a row's part of the softmax's gradient from the rounded output, as every flash kernel does.
+    """
+    exact = run(inputs, upstream, "reference", torch.float64, **options)
+    others = [run(inputs, upstream, impl, torch.float32, **options) for impl in ("reference", "sdpa")]
+    got = run(inputs, upstream, "triton", torch.float32, **options)
+    for name, truth, mine, *theirs in zip(NAMES, exact, got, *others, strict=True):
         assert truth.abs().max() > 1e-3, name
-        floor = torch.finfo(torch.float32).eps * truth.norm()  # where the reference happens to be nearer than one rounding
-        assert (mine - truth).norm() <= 2 * max((theirs - truth).norm(), floor), name
+        one_rounding = torch.finfo(torch.float32).eps * truth.norm()
+        allowed = 2 * max(one_rounding, *((x - truth).norm() for x in theirs))
+        assert (mine - truth).norm() <= allowed, name
     return got
 
 
@@ -131,12 +134,13 @@ def test_strides_and_memory_that_must_not_be_read():
         assert torch.equal(mine.double(), truth), name
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter's maximum
 @pytest.mark.parametrize("options", [{"window": 20}, {"cu_seqlens": torch.tensor([0, 100, 160])}], ids=["window", "packed"])
 def test_keys_far_outside_are_never_read(options):
     """0 x NaN is NaN: a loop over all keys would show it."""
     inputs, upstream = tensors(batch=1, rows=160, keys=160)
     far = 64 if "window" in options else 90
-    seeing = far + 20 + 32 if "window" in options else 100  # rows that see none of the poisoned keys, nor their tile
+    seeing = 128 if "window" in options else 112  # rows whose tile sees none of the poisoned keys' tiles
     for x in inputs[1:3]:
         x[:, :, :far] = math.nan
     output, dq, dk, dv, _, _ = run(inputs, upstream, "triton", torch.float32, is_causal=True, **options)

@@ -120,12 +120,20 @@ class _Attention(torch.autograd.Function):
 
 
 def tiles(size: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """Return the tile, the warps and the pipeline stages of each kernel: what fits into 99 KiB of shared memory."""
-    wide = dtype == torch.float32
+    """Return the tile, warps and pipeline stages of each kernel: at most 99 KiB of shared memory, hardly a register spilt."""
+    if dtype == torch.float32:  # its products run without tensor cores
+        rows = keys = 16 if size > 128 else 32
+        forward_tile = query_tile = key_tile = (rows, keys, 4 if size > 128 else 8, 1)
+    elif size <= 64:
+        forward_tile, query_tile, key_tile = (128, 64, 8, 3), (128, 32, 4, 3), (32, 128, 8, 3)
+    elif size <= 128:
+        forward_tile, query_tile, key_tile = (128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)
+    else:
+        forward_tile, query_tile, key_tile = (64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     return {
-        "forward": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-        "query": {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
-        "key": {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+        kernel: dict(zip(names, tile, strict=True))
+        for kernel, tile in (("forward", forward_tile), ("query", query_tile), ("key", key_tile))
     }
 
 
@@ -276,9 +284,11 @@ def query_blocks(
         k = load_rows(K, keys, k_s, k_d, inside, D, MASKED)
         v = load_rows(V, keys, v_s, v_e, inside, E, MASKED)
         z = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.exp2(z * factor[:, None] - logsumexp[:, None])
+        logits = z * factor[:, None] - logsumexp[:, None]
         if MASKED:
-            p = tl.where((keys[None, :] >= first[:, None]) & (keys[None, :] < stop[:, None]), p, 0.0)
+            visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < stop[:, None])
+            logits = tl.where(visible, logits, float("-inf"))
+        p = tl.exp2(logits)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - row_grad[:, None])
         dm += tl.sum(ds * (z - mean_z[:, None]), 1)
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
@@ -349,9 +359,11 @@ def key_blocks(
         logsumexp = tl.load(LOGSUMEXP + rows, mask=inside, other=float("inf"))
         row_grad = tl.load(ROW_GRAD + rows, mask=inside, other=0.0)
         z = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = tl.exp2(z * (m * 1.4426950408889634)[None, :] - logsumexp[None, :])
+        logits = z * (m * 1.4426950408889634)[None, :] - logsumexp[None, :]
         if MASKED:
-            p = tl.where((rows[None, :] >= first[:, None]) & (rows[None, :] < stop[:, None]), p, 0.0)
+            visible = (rows[None, :] >= first[:, None]) & (rows[None, :] < stop[:, None])
+            logits = tl.where(visible, logits, float("-inf"))
+        p = tl.exp2(logits)
         dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - row_grad[None, :])
         # The multiplier differs by row: it belongs inside this sum over rows.

@@ -58,9 +58,14 @@ def head_multiplier(n: Tensor | int, s: Tensor | float, b: Tensor | float | None
     return m_BHN.expand(-1, -1, query.shape[2])
 
 
-def log_visible(n: Tensor | int, query: Tensor) -> Tensor:
-    """Return log n, (B or 1, H or 1, N or 1), float32 (float64 for a float64 query); n = 0 counts as 1."""
-    return rows_of(n, query).clamp(min=1).to(torch.float64 if query.dtype == torch.float64 else torch.float32).log()
+def log_visible(n_BHN: Tensor, query: Tensor) -> Tensor:
+    """Return log n as it multiplies the query, (B or 1, H or 1, N or 1, 1); float32 (float64 for a float64 query).
+
+    Args:
+        n_BHN: as rows_of returns it. n = 0 counts as 1.
+        query: (B, H, N, D).
+    """
+    return n_BHN[..., None].clamp(min=1).to(torch.float64 if query.dtype == torch.float64 else torch.float32).log()
 
 
 def rows_of(n: Tensor | int, query: Tensor) -> Tensor:

@@ -135,7 +135,9 @@ def test_strides_and_memory_that_must_not_be_read():
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter's maximum
-@pytest.mark.parametrize("options", [{"window": 20}, {"cu_seqlens": torch.tensor([0, 100, 160])}], ids=["window", "packed"])
+@pytest.mark.parametrize(
+    "options", [{"window": 20}, {"cu_seqlens": torch.tensor([0, 100, 160])}], ids=["window", "packed"]
+)
 def test_keys_far_outside_are_never_read(options):
     """0 x NaN is NaN: a loop over all keys would show it."""
     inputs, upstream = tensors(batch=1, rows=160, keys=160)

@@ -66,10 +66,8 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         size, value_size = query.shape[-1], value.shape[-1]
         output = torch.empty_like(query) if value_size == size else query.new_empty(*query.shape[:3], value_size)
-        logsumexp, mean_z = (
-            torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2)
-        )
-        shape = {
+        logsumexp, mean_z = (torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
+        shape: dict[str, Any] = {
             "heads": query.shape[1],
             "groups": query.shape[1] // key.shape[1],
             "num_queries": query.shape[2],
@@ -119,7 +117,7 @@ class _Attention(torch.autograd.Function):
         return d_query, d_key, d_value, d_multiplier, None, None, None, None, None
 
 
-def tiles(size: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+def tiles(size: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Return the tile, warps and pipeline stages of each kernel: at most 99 KiB of shared memory, hardly a register spilt."""
     if dtype == torch.float32:  # its products run without tensor cores
         rows = keys = 16 if size > 128 else 32
@@ -138,7 +136,9 @@ def tiles(size: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
 
 
 @triton.jit
-def keys_of_rows(rows, START, END, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+def keys_of_rows(
+    rows, START, END, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr
+):
     """Return the first key that each row sees and the one behind the last."""
     if PACKED:
         first, stop = tl.load(START + rows), tl.load(END + rows)
@@ -153,7 +153,9 @@ def keys_of_rows(rows, START, END, num_queries, num_keys, window, CAUSAL: tl.con
 
 
 @triton.jit
-def rows_of_keys(keys, START, END, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+def rows_of_keys(
+    keys, START, END, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr
+):
     """Return the first row that sees each key and the one behind the last."""
     if PACKED:
         first, stop = tl.load(START + keys), tl.load(END + keys)
@@ -168,29 +170,33 @@ def rows_of_keys(keys, START, END, num_queries, num_keys, window, CAUSAL: tl.con
 
 
 @triton.jit
-def loop_bounds(first, stop, BLOCK: tl.constexpr):
-    """Return lo, full_lo, full_hi, hi: the blocks from full_lo to full_hi lie in all ranges and need no mask."""
+def loop_bounds(first, stop, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Return the bounds of one of three loops: the blocks that lie in all ranges (1), and those before (0) and behind (2)."""
     lo = tl.min(first, 0) // BLOCK * BLOCK
     hi = tl.max(stop, 0)
     full_lo = (tl.max(first, 0) + BLOCK - 1) // BLOCK * BLOCK
     full_hi = tl.maximum(tl.min(stop, 0), 0) // BLOCK * BLOCK
     some = full_lo < full_hi
-    return lo, tl.where(some, full_lo, lo), tl.where(some, full_hi, lo), hi
+    full_lo, full_hi = tl.where(some, full_lo, lo), tl.where(some, full_hi, lo)
+    if PART == 0:
+        begin, end = lo, full_lo
+    elif PART == 1:
+        begin, end = full_lo, full_hi
+    else:
+        begin, end = full_hi, hi
+    return begin, end
 
 
 @triton.jit
 def load_rows(X, index, stride, stride_d, seen, SIZE: tl.constexpr, MASKED: tl.constexpr):
     """Load rows of a matrix; those not seen are zeros, whatever stands there."""
     pointers = X + index.to(tl.int64)[:, None] * stride + tl.arange(0, SIZE)[None, :] * stride_d
-    if MASKED:
-        x = tl.load(pointers, mask=seen[:, None], other=0.0)
-    else:
-        x = tl.load(pointers)
-    return x
+    return tl.load(pointers, mask=seen[:, None], other=0.0) if MASKED else tl.load(pointers)
 
 
 @triton.jit
 def store_rows(X, index, stride, stride_d, seen, x, SIZE: tl.constexpr):
+    """Round and store rows of a matrix."""
     pointers = X + index.to(tl.int64)[:, None] * stride + tl.arange(0, SIZE)[None, :] * stride_d
     tl.store(pointers, x.to(X.dtype.element_ty), mask=seen[:, None])
 
@@ -200,6 +206,7 @@ def forward_blocks(
     total, mass, moment, top, q, factor, first, stop, lo, hi, K, V, k_s, k_d, v_s, v_e,
     D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """The online softmax over blocks of keys, with the sum of p z beside the sum of p."""
     low, high = tl.min(first, 0), tl.max(stop, 0)
     for block in range(lo, hi, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
@@ -225,7 +232,7 @@ def forward_blocks(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, M, START, END, O, LOGSUMEXP, MEAN_Z,
+    Q, K, V, M, START, END, OUT, LOGSUMEXP, MEAN_Z,
     q_b, q_h, q_n, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_e, m_b, m_h, m_n, o_b, o_h, o_n, o_e,
     heads, groups, num_queries, num_keys, window, scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -250,23 +257,15 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M, E], tl.float32)
     mass, moment = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32) - float("inf")
-    lo, full_lo, full_hi, hi = loop_bounds(first, stop, BLOCK_N)
-    total, mass, moment, top = forward_blocks(
-        total, mass, moment, top, q, factor, first, stop, lo, full_lo, K, V, k_s, k_d, v_s, v_e,
-        D, E, BLOCK_N, True,
-    )  # fmt: skip
-    total, mass, moment, top = forward_blocks(
-        total, mass, moment, top, q, factor, first, stop, full_lo, full_hi, K, V, k_s, k_d, v_s, v_e,
-        D, E, BLOCK_N, False,
-    )  # fmt: skip
-    total, mass, moment, top = forward_blocks(
-        total, mass, moment, top, q, factor, first, stop, full_hi, hi, K, V, k_s, k_d, v_s, v_e,
-        D, E, BLOCK_N, True,
-    )  # fmt: skip
+    for part in tl.static_range(3):
+        lo, hi = loop_bounds(first, stop, BLOCK_N, part)
+        total, mass, moment, top = forward_blocks(
+            total, mass, moment, top, q, factor, first, stop, lo, hi, K, V, k_s, k_d, v_s, v_e, D, E, BLOCK_N, part != 1
+        )
     # A row that sees nothing: zeros, and a log-sum-exp under which the backward's P is 0.
     dead = mass == 0
     mass = tl.where(dead, 1.0, mass)
-    store_rows(O + batch * o_b + head * o_h, rows, o_n, o_e, inside, total / mass[:, None], E)
+    store_rows(OUT + batch * o_b + head * o_h, rows, o_n, o_e, inside, total / mass[:, None], E)
     of_rows = index * num_queries + rows
     tl.store(LOGSUMEXP + of_rows, tl.where(dead, float("inf"), top + tl.log2(mass)), mask=inside)
     tl.store(MEAN_Z + of_rows, moment / mass, mask=inside)
@@ -277,6 +276,7 @@ def query_blocks(
     dq, dm, q, do, factor, logsumexp, mean_z, row_grad, first, stop, lo, hi, K, V, k_s, k_d, v_s, v_e,
     D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """The sums over blocks of keys that make dq and dm."""
     low, high = tl.min(first, 0), tl.max(stop, 0)
     for block in range(lo, hi, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
@@ -297,7 +297,7 @@ def query_blocks(
 
 @triton.jit
 def query_kernel(
-    Q, K, V, M, START, END, DO, O, LOGSUMEXP, MEAN_Z, ROW_GRAD, DQ, DM,
+    Q, K, V, M, START, END, DO, OUT, LOGSUMEXP, MEAN_Z, ROW_GRAD, DQ, DM,
     q_b, q_h, q_n, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_e, m_b, m_h, m_n, do_b, do_h, do_n, do_e,
     o_b, o_h, o_n, o_e, dq_b, dq_h, dq_n, dq_d,
     heads, groups, num_queries, num_keys, window, scale,
@@ -316,7 +316,7 @@ def query_kernel(
     alive = inside & (first < stop)
     q = load_rows(Q + batch * q_b + head * q_h, rows, q_n, q_d, alive, D, True)
     do = load_rows(DO + batch * do_b + head * do_h, rows, do_n, do_e, alive, E, True)
-    o = load_rows(O + batch * o_b + head * o_h, rows, o_n, o_e, alive, E, True)
+    o = load_rows(OUT + batch * o_b + head * o_h, rows, o_n, o_e, alive, E, True)
     of_rows = index * num_queries + rows
     row_grad = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(ROW_GRAD + of_rows, row_grad, mask=inside)
@@ -327,19 +327,12 @@ def query_kernel(
     K += batch * k_b + head // groups * k_h
     V += batch * v_b + head // groups * v_h
     dq, dm = tl.zeros([BLOCK_M, D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    lo, full_lo, full_hi, hi = loop_bounds(first, stop, BLOCK_N)
-    dq, dm = query_blocks(
-        dq, dm, q, do, factor, logsumexp, mean_z, row_grad, first, stop, lo, full_lo,
-        K, V, k_s, k_d, v_s, v_e, D, E, BLOCK_N, True,
-    )  # fmt: skip
-    dq, dm = query_blocks(
-        dq, dm, q, do, factor, logsumexp, mean_z, row_grad, first, stop, full_lo, full_hi,
-        K, V, k_s, k_d, v_s, v_e, D, E, BLOCK_N, False,
-    )  # fmt: skip
-    dq, dm = query_blocks(
-        dq, dm, q, do, factor, logsumexp, mean_z, row_grad, first, stop, full_hi, hi,
-        K, V, k_s, k_d, v_s, v_e, D, E, BLOCK_N, True,
-    )  # fmt: skip
+    for part in tl.static_range(3):
+        lo, hi = loop_bounds(first, stop, BLOCK_N, part)
+        dq, dm = query_blocks(
+            dq, dm, q, do, factor, logsumexp, mean_z, row_grad, first, stop, lo, hi,
+            K, V, k_s, k_d, v_s, v_e, D, E, BLOCK_N, part != 1,
+        )  # fmt: skip
     store_rows(DQ + batch * dq_b + head * dq_h, rows, dq_n, dq_d, inside, dq * (m * scale)[:, None], D)
     tl.store(DM + of_rows, dm * scale, mask=inside)
 
@@ -349,6 +342,7 @@ def key_blocks(
     dk, dv, k, v, first, stop, lo, hi, Q, DO, M, LOGSUMEXP, ROW_GRAD, q_n, q_d, do_n, do_e, m_n, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """The sums over blocks of rows of one head that make dk and dv."""
     low, high = tl.min(first, 0), tl.max(stop, 0)
     for block in range(lo, hi, BLOCK_M):
         rows = block + tl.arange(0, BLOCK_M)
@@ -394,23 +388,16 @@ def key_kernel(
     k = load_rows(K + batch * k_b + key_head * k_h, keys, k_s, k_d, alive, D, True)
     v = load_rows(V + batch * v_b + key_head * v_h, keys, v_s, v_e, alive, E, True)
     dk, dv = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, E], tl.float32)
-    lo, full_lo, full_hi, hi = loop_bounds(first, stop, BLOCK_M)
     for head in range(key_head * groups, (key_head + 1) * groups):
         q_head = Q + batch * q_b + head * q_h
         do_head = DO + batch * do_b + head * do_h
         m_head = M + batch * m_b + head * m_h
         of_rows = (batch * heads + head) * num_queries
-        dk, dv = key_blocks(
-            dk, dv, k, v, first, stop, lo, full_lo, q_head, do_head, m_head, LOGSUMEXP + of_rows, ROW_GRAD + of_rows,
-            q_n, q_d, do_n, do_e, m_n, scale, D, E, BLOCK_M, True,
-        )  # fmt: skip
-        dk, dv = key_blocks(
-            dk, dv, k, v, first, stop, full_lo, full_hi, q_head, do_head, m_head, LOGSUMEXP + of_rows,
-            ROW_GRAD + of_rows, q_n, q_d, do_n, do_e, m_n, scale, D, E, BLOCK_M, False,
-        )  # fmt: skip
-        dk, dv = key_blocks(
-            dk, dv, k, v, first, stop, full_hi, hi, q_head, do_head, m_head, LOGSUMEXP + of_rows, ROW_GRAD + of_rows,
-            q_n, q_d, do_n, do_e, m_n, scale, D, E, BLOCK_M, True,
-        )  # fmt: skip
+        for part in tl.static_range(3):
+            lo, hi = loop_bounds(first, stop, BLOCK_M, part)
+            dk, dv = key_blocks(
+                dk, dv, k, v, first, stop, lo, hi, q_head, do_head, m_head, LOGSUMEXP + of_rows, ROW_GRAD + of_rows,
+                q_n, q_d, do_n, do_e, m_n, scale, D, E, BLOCK_M, part != 1,
+            )  # fmt: skip
     store_rows(DK + batch * dk_b + key_head * dk_h, keys, dk_s, dk_d, inside, dk, D)
     store_rows(DV + batch * dv_b + key_head * dv_h, keys, dv_s, dv_e, inside, dv, E)

@@ -50,7 +50,11 @@ def forward(
     padding = query.shape[2] - sum(lengths)
     # split, whose backward is one concatenation: slices would each have a gradient of the whole length.
     documents = zip(*(x.split([*lengths, padding], 2)[:-1] for x in (scaled, key, value)), strict=True)
-    outputs = [_sequence(attend, *parts, is_causal, window, dropout_p) for parts in documents if parts[0].shape[2]]
+    outputs = [
+        _sequence(attend, of_query, of_key, of_value, is_causal, window, dropout_p)
+        for of_query, of_key, of_value in documents
+        if of_query.shape[2]
+    ]
     outputs.append(query.new_zeros(*query.shape[:2], padding, value.shape[-1]))
     return torch.cat(outputs, 2)
 

@@ -158,6 +158,27 @@ def test_keys_far_outside_are_never_read(options):
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{"window": 20}, {"cu_seqlens": torch.arange(0, 257, 32)}], ids=["window", "packed"])
+def test_tiles_outside_are_skipped(options, monkeypatch):
+    """Twice the tokens are twice the tiles: forward, rows and keys; four times would be all of them."""
+    loads = {"total": 0}
+
+    def counted(*arguments):
+        loads["total"] += 1
+        return original(*arguments)
+
+    original = kernels.load_rows
+    monkeypatch.setattr(kernels, "load_rows", counted)
+    tiles = {}
+    for rows in (128, 256):
+        inputs, upstream = tensors(batch=1, heads=1, rows=rows, keys=rows)
+        cut = {name: x if name == "window" else x[x <= rows] for name, x in options.items()}
+        loads["total"] = 0
+        run(inputs, upstream, "triton", torch.float32, is_causal=True, **cut)
+        tiles[rows] = loads["total"]
+    assert 1.9 * tiles[128] < tiles[256] < 2.2 * tiles[128]
+
+
 def test_a_nan_that_is_seen_surfaces():
     inputs, upstream = tensors()
     inputs[1][:, :, 40] = math.nan

@@ -1,11 +1,17 @@
 """torch.compile and memory: one graph, no second one for each length, nothing of size N x N."""
 
+import math
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from tiny_models import tiny_model
+from torch._inductor import metrics
+from torch._inductor.utils import run_and_get_code
 
+import ssmax
 from ssmax import SSMaxScale, attention, visible_keys
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -122,6 +128,8 @@ s = torch.full(({heads},), 0.43, requires_grad=True)
 def plain(q, k, v): return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 def causal(q, k, v): return attention(q, k, v, s, is_causal=True)
 def window(q, k, v): return attention(q, k, v, s, is_causal=True, window={window})
+def packed(q, k, v):
+    return attention(q, k, v, s, is_causal=True, cu_seqlens=torch.tensor([0, q.shape[2] // 2 - 40, q.shape[2] - 3]))
 {name}(*warm).sum().backward()
 {name}(q, k, v).square().sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, q.numel() * 4)
@@ -137,6 +145,39 @@ def peak(name, **shape):
 @pytest.mark.parametrize(("heads", "size"), [(2, 64), (4, 32)])
 def test_memory_beyond_plain_attention_is_below_three_queries(heads, size):
     plain, query = peak("plain", heads=heads, size=size)
-    for layout in ({"name": "causal"}, {"name": "window", "window": 256}, {"name": "window", "window": 2048}):
+    for layout in (
+        {"name": "causal"},
+        {"name": "packed"},
+        {"name": "window", "window": 256},
+        {"name": "window", "window": 2048},
+    ):
         ours, _ = peak(**layout, heads=heads, size=size)
         assert ours - plain < 3 * query, layout
+
+
+def kernels_of_a_layer(model, length):
+    """How many kernels inductor makes of the first attention layer, and the sizes of the buffers between them."""
+    layer, x = model.model.layers[0].self_attn, torch.randn(2, length, model.config.hidden_size)
+    cos, sin = model.model.rotary_emb(x, torch.arange(length)[None])
+    torch._dynamo.reset()
+    metrics.reset()
+    compiled = torch.compile(lambda x, cos, sin: layer(x, (cos, sin), None)[0], fullgraph=True)
+    with torch.no_grad():
+        got, (code,) = run_and_get_code(compiled, x, cos, sin)
+        torch.testing.assert_close(got, layer(x, (cos, sin), None)[0])
+    shapes = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", code)
+    return metrics.generated_kernel_count, [math.prod(map(int, shape.rstrip(", ").split(","))) for shape in shapes]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_scale_and_rope_and_qk_norm_are_one_pass_over_the_query(family):
+    """Converted, a layer has one kernel more, which computes log n for the rows, and no further buffer of the query's size."""
+    model, length = tiny_model(family), 48
+    kernels, buffers = kernels_of_a_layer(model, length)
+    ssmax.convert(model, bias=True)
+    converted_kernels, converted_buffers = kernels_of_a_layer(model, length)
+    assert converted_kernels == kernels + 1
+    assert length in converted_buffers
+    assert length not in buffers
+    query = 2 * length * model.config.num_attention_heads * model.config.head_dim
+    assert converted_buffers.count(query) == buffers.count(query) > 0

@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from ssmax import SSMaxScale, attention, visible_keys
-from ssmax.functional import IMPLS
 
+IMPLS = ("reference", "sdpa", "flex")  # triton has other head sizes and an interpreter: test_triton.py
 TRAINED = ("reference", "sdpa")  # FlexAttention has no backward on the CPU
 
 B, H, N, S, D = 2, 4, 7, 7, 8
@@ -277,6 +277,63 @@ def test_a_bias_wider_than_the_query_is_not_rounded():
     torch.testing.assert_close(shifted, plain, rtol=0, atol=2e-2)
 
 
+def packed(lengths, padding):
+    """Documents in one row, with unused tokens behind them."""
+    (q, k, v), s, b = tensors(rows=sum(lengths) + padding, keys=sum(lengths) + padding, key_heads=2)
+    return [x[:1] for x in (q, k, v)], s, b, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"is_causal": True, "window": 2}, {}], ids=str)
+@pytest.mark.parametrize(("lengths", "padding"), [([3, 0, 4], 0), ([0, 2, 0, 0, 3], 2), ([0], 3)])
+def test_packed_documents_equal_the_oracle_and_their_n_restarts(lengths, padding, options, impl):
+    (q, k, v), s, b, offsets = packed(lengths, padding)
+    total = sum(lengths)
+    open_keys = np.zeros((total + padding,) * 2, dtype=bool)
+    open_keys[:total, :total] = oracle.documents(lengths, options.get("is_causal", False), options.get("window"))
+    got = attention(q, k, v, s, b, cu_seqlens=offsets, enable_gqa=True, impl=impl, **options)
+    want = oracle.attention(*(x.numpy() for x in (q, k, v, s, b)), np.broadcast_to(open_keys, (1, H, *open_keys.shape)))
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
+    assert got[:, :, total:].eq(0).all()
+    assert abs(want).max() > 0.1 or total == 0
+
+
+def test_a_long_packed_document_is_computed_in_blocks():
+    (q, k, v), s, b, offsets = packed([1100, 200], 7)
+    options = {"cu_seqlens": offsets, "is_causal": True, "window": 100, "enable_gqa": True}
+    want = attention(q, k, v, s, b, impl="reference", **options)
+    torch.testing.assert_close(attention(q, k, v, s, b, impl="sdpa", **options), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"is_causal": True, "window": 2}, {}], ids=str)
+def test_gradients_of_packed_documents_equal_the_reference_whatever_stands_in_the_padding(options):
+    gradients = {}
+    for impl in TRAINED:
+        (q, k, v), s, b, offsets = packed([3, 0, 4, 1], 2)
+        q[:, :, -2:] = math.nan
+        leaves = [x.requires_grad_() for x in (q, k, v, s, b)]
+        output = attention(*leaves, cu_seqlens=offsets, enable_gqa=True, impl=impl, **options)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        gradients[impl] = torch.autograd.grad((output * weights).sum(), leaves)
+    for reference, other in zip(gradients["reference"], gradients["sdpa"], strict=True):
+        assert reference.abs().max() > 1e-3
+        torch.testing.assert_close(other, reference, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_documents_take_an_explicit_n_and_a_softcap(impl):
+    (q, k, v), s, b, offsets = packed([3, 4], 0)
+    mask = torch.tensor(oracle.documents([3, 4]))
+    got = attention(q, k, v, s, b, n=5, cu_seqlens=offsets, is_causal=True, enable_gqa=True, impl=impl)
+    want = attention(q, k, v, s, b, n=5, attn_mask=mask, enable_gqa=True, impl="reference")
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    if impl != "sdpa":
+        got = attention(q, k, v, s, b, cu_seqlens=offsets, is_causal=True, softcap=0.5, enable_gqa=True, impl=impl)
+        capped = attention(q, k, v, s, b, attn_mask=mask, softcap=0.5, enable_gqa=True, impl="reference")
+        torch.testing.assert_close(got, capped, rtol=0, atol=1e-12)
+        assert (capped - want).abs().max() > 0.01
+
+
 def packed_causal(b, h, q, k):
     """Documents of 3 and 4 tokens."""
     return (q >= k) & ((q < 3) == (k < 3))
@@ -370,6 +427,8 @@ def test_nothing_waits_for_the_device():
 
 Q = torch.ones(2, 4, 3, 8)
 BLOCKS = create_block_mask(lambda b, h, q, k: q >= k, None, None, 3, 3, device="cpu")
+OFFSETS = torch.tensor([0, 1, 3])
+PACKED = {"query": Q[:1], "key": Q[:1], "value": Q[:1], "cu_seqlens": OFFSETS}
 
 
 @pytest.mark.parametrize(
@@ -405,6 +464,14 @@ BLOCKS = create_block_mask(lambda b, h, q, k: q >= k, None, None, 3, 3, device="
         ({"attn_mask": BLOCKS, "impl": "sdpa"}, ValueError, "does not take a BlockMask"),
         ({"attn_mask": BLOCKS, "is_causal": True}, ValueError, "leave is_causal out"),
         ({"attn_mask": BLOCKS, "query": torch.ones(2, 4, 5, 8)}, ValueError, "BlockMask must be for"),
+        ({"cu_seqlens": [0, 3]}, TypeError, "cu_seqlens must be a tensor"),
+        ({"cu_seqlens": OFFSETS}, ValueError, r"packs documents in one row: .* got \(2, 4, 3, 8\)"),
+        ({**PACKED, "query": Q[:1, :, :2]}, ValueError, "packs documents in one row"),
+        ({**PACKED, "attn_mask": torch.ones(3, 3, dtype=torch.bool)}, ValueError, "both say what is visible"),
+        ({**PACKED, "cu_seqlens": OFFSETS.float()}, ValueError, "must be integers"),
+        ({**PACKED, "cu_seqlens": OFFSETS.flip(0)}, ValueError, "start at 0 and never decrease"),
+        ({**PACKED, "cu_seqlens": OFFSETS * 2, "n": 3}, ValueError, "ends at 6, but only 3 tokens"),
+        ({**PACKED, "window": 2}, ValueError, "needs is_causal"),
     ],
 )
 def test_bad_calls_name_the_argument(arguments, error, words):

@@ -1,20 +1,22 @@
 """attention(): validate, find n, choose the backend, call it."""
 
+import importlib.util
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ssmax.backends import reference, sdpa
-from ssmax.scaling import as_bool, head_multiplier, rows_of, visible_keys
+from ssmax.scaling import as_bool, check_offsets, head_multiplier, is_readable, rows_of, visible_keys
 
 __all__ = ["attention"]
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-IMPLS = ("reference", "sdpa", "flex")
+IMPLS = ("reference", "sdpa", "flex", "triton")
 
 
 def attention(
@@ -26,6 +28,7 @@ def attention(
     *,
     n: Tensor | int | None = None,
     attn_mask: "Tensor | BlockMask | None" = None,
+    cu_seqlens: Tensor | None = None,
     is_causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
@@ -42,10 +45,13 @@ def attention(
         value: (B, H or K, S, V).
         s: scale, a number or (H,).
         b: bias, a number or (H,); None = 0.
-        n: visible keys of each query: a number, (N,), (B, N) or (B, H, N). Default: counted from attn_mask,
+        n: visible keys of each query: a number, (N,), (B, N) or (B, H, N). Default: counted from attn_mask, cu_seqlens,
             is_causal and window. A row with n = 0 gives zeros.
         attn_mask: broadcast to (B, H, N, S). bool, True = visible; or floating point, added after the multiplier.
             A floating mask that holds more than 0 and -inf is a bias; it needs n and the query's dtype. Or a BlockMask of FlexAttention.
+        cu_seqlens: (D + 1,), integer offsets of D packed documents, from 0, as in FlashAttention. query, key and value are then
+            (1, ., T, .) and a query sees its own document only. Documents may be empty; what lies behind the last
+            offset is padding: it is seen by nobody and gives zeros. Not with attn_mask.
         is_causal: the queries are the last N of the S positions, as in FlashAttention and a cached decode (not
             torch's top-left rule). May be combined with attn_mask.
         window: at most so many visible keys, the query's own included. Needs is_causal.
@@ -53,9 +59,11 @@ def attention(
         scale: factor of query key; default 1 / sqrt(D).
         dropout_p: probability of dropping a weight.
         enable_gqa: allow fewer heads in key and value than in query.
-        impl: "sdpa" (torch's fused kernels), "flex" (FlexAttention: block masks, softcap; forward only on the CPU, no
-            dropout), "reference" (the specification: slow, exact, N x S), or "auto": sdpa where it can, flex for a
-            BlockMask, reference for a softcap.
+        impl: "sdpa" (torch's fused kernels; packed documents one by one, which reads cu_seqlens on the host), "flex"
+            (FlexAttention: block masks, softcap; forward only on the CPU, no dropout), "triton" (a kernel of our own that
+            does not round the scaled query and has accurate gradients of s and b; no mask, softcap or dropout; needs a GPU
+            and has not run on one yet), "reference" (the specification: slow, exact, N x S), or "auto": sdpa where
+            it can, flex for a BlockMask, reference for a softcap.
 
     Returns:
         (B, H, N, V) in query's dtype. Multiplier in float32 (float64 for float64), the scaled query rounded once.
@@ -66,9 +74,12 @@ def attention(
     """
     _check_tensors(query, key, value, enable_gqa)
     _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p)
+    if cu_seqlens is not None:
+        _check_packed(query, key, cu_seqlens, attn_mask)
     is_bias = n is not None and isinstance(attn_mask, Tensor) and attn_mask.is_floating_point()
     narrowed = is_bias and attn_mask.dtype != query.dtype
-    backend = _backend(_choose(impl, attn_mask, narrowed, softcap, dropout_p, query, key, value, s, b))
+    impl = _choose(impl, attn_mask, narrowed, softcap, dropout_p, query, key, value, s, b)
+    backend = _backend(impl)
     if 0 in (query.shape[2], key.shape[2]):
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     if isinstance(attn_mask, Tensor):
@@ -76,9 +87,9 @@ def attention(
         # Without n a floating mask must be a mask and no bias: bool is exact in every dtype.
         attn_mask = as_bool(attn_mask) if n is None else attn_mask
     derived = n is None
-    n = _derive_n(query, key, attn_mask, is_causal, window) if n is None else n
-    if attn_mask is not None or not derived:
-        # A row that sees nothing passes nothing on, whatever stands in it.
+    n = _derive_n(query, key, attn_mask, cu_seqlens, is_causal, window) if n is None else n
+    if attn_mask is not None or not derived or (cu_seqlens is not None and impl != "triton"):
+        # A row that sees nothing passes nothing on, whatever stands in it; triton's kernel does not read padding.
         query = query.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
     output = backend.forward(
         query,
@@ -86,6 +97,7 @@ def attention(
         value,
         head_multiplier(n, s, b, query),
         mask=attn_mask,
+        cu_seqlens=cu_seqlens,
         is_causal=is_causal,
         window=window,
         softcap=softcap,
@@ -96,8 +108,10 @@ def attention(
     return output if derived else output.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
 
 
-def _derive_n(query, key, attn_mask, is_causal, window):
+def _derive_n(query, key, attn_mask, cu_seqlens, is_causal, window):
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if cu_seqlens is not None:
+        return visible_keys(cu_seqlens=cu_seqlens, num_queries=num_queries, window=window, causal=is_causal)
     if attn_mask is None:
         position = torch.arange(num_keys - num_queries, num_keys, device=query.device)
         n = position.clamp(min=-1) + 1 if is_causal else torch.full_like(position, num_keys)
@@ -126,6 +140,10 @@ def _backend(name) -> Any:
         from ssmax.backends import flex  # FlexAttention takes a while to import
 
         return flex
+    if name == "triton":
+        from ssmax.backends import triton
+
+        return triton
     return {"reference": reference, "sdpa": sdpa}[name]
 
 
@@ -142,6 +160,8 @@ def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):
         )
     if blocks and impl != "flex":
         raise ValueError(f"impl={impl!r} does not take a BlockMask; use impl='flex' or 'auto'")
+    if impl == "triton":
+        _refuse_triton(attn_mask, softcap, dropout_p, inputs[0], inputs[2])
     if impl == "sdpa" and softcap is not None:
         raise ValueError("impl='sdpa' has no softcap; use impl='reference', 'flex' or 'auto'")
     if impl == "flex" and dropout_p > 0:
@@ -153,6 +173,27 @@ def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):
             "or 'auto' with a tensor mask, or torch.no_grad()"
         )
     return impl
+
+
+def _refuse_triton(attn_mask, softcap, dropout_p, query, value):
+    """Raise ValueError where the kernel of backends/triton.py cannot compute this exactly."""
+    sizes = sorted({query.shape[-1], value.shape[-1]})
+    on_gpu = query.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    refused = {
+        "an attn_mask": attn_mask is not None,
+        "a softcap": softcap is not None,
+        "dropout": dropout_p > 0,
+        str(query.dtype): query.dtype not in (torch.float16, torch.bfloat16, torch.float32),
+        f"head sizes {sizes}": any(size not in (16, 32, 64, 128, 256) for size in sizes),
+        f"tensors on {query.device.type} (it runs there with TRITON_INTERPRET=1 only)": not on_gpu,
+        "anything without the package triton (pip install triton)": importlib.util.find_spec("triton") is None,
+    }
+    for what, found in refused.items():
+        if found:
+            raise ValueError(
+                f"impl='triton' does not compute {what}; it takes is_causal, window and cu_seqlens, float16, bfloat16 and "
+                "float32, head sizes 16, 32, 64, 128 and 256, on a GPU. Use impl='auto'"
+            )
 
 
 def _check_tensors(query, key, value, enable_gqa):
@@ -207,6 +248,21 @@ def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dro
     )
     if not fits:
         raise ValueError(f"attn_mask must broadcast to (B, H, N, S) = {wanted}, got {tuple(attn_mask.shape)}")
+
+
+def _check_packed(query, key, cu_seqlens, attn_mask):
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    if attn_mask is not None:
+        raise ValueError("cu_seqlens and attn_mask both say what is visible; pass one of them")
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "cu_seqlens packs documents in one row: query and key must be (1, heads, T, head size), "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    check_offsets(cu_seqlens)
+    if is_readable(cu_seqlens) and cu_seqlens[-1] > query.shape[2]:
+        raise ValueError(f"cu_seqlens ends at {cu_seqlens[-1]}, but only {query.shape[2]} tokens are packed")
 
 
 def _check_block_mask(attn_mask, wanted, is_causal):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmax.scaling import log_visible, matched_scale, scale_query
+from ssmax.scaling import log_visible, matched_scale, rows_of
 
 __all__ = ["SSMaxScale"]
 
@@ -67,7 +67,7 @@ class SSMaxScale(nn.Module):
         Args:
             query: (B, H, N, D), after position encoding and QK-norm.
             n: visible keys: a number, (N,), (B, N) or (B, H, N); see ssmax.visible_keys.
-            log_n: ssmax.scaling.log_visible(n, query), where many layers share it.
+            log_n: ssmax.scaling.log_visible of n, where many layers share it.
 
         Raises:
             ValueError: the query has another number of heads, or n does not fit it.
@@ -76,8 +76,11 @@ class SSMaxScale(nn.Module):
             raise ValueError(f"query must be (B, {self.num_heads} heads, N, D), got shape {tuple(query.shape)}")
         if not query.is_floating_point():
             raise TypeError(f"query must be floating point, got {query.dtype}")
-        m_BHN = self.weight[:, None] * (log_visible(n, query) if log_n is None else log_n)
-        return scale_query(query, m_BHN if self.bias is None else m_BHN + self.bias[:, None])
+        # A decode step feels each small operation: view, not indexing, and no conversion that changes nothing.
+        m_BHN1 = self.weight.view(-1, 1, 1) * (log_visible(rows_of(n, query), query) if log_n is None else log_n)
+        bias = self.bias
+        scaled = query * (m_BHN1 if bias is None else m_BHN1 + bias.view(-1, 1, 1))
+        return scaled if scaled.dtype == query.dtype else scaled.to(query.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMaxScale":
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -58,9 +58,14 @@ def head_multiplier(n: Tensor | int, s: Tensor | float, b: Tensor | float | None
     return m_BHN.expand(-1, -1, query.shape[2])
 
 
-def log_visible(n: Tensor | int, query: Tensor) -> Tensor:
-    """Return log n, (B or 1, H or 1, N or 1), float32 (float64 for a float64 query); n = 0 counts as 1."""
-    return rows_of(n, query).clamp(min=1).to(torch.float64 if query.dtype == torch.float64 else torch.float32).log()
+def log_visible(n_BHN: Tensor, query: Tensor) -> Tensor:
+    """Return log n as it multiplies the query, (B or 1, H or 1, N or 1, 1); float32 (float64 for a float64 query).
+
+    Args:
+        n_BHN: as rows_of returns it. n = 0 counts as 1.
+        query: (B, H, N, D).
+    """
+    return n_BHN[..., None].clamp(min=1).to(torch.float64 if query.dtype == torch.float64 else torch.float32).log()
 
 
 def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
@@ -227,7 +232,7 @@ def _from_positions(position_ids, num_queries, window, chunk, causal):
         raise ValueError(
             "position_ids say what precedes a query, not what follows; without causal pass mask or cu_seqlens"
         )
-    if _readable(position_ids) and (position_ids < 0).any():
+    if is_readable(position_ids) and (position_ids < 0).any():
         raise ValueError(f"position_ids must not be negative, got {int(position_ids.min())}")
     position_BN = torch.atleast_2d(position_ids).long()
     if num_queries is not None:
@@ -238,23 +243,35 @@ def _from_positions(position_ids, num_queries, window, chunk, causal):
 
 
 def _from_documents(cu_seqlens, num_queries, window, chunk, causal):
+    check_offsets(cu_seqlens)
+    total = cu_seqlens[-1].long()
+    if num_queries is None:
+        position_T = torch.arange(int(total), device=cu_seqlens.device)
+    else:
+        position_T = torch.arange(num_queries, device=cu_seqlens.device) + (total - num_queries).clamp(min=0)
+    start, end = document_bounds(cu_seqlens, position_T)
+    first, stop = _interval(position_T, start, end, window, chunk, causal)
+    return torch.where(position_T < total, stop - first, 0)[None]
+
+
+def check_offsets(cu_seqlens: Tensor) -> None:
+    """Raise ValueError unless these are the offsets of packed documents."""
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in _INTEGERS:
         raise ValueError(
             f"cu_seqlens must be integers of shape (D + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    if _readable(cu_seqlens) and (cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any()):
+    if is_readable(cu_seqlens) and (cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must start at 0 and never decrease, got {cu_seqlens.tolist()[:8]}")
+
+
+def document_bounds(cu_seqlens: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the document of each packed position starts and ends; behind the last one there is only padding.
+
+    Padding gets an empty range: both bounds are the last offset.
+    """
     ends = cu_seqlens.long()
-    total = ends[-1]
-    if num_queries is None:
-        position_T = torch.arange(int(total), device=ends.device)
-    else:
-        position_T = torch.arange(num_queries, device=ends.device) + (total - num_queries).clamp(min=0)
-    # The document of a position ends at the first offset behind it; behind the last one there is only padding.
-    document = torch.searchsorted(ends, position_T, right=True).clamp(max=ends.numel() - 1)
-    start, end = ends[(document - 1).clamp(min=0)], ends[document]
-    first, stop = _interval(position_T, start, end, window, chunk, causal)
-    return torch.where(position_T < total, stop - first, 0)[None]
+    document = torch.searchsorted(ends, position_T, right=True)  # it ends at the first offset behind the position
+    return ends[(document - 1).clamp(min=0)], ends[document.clamp(max=ends.numel() - 1)]
 
 
 def _from_padding(mask, num_queries, window, chunk, causal):
@@ -286,7 +303,7 @@ def _from_full_mask(mask, num_queries, window, chunk):
         position_N1 = torch.arange(num_keys - num_rows, num_keys, device=mask.device)[:, None]
         first, stop = _interval(position_N1, 0, num_keys, window, chunk, causal=False)
         key_S = torch.arange(num_keys, device=mask.device)
-        if window is not None and _readable(mask) and (visible & (key_S > position_N1)).any():
+        if window is not None and is_readable(mask) and (visible & (key_S > position_N1)).any():
             raise ValueError(
                 "window is defined for causal attention only, but the mask shows later keys; narrow the mask itself"
             )
@@ -316,7 +333,7 @@ def as_bool(mask: Tensor) -> Tensor:
         return mask
     if mask.is_floating_point():
         floor = torch.finfo(mask.dtype).min / 2
-        if _readable(mask) and not ((mask == 0) | (mask <= floor)).all():
+        if is_readable(mask) and not ((mask == 0) | (mask <= floor)).all():
             bad = mask[(mask != 0) & ~(mask <= floor)][0].item()
             raise ValueError(
                 f"an additive mask holds 0 (visible) and -inf or the dtype's minimum (hidden), got {bad:g}, which leaves "
@@ -325,12 +342,12 @@ def as_bool(mask: Tensor) -> Tensor:
         return mask > floor
     if mask.dtype not in _INTEGERS:
         raise ValueError(f"mask must be bool, 0/1 integers or floating point, got {mask.dtype}")
-    if _readable(mask) and not ((mask == 0) | (mask == 1)).all():
+    if is_readable(mask) and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"an integer mask holds 0 and 1 only, got values {mask.min().item()} to {mask.max().item()}")
     return mask != 0
 
 
-def _readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether looking at the values costs no device synchronisation and no graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -353,7 +370,7 @@ def _count(n: Tensor | int, device: torch.device) -> Tensor:
         raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
     # torch.full takes a symbolic size as it is; as_tensor would compile anew for each number.
     n = n.to(device) if isinstance(n, Tensor) else torch.full((), n, device=device)
-    if _readable(n) and not (n >= 0).all():
+    if is_readable(n) and not (n >= 0).all():
         raise ValueError(f"n counts visible keys and must not be negative, got {n.min().item()}")
     return n
 

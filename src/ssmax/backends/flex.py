@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ssmax.scaling import scale_query
+from ssmax.scaling import document_bounds, scale_query
 
 # Rows of a block mask that are counted at once.
 ROWS = 512
@@ -24,6 +24,7 @@ def forward(
     multiplier: Tensor,
     *,
     mask: Tensor | BlockMask | None,
+    cu_seqlens: Tensor | None,
     is_causal: bool,
     window: int | None,
     softcap: float | None,
@@ -35,12 +36,16 @@ def forward(
     With a softcap the multiplier enters behind it, inside the kernel, where torch gives it no gradient on the CPU.
     """
     assert dropout_p == 0.0
+    documents = None
+    if cu_seqlens is not None:
+        position_T = torch.arange(key.shape[2], device=query.device)
+        documents = document_bounds(cu_seqlens.to(query.device), position_T)
     if softcap is None:
         query, multiplier_inside = scale_query(query, multiplier * scale), None
         scale = 1.0
     else:
         multiplier_inside = multiplier.expand(*query.shape[:3])
-    block_mask, bias = _masks(mask, query, key, is_causal, window)
+    block_mask, bias = _masks(mask, documents, query, key, is_causal, window)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if softcap is not None and multiplier_inside is not None:
@@ -70,7 +75,7 @@ def count_visible(mask: BlockMask) -> Tensor:
     return torch.cat([mask.mask_mod(b, h, q, key).expand(batch, heads, len(q), keys).sum(-1) for q in blocks], -1)
 
 
-def _masks(mask, query, key, is_causal, window):
+def _masks(mask, documents, query, key, is_causal, window):
     """Return the block mask, and the additive mask where there is one."""
     if isinstance(mask, BlockMask):
         return mask, None
@@ -88,9 +93,11 @@ def _masks(mask, query, key, is_causal, window):
             seen = seen & (k <= q + offset)
         if window is not None:
             seen = seen & (k > q + offset - window)
+        if documents is not None:
+            seen = seen & (k >= documents[0][q]) & (k < documents[1][q])
         return seen if mask is None else seen & visible[b, h, q, k]
 
-    if mask is None and not is_causal:
+    if mask is None and documents is None and not is_causal:
         return None, None
     batch, heads = (None, None) if mask is None else query.shape[:2]
     return create_block_mask(mask_mod, batch, heads, num_queries, num_keys, device=query.device), bias

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ssmax.scaling import document_bounds
+
 
 def forward(
     query: Tensor,
@@ -13,6 +15,7 @@ def forward(
     multiplier: Tensor,
     *,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     is_causal: bool,
     window: int | None,
     softcap: float | None,
@@ -25,6 +28,7 @@ def forward(
         query: (B, H, N, D); key, value: (B, H or a divisor of H, S, .).
         multiplier: (B or 1, H, N).
         mask: bool (True = visible) or additive, broadcast to (B, H, N, S).
+        cu_seqlens: offsets of packed documents; a query sees its own only.
         is_causal: the queries are the last N of S positions.
         window: visible keys at most, the query's own included.
         softcap: c, for c tanh(z / c).
@@ -32,13 +36,17 @@ def forward(
         dropout_p: probability of dropping a weight.
     """
     wide = multiplier.dtype
+    visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    if cu_seqlens is not None:
+        position_T = torch.arange(key.shape[2], device=query.device)
+        start_T, end_T = document_bounds(cu_seqlens.to(query.device), position_T)
+        visible = (position_T >= start_T[:, None]) & (position_T < end_T[:, None])
     groups = query.shape[1] // key.shape[1]
     key, value = (x.to(wide).repeat_interleave(groups, 1) for x in (key, value))
     z_BHNS = query.to(wide) @ key.transpose(-1, -2) * scale
     if softcap is not None:
         z_BHNS = softcap * torch.tanh(z_BHNS / softcap)
     z_BHNS = multiplier[..., None] * z_BHNS
-    visible = torch.ones(z_BHNS.shape[-2:], dtype=torch.bool, device=query.device)
     if is_causal:
         last = z_BHNS.shape[-1] - z_BHNS.shape[-2]
         visible = visible.tril(last)

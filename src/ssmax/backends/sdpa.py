@@ -24,6 +24,7 @@ def forward(
     multiplier: Tensor,
     *,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     is_causal: bool,
     window: int | None,
     softcap: None,
@@ -39,11 +40,29 @@ def forward(
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=1.0, **dropout)
 
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    offset = num_keys - num_queries
     if mask is not None:
-        mask = _narrow(mask, offset, is_causal, window, num_queries, num_keys, query.device)
+        offset = key.shape[2] - query.shape[2]
+        mask = _narrow(mask, offset, is_causal, window, query.shape[2], key.shape[2], query.device)
         return _masked(attend, scaled, key, value, mask)
+    if cu_seqlens is None:
+        return _sequence(attend, scaled, key, value, is_causal, window, dropout_p)
+    lengths = cu_seqlens.diff().tolist()
+    padding = query.shape[2] - sum(lengths)
+    # split, whose backward is one concatenation: slices would each have a gradient of the whole length.
+    documents = zip(*(x.split([*lengths, padding], 2)[:-1] for x in (scaled, key, value)), strict=True)
+    outputs = [
+        _sequence(attend, of_query, of_key, of_value, is_causal, window, dropout_p)
+        for of_query, of_key, of_value in documents
+        if of_query.shape[2]
+    ]
+    outputs.append(query.new_zeros(*query.shape[:2], padding, value.shape[-1]))
+    return torch.cat(outputs, 2)
+
+
+def _sequence(attend, scaled, key, value, is_causal, window, dropout_p):
+    """One sequence without a mask."""
+    num_queries, num_keys = scaled.shape[2], key.shape[2]
+    offset = num_keys - num_queries
     if not is_causal:
         return attend(scaled, key, value, None)
     if num_queries == 1:
@@ -52,7 +71,7 @@ def forward(
     if window is None and offset == 0:
         return attend(scaled, key, value, None, causal=True)
     if window is not None and num_keys <= BLOCK:
-        mask = _narrow(None, offset, True, window, num_queries, num_keys, query.device)
+        mask = _narrow(None, offset, True, window, num_queries, num_keys, scaled.device)
         return _masked(attend, scaled, key, value, mask)
     blind = min(max(0, -offset), num_queries)  # rows before the first key see nothing
     num_seeing, offset = num_queries - blind, offset + blind

@@ -38,6 +38,7 @@ def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0
         value,
         m,
         mask=mask,
+        cu_seqlens=None,
         is_causal=False,
         window=None,
         softcap=softcap,

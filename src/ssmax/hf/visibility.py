@@ -61,10 +61,11 @@ def kernel_visible_keys(
         )
     counted = None if torch.compiler.is_compiling() else _counted.get()
     if counted is None:
-        n = rule(module, query, key, mask, kwargs)
-        return n, log_visible(n, query)
-    parts = (mask, *(kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "position_ids")))
-    sizes = (
+        return _count(rule, module, query, key, mask, kwargs)
+    parts = (mask, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("position_ids"))
+    name = (
+        rule,
+        *map(id, parts),
         query.shape[2],
         key.shape[2],
         query.device,
@@ -72,11 +73,14 @@ def kernel_visible_keys(
         kwargs.get("sliding_window"),
         _is_causal(module, kwargs),
     )
-    name = (rule, *map(id, parts), *sizes)
     if name not in counted:
-        n = rule(module, query, key, mask, kwargs)
-        counted[name] = (parts, (n, log_visible(n, query)))
+        counted[name] = (parts, _count(rule, module, query, key, mask, kwargs))
     return counted[name][1]
+
+
+def _count(rule, module, query, key, mask, kwargs):
+    n = rule(module, query, key, mask, kwargs)
+    return n, log_visible(n[:, None] if n.ndim == 2 else n, query)
 
 
 def _is_causal(module, kwargs):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "MIN_KEYS", "Grown", "ScreenedKeys", "Screening", "int8_product"]
+__all__ = ["MIN_KEYS", "Grown", "ScreenedKeys"]
 
 # Below so many keys there is no screen: reading all of them costs less than choosing.
 MIN_KEYS = 4096
@@ -110,28 +110,39 @@ class ScreenedKeys:
             torch.nn.functional.pad(lost, (0, -lost.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1), first
         )
 
-    def screening(self, batch: int, head: int, query: Tensor) -> "Screening":
-        """Bound query k for all keys of one head, for rows that share it: query (R, D), float64. Only when ready()."""
+    def candidates(
+        self, query: Tensor, heads: list[tuple[int, int]], visible: Tensor | None, tolerance: float, most_kept: float
+    ) -> list[Tensor | None]:
+        """Return for each head the keys that hold all but a tolerance of every row's weight. Only when ready().
+
+        Args:
+            query: (T, R, D), float64: T heads of R rows that share a key head.
+            heads: their batch and key head.
+            visible: (T, R, S), bool, or None = all.
+            tolerance: of a row's weight.
+            most_kept: fraction of the keys; None stands for a head that needs more of them.
+        """
         assert self._width is not None
-        wide = query * self._width[batch, head]
-        step = wide.abs().amax(-1, keepdim=True).clamp_(min=1e-250) / 127
-        codes = (wide / step).round_().clamp_(-127, 127)
-        blocks = -(-len(self) // BLOCK)
-        products = int8_product(codes.to(torch.int8), self._codes.room(blocks * BLOCK)[batch, head])
-        products[:, len(self) :] = HIDDEN
-        longest = self._longest[batch, head]
-        lost_by_query = (wide - codes * step).norm(dim=-1) * longest
-        # Bounds of single keys are computed in float32: four roundings of no more than the largest product.
-        slack = 2**-21 * (step[:, 0] * codes.norm(dim=-1) * longest)
-        return Screening(
-            products,
-            step[:, 0],
-            wide.norm(dim=-1) * (1 + 1e-6),
-            lost_by_query + slack,
-            self._lost.room(blocks * BLOCK)[batch, head],
-            self._most.filled[batch, head],
-            len(self),
-        )
+        size, room = len(self), -(-len(self) // BLOCK) * BLOCK
+        everyone = len(heads) == self._width.shape[0] * self._width.shape[1]
+        at = slice(None) if everyone else torch.tensor(heads) @ torch.tensor([self._width.shape[1], 1])
+        wide = query * self._width.flatten(0, 1)[at]
+        step = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).clamp_(min=1e-250) / 127
+        codes = (wide / step).round_()
+        products = torch.empty(*query.shape[:2], room, dtype=torch.int32)
+        narrow, keys = codes.to(torch.int8), self._codes.room(room)
+        for rows, (batch, head), out in zip(narrow, heads, products, strict=True):
+            int8_product(rows, keys[batch, head], out)
+        if size < room:
+            products[:, :, size:] = HIDDEN
+        if visible is not None:
+            products[:, :, :size].masked_fill_(~visible, HIDDEN)
+        # What the keys' rounding, the query's, and six roundings of float32 in the bounds of single keys can lose.
+        reach = wide.norm(dim=-1).mul_(1 + 1e-6)
+        margin = (codes.mul_(-step).add_(wide).norm(dim=-1) + 2**-20 * reach) * self._longest.flatten(0, 1)[at][:, None]
+        lost = self._lost.room(room).flatten(0, 1)[at].unflatten(-1, (-1, BLOCK))
+        most = self._most.filled.flatten(0, 1)[at]
+        return _candidates(products, step[..., 0], reach, margin, lost, most, size, tolerance, most_kept)
 
     def worth_trying(self, batch: int, head: int) -> bool:
         """Whether the screen of this head let little through lately; a head that stays flat is asked ever more rarely."""
@@ -146,64 +157,46 @@ class ScreenedKeys:
         self._patience[batch, head] = (pause, pause)
 
 
-class Screening:
-    """Bounds on the scores of all keys for R rows, less what is the same for all keys of a row.
+def _candidates(products, step, reach, margin, lost, most, size, tolerance, most_kept):
+    """Keys by head from bounds: a score is step * product +- (reach * lost + margin), the largest of a row >= lowest."""
+    by_block = products.unflatten(-1, (-1, BLOCK))
+    largest, spread = step[..., None] * by_block.amax(-1), reach[..., None] * most[:, None] + margin[..., None]
+    lowest = (largest - spread).amax(-1, keepdim=True)
+    # Half the tolerance goes to keys that weigh less than it even all together, each beside the largest alone.
+    floor = math.log(tolerance / 2 / size) - 1e-4
+    open_blocks = (largest + spread >= lowest + floor).any(1)
+    step, reach, shift = torch.stack([step, reach, margin - lowest[..., 0]]).float()[..., None, None]
+    if open_blocks.sum() * BLOCK > most_kept * size:  # look at one block in thirty before all of them
+        few = slice(None, None, max(1, by_block.shape[2] // 30))
+        bounds = by_block[:, :, few] * step + (reach * lost[:, None, few] + shift)
+        open_blocks &= (bounds >= floor).any(1).float().mean((-2, -1))[:, None] <= 3 * most_kept
+    head, block = open_blocks.nonzero().unbind(-1)
+    bounds = by_block[head, :, block] * step[head, ..., 0]
+    bounds += reach[head, ..., 0] * lost[head, block][:, None] + shift[head, ..., 0]
+    kept = (bounds >= floor).any(1)
+    if size % BLOCK:
+        kept &= (block * BLOCK)[:, None] + torch.arange(BLOCK) < size
+    found, key = kept.nonzero().unbind(-1)
+    counts = torch.bincount(head[found], minlength=len(products)).tolist()
+    result: list[Tensor | None] = []
+    parts = zip(found.split(counts), key.split(counts), strict=True)
+    for i, (mine, key) in enumerate(parts):
+        if len(mine) > size / 64:
+            needed = _by_mass(bounds[mine, :, key].T, spread[i].amax(-1, keepdim=True), tolerance / 2)
+            mine, key = mine[needed], key[needed]
+        result.append(block[mine] * BLOCK + key if 0 < len(mine) <= most_kept * size else None)
+    return result
 
-    Attributes:
-        products: (R, S rounded up to blocks) int32; a score is step * product +- (reach * lost + margin).
-        step, reach, margin: (R,) float64.
-        lost: of each key; most: the largest of each block.
-    """
 
-    def __init__(
-        self, products: Tensor, step: Tensor, reach: Tensor, margin: Tensor, lost: Tensor, most: Tensor, size: int
-    ):
-        self.products, self.step, self.reach, self.margin = products, step, reach, margin
-        self.lost, self.most, self.size = lost, most, size
-
-    def candidates(self, tolerance: float, most_kept: float) -> Tensor | None:
-        """Return the keys that hold all but a tolerance of every row's weight; None where they are more than most_kept.
-
-        tolerance and most_kept are fractions, of a row's weight and of the keys.
-        """
-        by_block = self.products.view(len(self.products), -1, BLOCK)
-        step, reach, margin = self.step[:, None], self.reach[:, None], self.margin[:, None]
-        largest, spread = step * by_block.amax(-1), reach * self.most + margin
-        lowest = (largest - spread).amax(-1)  # no larger than the largest score
-        # Half the tolerance goes to keys that weigh less than it even all together, each beside the largest alone.
-        floor = math.log(tolerance / 2 / self.size) - 1e-4
-        blocks = ((largest + spread) >= lowest[:, None] + floor).any(0).nonzero()[:, 0]
-        limit = most_kept * self.size
-        if len(blocks) * BLOCK > limit:  # look at one block in thirty before all of them
-            few = blocks[:: max(1, len(blocks) // 30)]
-            share = (self._upper(by_block, few, lowest) >= floor).any(0).float().mean()
-            if share * len(blocks) * BLOCK > 3 * limit:
-                return None
-        upper = self._upper(by_block, blocks, lowest)
-        kept = (upper >= floor).any(0).nonzero()[:, 0]
-        if len(kept) > self.size / 64:
-            kept = kept[self._by_mass(upper[:, kept], spread, tolerance / 2)]
-        kept = blocks[kept // BLOCK] * BLOCK + kept % BLOCK
-        kept = kept[kept < self.size]
-        return kept if 0 < len(kept) <= limit else None
-
-    def _upper(self, by_block, blocks, lowest):
-        """Upper bounds of the keys of some blocks, less lowest: (R, keys), float32."""
-        upper = by_block[:, blocks].to(torch.float32).mul_(self.step.float()[:, None, None])
-        upper.add_(self.reach.float()[:, None, None] * self.lost.view(-1, BLOCK)[blocks])
-        return upper.sub_((lowest - self.margin).float()[:, None, None]).flatten(1)
-
-    @staticmethod
-    def _by_mass(upper, spread, tolerance):
-        """Whether keys are needed when the weights left out are summed, half a nat at a time, and not only counted."""
-        spread = spread.amax(-1, keepdim=True)
-        if spread.max() > 10:
-            return torch.ones_like(upper[0], dtype=torch.bool)
-        weight = upper.double().exp_()
-        total = weight.sum(-1, keepdim=True) * (-2 * spread).exp()  # a score is at least its upper bound - 2 spread
-        level = (upper + 40).mul_(2).clamp_(0, 127).long()
-        mass = torch.zeros(len(upper), 128, dtype=torch.float64).scatter_add_(1, level, weight).cumsum(-1)
-        return (level >= (mass <= tolerance * (1 - 1e-4) * total.clamp(min=1.0)).sum(-1, keepdim=True)).any(0)
+def _by_mass(upper, spread, tolerance):
+    """Whether keys are needed when the weights left out are summed, half a nat at a time, and not only counted."""
+    if spread.max() > 10:
+        return torch.ones_like(upper[0], dtype=torch.bool)
+    weight = upper.double().exp_()
+    total = weight.sum(-1, keepdim=True) * (-2 * spread).exp()  # a score is at least its upper bound - 2 spread
+    level = (upper + 40).mul_(2).clamp_(0, 127).long()
+    mass = torch.zeros(len(upper), 128, dtype=torch.float64).scatter_add_(1, level, weight).cumsum(-1)
+    return (level >= (mass <= tolerance * (1 - 1e-4) * total.clamp(min=1.0)).sum(-1, keepdim=True)).any(0)
 
 
 class Grown:
@@ -233,14 +226,11 @@ class Grown:
         self.length = stop
 
 
-def int8_product(query: Tensor, codes: Tensor) -> Tensor:
-    """Return query (R, D) times codes (S, D) transposed in int32, (R, S)."""
+def int8_product(query: Tensor, codes: Tensor, out: Tensor) -> None:
+    """Write query (R, D) times codes (S, D) transposed into out, (R, S) int32."""
     product: Any = torch._int_mm  # torch's one int8 product; private, so int8_is_exact asks before it is used
-    return (
-        torch.cat([product(part, codes.t()) for part in query.split(ROWS)])
-        if len(query) > ROWS
-        else product(query, codes.t())
-    )
+    for rows, products in zip(query.split(ROWS), out.split(ROWS), strict=True):
+        product(rows, codes.t(), out=products)
 
 
 @functools.cache
@@ -249,13 +239,12 @@ def int8_is_exact() -> bool:
     try:
         ends = torch.tensor([[127, -127]], dtype=torch.int8).repeat(ROWS, 48)
         codes = torch.cat([ends, ends.abs(), -ends.abs(), ends.flip(1)]).repeat(64, 1)
-        return all(
-            torch.equal(
-                int8_product(rows[:, :size], codes[:, :size].contiguous()),
-                rows[:, :size].int() @ codes[:, :size].int().T,
-            )
-            for rows in (ends, ends.abs())
-            for size in (16, 64, 96)
-        )
+        for rows in (ends, ends.abs(), ends[:1]):
+            for size in (16, 64, 96):
+                out = torch.empty(len(rows), len(codes), dtype=torch.int32)
+                int8_product(rows[:, :size], codes[:, :size].contiguous(), out)
+                if not torch.equal(out, rows[:, :size].int() @ codes[:, :size].int().T):
+                    return False
+        return True
     except (AttributeError, RuntimeError, NotImplementedError):
         return False

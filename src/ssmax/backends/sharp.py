@@ -4,14 +4,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ssmax.screen import HIDDEN, MIN_KEYS, ScreenedKeys
+from ssmax.screen import MIN_KEYS, ScreenedKeys
 
 __all__ = ["forward"]
 
 # Reading single rows costs about this many times as much as streaming them all.
 MOST_KEPT = 0.15
 MAX_QUERIES = 8
+FEW = 512  # heads that keep fewer keys are computed together
+PART = 4096  # rows read at once, so that the copies stay in the processor's cache
 
 
 def forward(
@@ -48,24 +51,19 @@ def forward(
     if not screened and key.dtype not in (torch.float32, torch.float64):
         return plain(query, key, value, multiplier, mask=mask, **options)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-    scaled = query.double() * (multiplier * scale).double()[..., None]
-    visible = _visible(mask, is_causal, query, num_keys)
-    output = query.new_zeros(*query.shape[:3], value.shape[-1])
-    flat = []
-    for batch in range(query.shape[0]):
-        for head in range(heads):
-            mine = slice(head * groups, (head + 1) * groups)
-            rows = scaled[batch, mine].flatten(0, 1)
-            seen = None if visible is None else visible[batch, mine].flatten(0, 1)
-            found = _screened(screen, batch, head, rows, seen, tolerance) if screened else None
-            if found is None and screened:
-                flat.append((batch, head))
-                continue
-            inputs = rows, key[batch, head], value[batch, head], seen
-            got = _attend(*inputs, found) if screened else _skip_values(*inputs, tolerance)
-            output[batch, mine] = got.view(groups, num_queries, -1)
+    rows = (query.double() * (multiplier * scale).double()[..., None]).unflatten(1, (heads, groups)).flatten(2, 3)
+    seen = _visible(mask, is_causal, query, num_keys)
+    seen = None if seen is None else seen.unflatten(1, (heads, groups)).flatten(2, 3)
+    everyone = [(batch, head) for batch in range(query.shape[0]) for head in range(heads)]
+    find = _keys_that_matter if screened else _values_that_matter
+    found = find(screen, everyone, rows, key, seen, tolerance)
+    flat = [who for who in everyone if who not in found]
     if len(flat) == query.shape[0] * heads:
         return plain(query, key, value, multiplier, mask=mask, **options)
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    by_head = output.unflatten(1, (heads, groups))
+    for who, got in _attend(rows, key, value, seen, found):
+        by_head[who] = got.unflatten(0, (groups, num_queries))
     m = multiplier.expand(query.shape[:3])
     for batch, first, last in _runs(flat):
         ours, mine = (batch, slice(first, last)), (batch, slice(first * groups, last * groups))
@@ -83,39 +81,55 @@ def _visible(mask, is_causal, query, num_keys):
     return None if mask is None else mask.expand(*query.shape[:3], num_keys)
 
 
-def _screened(screen, batch, head, rows, seen, tolerance):
-    """The keys to read, or None where reading all costs no more."""
-    if not screen.worth_trying(batch, head):
-        return None
-    screening = screen.screening(batch, head, rows)
-    if seen is not None:
-        screening.products[:, : seen.shape[1]].masked_fill_(~seen, HIDDEN)
-    found = screening.candidates(tolerance, MOST_KEPT)
-    screen.remember(batch, head, found is not None)
-    return found
+def _keys_that_matter(screen, everyone, rows, key, seen, tolerance):
+    """The keys to read, by head; heads are missing where reading all of them costs no more."""
+    heads = [who for who in everyone if screen.worth_trying(*who)]
+    if not heads:
+        return {}
+    at = slice(None) if len(heads) == len(everyone) else [i for i, who in enumerate(everyone) if who in heads]
+    visible = None if seen is None else seen.flatten(0, 1)[at]
+    found = screen.candidates(rows.flatten(0, 1)[at], heads, visible, tolerance, MOST_KEPT)
+    for who, keys in zip(heads, found, strict=True):
+        screen.remember(*who, paid=keys is not None)
+    return {who: keys for who, keys in zip(heads, found, strict=True) if keys is not None}
 
 
-def _skip_values(rows, key, value, seen, tolerance):
-    """All scores first, then the values that matter."""
-    scores = rows.to(key.dtype) @ key.T
+def _values_that_matter(screen, everyone, rows, key, seen, tolerance):
+    """As above from all scores; those of float32 are off by their rounding, as in any kernel."""
+    scores = rows.to(key.dtype) @ key.mT
     if seen is not None:
         scores.masked_fill_(~seen, -torch.inf)
-    weights = scores.softmax(-1)
-    kept = (weights.amax(0) > tolerance / len(key)).nonzero()[:, 0]
-    if len(kept) <= MOST_KEPT * len(key):
-        return _attend(rows, key, value, seen, kept)
-    return weights.nan_to_num(0.0) @ value
+    needed = (scores.softmax(-1).amax(2) > tolerance / key.shape[2]).flatten(0, 1).nonzero()
+    counts = torch.bincount(needed[:, 0], minlength=len(everyone)).tolist()
+    found = zip(everyone, needed[:, 1].split(counts), strict=True)
+    return {who: keys for who, keys in found if 0 < len(keys) <= MOST_KEPT * key.shape[2]}
 
 
-def _attend(rows, key, value, seen, kept):
-    """Attention over the kept keys; scores in float64, since a rounded score of thousands is no score."""
-    scores = rows @ key.index_select(0, kept).double().T
-    if seen is not None:
-        scores.masked_fill_(~seen.index_select(1, kept), -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0.0)
-    values = value.index_select(0, kept)
-    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return weights.to(wide) @ values.to(wide)
+def _attend(rows, key, value, seen, found):
+    """Yield each head and its attention over the keys found, (R, V); scores in float64: a rounded one of thousands is none."""
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    few = [who for who in found if len(found[who]) <= FEW]
+    if few:  # all of them at once, padded
+        kept = pad_sequence([found[who] for who in few], batch_first=True, padding_value=-1)
+        batch, head = torch.tensor(few).T[..., None].unbind()
+        at = (batch, head, kept.clamp(min=0))
+        hidden = (kept < 0)[:, None]
+        if seen is not None:
+            hidden = hidden | ~seen.transpose(2, 3)[at].mT
+        scores = rows[batch[:, 0], head[:, 0]] @ key[at].double().mT
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1).nan_to_num_(0.0)
+        yield from zip(few, weights.to(wide) @ value[at].to(wide), strict=True)
+    for who in found:
+        if len(found[who]) > FEW:
+            parts = found[who].split(PART)
+            scores = torch.cat([rows[who] @ key[who].index_select(0, part).double().T for part in parts], -1)
+            if seen is not None:
+                scores.masked_fill_(~seen[who].index_select(1, found[who]), -torch.inf)
+            weights = scores.softmax(-1).nan_to_num_(0.0).to(wide)
+            output = weights.new_zeros(weights.shape[0], value.shape[-1])
+            for part, mine in zip(parts, weights.split(PART, -1), strict=True):
+                output.addmm_(mine, value[who].index_select(0, part).to(wide))
+            yield who, output
 
 
 def _runs(flat):

@@ -41,7 +41,8 @@ class ScreenedKeys:
         self._keys = Grown(keys[:, :, :0])
         self._keys.put(keys.detach(), 0)
         self._screened = 0
-        self._centre = self._width = None
+        self._centre: Any = None
+        self._width: Any = None
         self._patience: dict[tuple[int, int], tuple[int, int]] = {}
 
     def __len__(self) -> int:
@@ -122,7 +123,6 @@ class ScreenedKeys:
             tolerance: of a row's weight.
             most_kept: fraction of the keys; None stands for a head that needs more of them.
         """
-        assert self._width is not None
         size, room = len(self), -(-len(self) // BLOCK) * BLOCK
         everyone = len(heads) == self._width.shape[0] * self._width.shape[1]
         at = slice(None) if everyone else torch.tensor(heads) @ torch.tensor([self._width.shape[1], 1])

@@ -143,38 +143,48 @@ def test_scores_in_the_millions_keep_the_bound_alone():
         assert worst(got, want) <= allowed(got, want, v, 1e-3)
 
 
-@pytest.mark.parametrize("part", ["_lost", "_longest"])
-def test_without_its_margin_the_screen_would_be_wrong(part):
-    """A query so long that rounding moves scores by more than the largest leads: int8 alone picks the wrong keys."""
+def test_without_the_margin_of_the_keys_the_screen_would_be_wrong():
+    """Fifty keys nearly the same lead by more than rounding can tell; the query is one that int8 holds exactly."""
     broken_ones = 0
     for trial in range(10):
         q, k, v, _ = draw("random", trial)
         sound, broken = ScreenedKeys(k[:, :, 50:]), ScreenedKeys(k[:, :, 50:])
         assert sound.ready()
-        if part == "_lost":  # a query that int8 holds exactly, so that only the keys' rounding is left
-            q = (q / q.abs().amax(-1, keepdim=True) * 127).round() / sound._width / 127 * 0.05
-        fifty = 2 * q + 0.05 * k[:, :, :50]  # nearly the same, and they lead by more than rounding can tell
-        q = 3e4 * q
+        q = (q / q.abs().amax(-1, keepdim=True) * 127).round() / sound._width / 127 * 0.05
         for screened in (sound, broken):
             assert screened.ready()
-            screened.append(fifty.float())
+            screened.append((2 * q + 0.05 * k[:, :, :50]).float())
             assert screened.ready()
-        q, k = q.float(), sound.keys
-        if part == "_lost":
-            broken._lost.filled.zero_()
-            broken._most.filled.zero_()
-        else:
-            broken._longest.zero_()
-            for x in (sound, broken):  # keys that int8 holds exactly, so that only the query's rounding is left
-                x._keys.filled.copy_(x._centre + x._codes.filled * x._width)
-                x._lost.filled.fill_(1e-4)
-                x._most.filled.fill_(1e-4)
-            k = sound.keys
+        broken._lost.filled.zero_()
+        broken._most.filled.zero_()
+        q, k = (3e4 * q).float(), sound.keys
         want = exact(q, k, v, 0.43)
         bound = allowed(v, want, v, 1e-3)
         assert worst(attention(q, sound, v, 0.43, impl="sharp"), want) <= bound
         broken_ones += worst(attention(q, broken, v, 0.43, impl="sharp"), want) > bound
     assert broken_ones > 0
+
+
+def test_without_the_margin_of_the_query_the_screen_would_be_wrong():
+    """Two keys that int8 holds exactly lead; the first has 50.49 x 20, the second 49.51 x 20 and 0.51 x 20 more."""
+    _, k, v, _ = draw("random", 0)
+    sound, broken = ScreenedKeys(k[:, :, 2:]), ScreenedKeys(k[:, :, 2:])
+    wide, codes = torch.zeros(D, dtype=torch.float64), torch.zeros(2, D)
+    wide[:4] = torch.tensor([127.0, 50.49, 49.51, 0.51])
+    codes[:, 0], codes[0, 1], codes[1, 2:4] = 100, 20, 20
+    for screened in (sound, broken):
+        assert screened.ready()
+        screened.append((screened._centre + codes * screened._width).float())
+        assert screened.ready()
+        screened._lost.filled.zero_()  # the query's margin has to hold alone
+        screened._most.filled.zero_()
+    broken._longest.zero_()
+    q, k = (100 * wide / sound._width).float(), sound.keys
+    want = exact(q, k, v, 0.43)
+    torch.testing.assert_close(want[:, :, 0], v[:, :, -2].double())
+    bound = allowed(v, want, v, 1e-3)
+    assert worst(attention(q, sound, v, 0.43, impl="sharp"), want) <= bound
+    assert worst(attention(q, broken, v, 0.43, impl="sharp"), want) > bound
 
 
 def test_summed_weights_keep_the_tolerance(used):

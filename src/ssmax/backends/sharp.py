@@ -11,7 +11,7 @@ from ssmax.screen import MIN_KEYS, ScreenedKeys
 __all__ = ["forward"]
 
 # Reading single rows costs about this many times as much as streaming them all.
-MOST_KEPT = 0.15
+MOST_KEPT = 0.05
 MAX_QUERIES = 8
 FEW = 512  # heads that keep fewer keys are computed together
 PART = 4096  # rows read at once, so that the copies stay in the processor's cache
@@ -55,8 +55,9 @@ def forward(
     seen = _visible(mask, is_causal, query, num_keys)
     seen = None if seen is None else seen.unflatten(1, (heads, groups)).flatten(2, 3)
     everyone = [(batch, head) for batch in range(query.shape[0]) for head in range(heads)]
-    find = _keys_that_matter if screened else _values_that_matter
-    found = find(screen, everyone, rows, key, seen, tolerance)
+    if not screened:
+        return _skip_values(everyone, rows, key, value, seen, tolerance).view(*query.shape[:3], -1)
+    found = _keys_that_matter(screen, everyone, rows, seen, tolerance)
     flat = [who for who in everyone if who not in found]
     if len(flat) == query.shape[0] * heads:
         return plain(query, key, value, multiplier, mask=mask, **options)
@@ -81,7 +82,7 @@ def _visible(mask, is_causal, query, num_keys):
     return None if mask is None else mask.expand(*query.shape[:3], num_keys)
 
 
-def _keys_that_matter(screen, everyone, rows, key, seen, tolerance):
+def _keys_that_matter(screen, everyone, rows, seen, tolerance):
     """The keys to read, by head; heads are missing where reading all of them costs no more."""
     heads = [who for who in everyone if screen.worth_trying(*who)]
     if not heads:
@@ -94,15 +95,28 @@ def _keys_that_matter(screen, everyone, rows, key, seen, tolerance):
     return {who: keys for who, keys in zip(heads, found, strict=True) if keys is not None}
 
 
-def _values_that_matter(screen, everyone, rows, key, seen, tolerance):
-    """As above from all scores; those of float32 are off by their rounding, as in any kernel."""
+def _skip_values(everyone, rows, key, value, seen, tolerance):
+    """All scores first, (B, K, R, V) from the values that matter; float32 scores are off by their rounding, as in any kernel."""
     scores = rows.to(key.dtype) @ key.mT
     if seen is not None:
         scores.masked_fill_(~seen, -torch.inf)
-    needed = (scores.softmax(-1).amax(2) > tolerance / key.shape[2]).flatten(0, 1).nonzero()
+    weights = scores.softmax(-1)
+    needed = weights.amax(2) > tolerance / key.shape[2]
+    few = needed.sum(-1, keepdim=True) <= MOST_KEPT * key.shape[2]
+    if seen is not None:
+        weights.nan_to_num_(0.0)
+    if not few.any():
+        return weights @ value
+    needed = (needed & few).flatten(0, 1).nonzero()
     counts = torch.bincount(needed[:, 0], minlength=len(everyone)).tolist()
-    found = zip(everyone, needed[:, 1].split(counts), strict=True)
-    return {who: keys for who, keys in found if 0 < len(keys) <= MOST_KEPT * key.shape[2]}
+    found = {who: keys for who, keys in zip(everyone, needed[:, 1].split(counts), strict=True) if len(keys)}
+    output = value.new_empty(*rows.shape[:3], value.shape[-1])
+    for who, got in _attend(rows, key, value, seen, found):
+        output[who] = got
+    for who in everyone:
+        if who not in found:
+            output[who] = weights[who] @ value[who]
+    return output
 
 
 def _attend(rows, key, value, seen, found):
@@ -117,7 +131,7 @@ def _attend(rows, key, value, seen, found):
         if seen is not None:
             hidden = hidden | ~seen.transpose(2, 3)[at].mT
         scores = rows[batch[:, 0], head[:, 0]] @ key[at].double().mT
-        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1).nan_to_num_(0.0)
+        weights = _softmax(scores.masked_fill_(hidden, -torch.inf), seen)
         yield from zip(few, weights.to(wide) @ value[at].to(wide), strict=True)
     for who in found:
         if len(found[who]) > FEW:
@@ -125,11 +139,17 @@ def _attend(rows, key, value, seen, found):
             scores = torch.cat([rows[who] @ key[who].index_select(0, part).double().T for part in parts], -1)
             if seen is not None:
                 scores.masked_fill_(~seen[who].index_select(1, found[who]), -torch.inf)
-            weights = scores.softmax(-1).nan_to_num_(0.0).to(wide)
+            weights = _softmax(scores, seen).to(wide)
             output = weights.new_zeros(weights.shape[0], value.shape[-1])
             for part, mine in zip(parts, weights.split(PART, -1), strict=True):
                 output.addmm_(mine, value[who].index_select(0, part).to(wide))
             yield who, output
+
+
+def _softmax(scores, seen):
+    """A row that sees nothing gets zeros; where every row sees something, what is not a number stays to be seen."""
+    weights = scores.softmax(-1)
+    return weights if seen is None else weights.nan_to_num_(0.0)
 
 
 def _runs(flat):

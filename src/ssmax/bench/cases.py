@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ssmax
 from ssmax import ScreenedKeys, attention
+from ssmax.bench import scale
 from ssmax.bench.measure import PLAIN, Case, Comparison, largest_error, row
 from ssmax.results import Row
 
@@ -121,9 +122,9 @@ def decode() -> Iterator[Comparison]:
             q = k.gather(2, target.expand(-1, -1, -1, SIZE)).clone()
         # iid keys, none of them wanted: SSMax with s = 1 is diffuse, Softmax (s log n = 1) is flat.
         s = {"peaked": S, "diffuse": 1.0, "flat": 1 / math.log(keys)}[kind]
-        scale = s * math.log(keys) * SIZE**-0.5
+        factor = s * math.log(keys) * SIZE**-0.5
         calls: dict[str, Callable[[], Tensor]] = {
-            PLAIN: functools.partial(scaled_dot_product_attention, q, k, v, scale=scale),
+            PLAIN: functools.partial(scaled_dot_product_attention, q, k, v, scale=factor),
             "ssmax": functools.partial(attention, q, k, v, s),
             "ssmax, sharp": functools.partial(attention, q, ScreenedKeys(k), v, s, impl="sharp"),
             "ssmax, sharp, no screen": functools.partial(attention, q, k, v, s, impl="sharp"),
@@ -269,4 +270,5 @@ CASES = {
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
     "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),
     "gradient": Case("error of the gradients of s and b in bfloat16", 2, gradient),
+    "scale": Case("the formulae of cost and memory against what can be measured", 1, scale.check),
 }

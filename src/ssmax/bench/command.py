@@ -17,7 +17,11 @@ from ssmax.results import Row, write_atomically, write_rows
 
 __all__ = ["bench", "figure", "table"]
 
-NEEDS = {"peer": "scalable_softmax", "model": "transformers"}  # packages that a case cannot do without
+NEEDS = {
+    "peer": "scalable_softmax",
+    "model": "transformers",
+    "scale": "transformers",
+}  # packages that a case cannot do without
 
 
 def bench(names: list[str], out: Path, *, dry_run: bool) -> None:
@@ -93,7 +97,7 @@ def _by_contender(rows):
     return sorted(((place, who, metrics) for (place, who), metrics in found.items()), key=lambda x: order.index(x[0]))
 
 
-AROUND = ("low", "high", "allowed")
+AROUND = ("low", "high", "allowed", "formula")
 
 
 def figure(name: str, rows: list[Row]) -> Figure:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import ssmax
 from ssmax.results import Row
 
-__all__ = ["PLAIN", "Case", "Comparison", "compare", "largest_error", "row", "run"]
+__all__ = ["PLAIN", "Case", "Comparison", "compare", "largest_error", "peak_memory", "row", "run"]
 
 PLAIN = "plain"
 
@@ -80,7 +80,7 @@ def compare(comparison: Comparison) -> Iterator[Row]:
             low, middle, high = statistics.quantiles(found, n=4)
             yield row(metric, name, {**at, "low": low, "high": high}, middle, len(found))
         if comparison.memory:
-            yield row("peak_bytes", name, at, _peak_memory(right[name]), 1)
+            yield row("peak_bytes", name, at, peak_memory(right[name]), 1)
 
 
 def _alternate(contenders, rounds, name):
@@ -96,7 +96,7 @@ def _alternate(contenders, rounds, name):
     return times
 
 
-def _peak_memory(call):
+def peak_memory(call):
     """Bytes that a call allocates at its peak beyond what was there, from torch's own profiler (CPU)."""
     from torch.profiler import ProfilerActivity, profile
 

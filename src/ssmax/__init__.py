@@ -14,6 +14,7 @@ _HOMES = {
     "visible_keys": "ssmax.scaling",
     "matched_scale": "ssmax.scaling",
     "attention": "ssmax.functional",
+    "ScreenedKeys": "ssmax.screen",
     "SSMaxScale": "ssmax.nn",
     "convert": "ssmax.hf",
     "revert": "ssmax.hf",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ssmax.scaling import matched_scale as matched_scale
     from ssmax.scaling import scalable_softmax as scalable_softmax
     from ssmax.scaling import visible_keys as visible_keys
+    from ssmax.screen import ScreenedKeys as ScreenedKeys
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ssmax reproduce, train, prepare, convert, calibrate, inspect."""
+"""The command line: ssmax reproduce, train, prepare, convert, calibrate, inspect, bench."""
 
 import contextlib
 import dataclasses
@@ -333,6 +333,34 @@ class Inspect:
         print("\n".join(inspect_folder(self.source, None if self.dry_run else self.figure)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure what SSMax costs here, as a ratio to plain attention, contenders in alternation in one process.
+
+    A contender is compared with the float64 reference first; a wrong one gets no speed. Prints a table and leaves
+    OUT/CASE.jsonl (every number, with versions) and OUT/CASE.png. Let nothing else run meanwhile.
+    """
+
+    cases: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="CASE",
+            help="attention: forward and backward by length. decode: sharp decoding behind long caches. model: a converted "
+            "model. peer: beside the package scalable-softmax. gradient: error of ds in bfloat16. scale: cost and memory "
+            "from formulae, and how far they hold here. Default: all that run here.",
+        ),
+    ] = ()
+    out: Annotated[Path, tyro.conf.arg(help="Folder for rows and figures.")] = Path("bench")
+    dry_run: Annotated[bool, tyro.conf.arg(help="List what would run and about how long; measure nothing.")] = False
+
+    def run(self) -> None:
+        """Run it."""
+        from ssmax.bench.command import bench  # loads torch
+
+        bench(list(self.cases), self.out, dry_run=self.dry_run)
+
+
 def _number(text: str) -> str | float:
     try:
         return float(text)
@@ -350,6 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
             "convert": Convert,
             "calibrate": Calibrate,
             "inspect": Inspect,
+            "bench": Bench,
         },
         prog="ssmax",
         description="Scalable-Softmax (arXiv 2501.19399): attention that holds at any context length.",

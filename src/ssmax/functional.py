@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssmax.backends import reference, sdpa
+from ssmax.backends import reference, sdpa, sharp
 from ssmax.scaling import as_bool, check_offsets, head_multiplier, is_readable, rows_of, visible_keys
+from ssmax.screen import ScreenedKeys
 
 __all__ = ["attention"]
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-IMPLS = ("reference", "sdpa", "flex", "triton")
+IMPLS = ("reference", "sdpa", "flex", "triton", "sharp")
 
 
 def attention(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | ScreenedKeys,
     value: Tensor,
     s: Tensor | float,
     b: Tensor | float | None = None,
@@ -36,12 +37,13 @@ def attention(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     impl: str = "auto",
+    tolerance: float = 1e-3,
 ) -> Tensor:
     """Scalable-Softmax attention: softmax((s log n + b) z) value with z = softcap(scale query key), arXiv 2501.19399.
 
     Args:
         query: (B, H, N, D).
-        key: (B, H, S, D); with enable_gqa (B, K, S, D), K a divisor of H.
+        key: (B, H, S, D); with enable_gqa (B, K, S, D), K a divisor of H. Or a ScreenedKeys, of which impl="sharp" reads few.
         value: (B, H or K, S, V).
         s: scale, a number or (H,).
         b: bias, a number or (H,); None = 0.
@@ -62,8 +64,11 @@ def attention(
         impl: "sdpa" (torch's fused kernels; packed documents one by one, which reads cu_seqlens on the host), "flex"
             (FlexAttention: block masks, softcap; forward only on the CPU, no dropout), "triton" (a kernel of our own that
             does not round the scaled query and has accurate gradients of s and b; no mask, softcap or dropout; needs a GPU
-            and has not run on one yet), "reference" (the specification: slow, exact, N x S), or "auto": sdpa where
-            it can, flex for a BlockMask, reference for a softcap.
+            and has not run on one yet), "sharp" (a decode step on the CPU, inference only: reads what can matter, see
+            tolerance), "reference" (the specification: slow, exact, N x S), or "auto": sdpa where it can, flex for a
+            BlockMask, reference for a softcap.
+        tolerance: of impl="sharp": weight that it may leave out of a row. Each component is then wrong by at most
+            2 tolerance max|value|, certified, beside the rounding of any kernel.
 
     Returns:
         (B, H, N, V) in query's dtype. Multiplier in float32 (float64 for float64), the scaled query rounded once.
@@ -72,14 +77,18 @@ def attention(
         TypeError: tensors that are not floating point, or of different dtypes.
         ValueError: shapes that do not fit, an unknown impl, or one that cannot compute what is asked.
     """
+    screen, key = (key, key.keys) if isinstance(key, ScreenedKeys) else (None, key)
     _check_tensors(query, key, value, enable_gqa)
     _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p)
     if cu_seqlens is not None:
         _check_packed(query, key, cu_seqlens, attn_mask)
     is_bias = n is not None and isinstance(attn_mask, Tensor) and attn_mask.is_floating_point()
     narrowed = is_bias and attn_mask.dtype != query.dtype
-    impl = _choose(impl, attn_mask, narrowed, softcap, dropout_p, query, key, value, s, b)
-    backend = _backend(impl)
+    chosen = _choose(impl, attn_mask, narrowed, softcap, dropout_p, query, key, value, s, b)
+    backend, more = _backend(chosen), {}
+    if chosen == "sharp":
+        _check_sharp(attn_mask, is_bias, cu_seqlens, tolerance)
+        more = {"tolerance": tolerance, "screen": screen, "plain": sdpa.forward}
     if 0 in (query.shape[2], key.shape[2]):
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     if isinstance(attn_mask, Tensor):
@@ -88,7 +97,7 @@ def attention(
         attn_mask = as_bool(attn_mask) if n is None else attn_mask
     derived = n is None
     n = _derive_n(query, key, attn_mask, cu_seqlens, is_causal, window) if n is None else n
-    if attn_mask is not None or not derived or (cu_seqlens is not None and impl != "triton"):
+    if attn_mask is not None or not derived or (cu_seqlens is not None and chosen != "triton"):
         # A row that sees nothing passes nothing on, whatever stands in it; triton's kernel does not read padding.
         query = query.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
     output = backend.forward(
@@ -103,6 +112,7 @@ def attention(
         softcap=softcap,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         dropout_p=dropout_p,
+        **more,
     )
     # A derived n is 0 only where the mask leaves nothing, and the backends return zeros there.
     return output if derived else output.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
@@ -144,7 +154,7 @@ def _backend(name) -> Any:
         from ssmax.backends import triton
 
         return triton
-    return {"reference": reference, "sdpa": sdpa}[name]
+    return {"reference": reference, "sdpa": sdpa, "sharp": sharp}[name]
 
 
 def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):
@@ -162,11 +172,13 @@ def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):
         raise ValueError(f"impl={impl!r} does not take a BlockMask; use impl='flex' or 'auto'")
     if impl == "triton":
         _refuse_triton(attn_mask, softcap, dropout_p, inputs[0], inputs[2])
-    if impl == "sdpa" and softcap is not None:
-        raise ValueError("impl='sdpa' has no softcap; use impl='reference', 'flex' or 'auto'")
-    if impl == "flex" and dropout_p > 0:
-        raise ValueError("impl='flex' has no dropout; use another impl, or dropout_p=0")
+    if impl in ("sdpa", "sharp") and softcap is not None:
+        raise ValueError(f"impl={impl!r} has no softcap; use impl='reference', 'flex' or 'auto'")
+    if impl in ("flex", "sharp") and dropout_p > 0:
+        raise ValueError(f"impl={impl!r} has no dropout; use another impl, or dropout_p=0")
     wants_gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if impl == "sharp" and wants_gradient:
+        raise ValueError("impl='sharp' is for inference and has no gradients; use torch.no_grad(), or another impl")
     if impl == "flex" and wants_gradient and (inputs[0].device.type == "cpu" or softcap is not None):
         raise ValueError(
             "impl='flex' computes no gradients on the CPU, nor those of s and b behind a softcap; use impl='reference' "
@@ -194,6 +206,15 @@ def _refuse_triton(attn_mask, softcap, dropout_p, query, value):
                 f"impl='triton' does not compute {what}; it takes is_causal, window and cu_seqlens, float16, bfloat16 and "
                 "float32, head sizes 16, 32, 64, 128 and 256, on a GPU. Use impl='auto'"
             )
+
+
+def _check_sharp(attn_mask, is_bias, cu_seqlens, tolerance):
+    if cu_seqlens is not None:
+        raise ValueError("impl='sharp' is for a decode step and takes no cu_seqlens; use impl='sdpa'")
+    if is_bias:
+        raise ValueError("impl='sharp' takes no bias; give a bool attn_mask, or use impl='sdpa'")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be a number between 0 and 1, got {tolerance!r}")
 
 
 def _check_tensors(query, key, value, enable_gqa):

@@ -3,9 +3,10 @@
 from ssmax.hf import checkpoint, dispatch, training
 from ssmax.hf.conversion import convert, converted, revert
 from ssmax.hf.folding import fold
+from ssmax.hf.sharp import SharpCache
 from ssmax.hf.training import parameter_groups
 
-__all__ = ["convert", "converted", "fold", "parameter_groups", "revert"]
+__all__ = ["SharpCache", "convert", "converted", "fold", "parameter_groups", "revert"]
 
 dispatch.install()
 checkpoint.register()

@@ -1,0 +1,274 @@
+"""The cases by name. Another one: a generator of comparisons (or rows), and its line in CASES."""
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import ssmax
+from ssmax import ScreenedKeys, attention
+from ssmax.bench import scale
+from ssmax.bench.measure import PLAIN, Case, Comparison, largest_error, row
+from ssmax.results import Row
+
+__all__ = ["CASES"]
+
+S = 0.43  # the s that the paper reports of trained models
+HEADS, SIZE = 8, 64
+ROWS = 64  # rows at either end of a long output that are compared with float64
+
+
+def tensors(length: int, heads: int = HEADS, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Gaussian query, key and value, (1, heads, length, 64)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, heads, length, SIZE, generator=generator).to(dtype) for _ in range(3)]
+
+
+def causal_attention() -> Iterator[Comparison]:
+    """Forward, and forward with backward, by length."""
+    forwards: dict[str, Callable[..., Tensor]] = {
+        PLAIN: lambda q, k, v, s: scaled_dot_product_attention(q, k, v, is_causal=True),
+        "ssmax": lambda q, k, v, s: attention(q, k, v, s, is_causal=True),
+        "materialised": _materialised,
+        "ssmax, flex": lambda q, k, v, s: attention(q, k, v, s, is_causal=True, impl="flex"),
+    }
+    for length, direction in itertools.product((1024, 4096, 8192), ("forward", "forward + backward")):
+        inputs = (*tensors(length), torch.full((HEADS,), S))
+        chosen = dict(forwards)
+        if direction != "forward" or length > 4096 or not _flex_runs():
+            del chosen["ssmax, flex"]
+        if length > 4096:
+            del chosen["materialised"]
+        make = _forward if direction == "forward" else _forward_backward
+        yield Comparison(
+            {"length": length, "heads": HEADS, "pass": direction},
+            {name: make(call, inputs) for name, call in chosen.items()},
+            {1024: 60, 4096: 14, 8192: 8}[length],
+            {name: functools.partial(_error, call, inputs) for name, call in chosen.items() if name != PLAIN},
+            memory=length == 4096,
+        )
+
+
+def _materialised(q, k, v, s):
+    """Causal SSMax as the formula says it, N x N scores in memory."""
+    length = q.shape[2]
+    n = torch.arange(1, length + 1, dtype=q.dtype)
+    z = q @ k.mT * SIZE**-0.5 * (s[:, None] * n.log())[..., None]
+    return z.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+
+
+def _forward(call, inputs=()):
+    def run():
+        with torch.no_grad():
+            call(*inputs)
+
+    return run
+
+
+def _forward_backward(call, inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+
+    def run():
+        for leaf in leaves:
+            leaf.grad = None
+        call(*leaves).sum().backward()
+
+    return run
+
+
+def _error(call, inputs):
+    """Largest error of the first and last rows, and of the gradients of the first ones, against float64."""
+    q, k, v, s = inputs
+    with torch.no_grad():
+        got = call(q, k, v, s)
+        wide = [x.double() for x in (q[:, :, -ROWS:], k, v, s)]
+        last = attention(*wide, is_causal=True, impl="reference")
+    first = [x.clone().requires_grad_() for x in (q[:, :, :ROWS], k[:, :, :ROWS], v[:, :, :ROWS], s)]
+    exact = [x.detach().double().requires_grad_() for x in first]
+    want = attention(*exact, is_causal=True, impl="reference")
+    error = max(largest_error(got[:, :, -ROWS:], last), largest_error(got[:, :, :ROWS], want.detach()))
+    try:
+        gradients = torch.autograd.grad(call(*first).sum(), first)
+    except ValueError:  # a backend without gradients, which is timed forward only
+        return error
+    pairs = zip(gradients, torch.autograd.grad(want.sum(), exact), strict=True)
+    return max(error, *(largest_error(mine, truth) / max(1.0, truth.abs().max().item()) for mine, truth in pairs))
+
+
+@functools.cache
+def _flex_runs():
+    q = torch.zeros(1, 1, 128, SIZE)
+    try:
+        attention(q, q, q, S, is_causal=True, impl="flex")
+    except Exception:  # it needs a C++ compiler, and says so in many ways
+        return False
+    return True
+
+
+def decode() -> Iterator[Comparison]:
+    """One query behind a long cache: sharp over plain."""
+    sizes = ((32768, 8, 60), (131072, 4, 40), (1048576, 1, 40))
+    for (keys, heads, repeats), kind in itertools.product(sizes, ("peaked", "diffuse", "flat")):
+        q, k, v = tensors(keys, heads)
+        q = q[:, :, -1:]
+        if kind == "peaked":  # each head asks for a key of its own
+            target = torch.randint(keys, (1, heads, 1, 1), generator=torch.Generator().manual_seed(1))
+            q = k.gather(2, target.expand(-1, -1, -1, SIZE)).clone()
+        # iid keys, none of them wanted: SSMax with s = 1 is diffuse, Softmax (s log n = 1) is flat.
+        s = {"peaked": S, "diffuse": 1.0, "flat": 1 / math.log(keys)}[kind]
+        factor = s * math.log(keys) * SIZE**-0.5
+        calls: dict[str, Callable[[], Tensor]] = {
+            PLAIN: functools.partial(scaled_dot_product_attention, q, k, v, scale=factor),
+            "ssmax": functools.partial(attention, q, k, v, s),
+            "ssmax, sharp": functools.partial(attention, q, ScreenedKeys(k), v, s, impl="sharp"),
+            "ssmax, sharp, no screen": functools.partial(attention, q, k, v, s, impl="sharp"),
+        }
+        by_head = (x.double().split(1, 1) for x in (q, k, v))
+        exact = torch.cat([attention(q, k, v, s, impl="reference") for q, k, v in zip(*by_head, strict=True)], 1)
+        yield Comparison(
+            {"keys": keys, "heads": heads, "scores": kind},
+            {name: _forward(call) for name, call in calls.items()},
+            repeats,
+            {name: lambda call=call, exact=exact: largest_error(call(), exact) for name, call in calls.items()},
+            allowed=2e-3 * v.abs().max().item(),
+        )
+
+
+def converted_model() -> Iterator[Comparison]:
+    """A Llama of 8 layers, converted, over the same one plain: a training step, and 32 cached decode steps."""
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=4096, **shape))
+    models: dict[str, Any] = {PLAIN: plain, "ssmax": ssmax.convert(copy.deepcopy(plain))}
+    tokens = torch.randint(0, 4096, (1, 2080), generator=torch.Generator().manual_seed(0))
+
+    def train(model):
+        model.zero_grad()
+        model(tokens[:, :1024], labels=tokens[:, :1024]).loss.backward()
+
+    def decoding(model):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens[:, :2048], past_key_values=cache)
+
+        @torch.no_grad()
+        def run():
+            for i in range(2048, 2080):
+                model(tokens[:, i : i + 1], past_key_values=cache)
+            cache.crop(-32)
+
+        return run
+
+    training = {name: functools.partial(train, model) for name, model in models.items()}
+    yield Comparison({"case": "training step, 1,024 tokens"}, training, 24)
+    yield Comparison({"case": "cached decode, 2,048 keys"}, {name: decoding(m) for name, m in models.items()}, 24)
+
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "causal": {},
+    "left padding": {"pad": 40},
+    "window of 64": {"window": 64},
+    "two packed documents": {"split": 100},
+    "decode, 256 keys": {"rows": 1},
+    "static cache, 100 of 256 slots": {"rows": 1, "filled": 100},
+}
+
+
+def visibility(length, rows=None, pad=0, window=None, split=None, filled=None):
+    """Table of what each query sees, (rows, length)."""
+    key = torch.arange(length)
+    query = key[-(rows or length) :, None] if filled is None else torch.tensor([[filled - 1]])
+    table = (key <= query) & (key >= pad)
+    if window is not None:
+        table &= key > query - window
+    if split is not None:
+        table &= (key < split) == (query < split)
+    return table
+
+
+def peer() -> Iterator[Comparison]:
+    """The package scalable-softmax and ssmax on the same masked layouts, and 8,192 tokens through both."""
+    from scalable_softmax import ScalableSoftmax  # pyrefly: ignore[missing-import]
+
+    theirs = ScalableSoftmax(s=S)
+
+    def by_peer(q, k, v, table):
+        z = (q @ k.mT * SIZE**-0.5).masked_fill(~table, -math.inf)
+        return theirs(z).nan_to_num() @ v
+
+    for name, layout in LAYOUTS.items():
+        q, k, v = tensors(256, heads=4)
+        table = visibility(256, **layout)
+        q = q[:, :, -table.shape[0] :]
+        exact = attention(q.double(), k.double(), v.double(), S, attn_mask=table, impl="reference")
+        calls = {
+            "ssmax": functools.partial(attention, q, k, v, S, attn_mask=table),
+            "scalable-softmax": functools.partial(by_peer, q, k, v, table),
+        }
+        yield Comparison(
+            {"layout": name},
+            {who: _forward(call) for who, call in calls.items()},
+            40,
+            {who: lambda call=call, exact=exact: largest_error(call().detach(), exact) for who, call in calls.items()},
+            base="ssmax",
+        )
+    # Long, and without a mask: the package is wrong on causal rows, and a wrong contender is not timed.
+    q, k, v = tensors(8192, heads=2)
+    exact = attention(q[:, :, :ROWS].double(), k.double(), v.double(), S, impl="reference")
+    inputs = (q, k, v, torch.full((2,), S))
+    forwards = {
+        "ssmax": lambda q, k, v, s: attention(q, k, v, s),
+        "scalable-softmax": lambda q, k, v, s: theirs(q @ k.mT * SIZE**-0.5) @ v + 0 * s.sum(),
+    }
+    yield Comparison(
+        {"length": 8192, "heads": 2, "pass": "forward + backward, all keys visible"},
+        {who: _forward_backward(call, inputs) for who, call in forwards.items()},
+        6,
+        {who: lambda f=f: largest_error(f(*inputs)[:, :, :ROWS].detach(), exact) for who, f in forwards.items()},
+        base="ssmax",
+        memory=True,
+    )
+
+
+def gradient() -> Iterator[Row]:
+    """Relative error of ds and db in bfloat16 attention with the query scaled outside, against float64."""
+    for length, kind in itertools.product((1024, 4096), ("random", "competing", "peaked")):
+        q, k, v = tensors(length, heads=4, dtype=torch.float64, seed=length)
+        # One key of each query leads: by little ("competing", four of them) or by much ("peaked").
+        for lag in range({"random": 0, "competing": 4, "peaked": 1}[kind]):
+            target = (torch.arange(length) * 7 + lag * 13) % (torch.arange(length) + 1)
+            q = q + k[:, :, target] * (0.5 if kind == "competing" else 1.0)
+        upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        exact = _scale_gradients(q, k, v, upstream, torch.float64)
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, mine, truth in zip("sb", _scale_gradients(q, k, v, upstream, dtype), exact, strict=True):
+                error = ((mine.double() - truth).norm() / truth.norm()).item()
+                at = {"length": length, "scores": kind, "gradient": name, "dtype": str(dtype).removeprefix("torch.")}
+                yield row("gradient_error", "ssmax", at, error, 4)
+
+
+def _scale_gradients(q, k, v, upstream, dtype):
+    """Gradients of s and b per head. All inputs are bfloat16 numbers, so that only the arithmetic differs."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    s, b = (torch.full((4,), x, dtype=wide, requires_grad=True) for x in (S, 0.0))
+    q, k, v, upstream = (x.to(torch.bfloat16).to(dtype) for x in (q, k, v, upstream))
+    output = attention(q, k, v, s, b, is_causal=True, impl="reference" if dtype == torch.float64 else "sdpa")
+    return torch.autograd.grad((output * upstream).sum(), [s, b])
+
+
+CASES = {
+    "attention": Case("attention() over plain attention, 1,024 to 8,192 causal tokens, and back", 6, causal_attention),
+    "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
+    "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
+    "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),
+    "gradient": Case("error of the gradients of s and b in bfloat16", 2, gradient),
+    "scale": Case("the formulae of cost and memory against what can be measured", 1, scale.check),
+}

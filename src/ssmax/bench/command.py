@@ -1,0 +1,137 @@
+"""What ssmax bench does: choose cases, measure them, print tables, leave rows and figures."""
+
+import importlib.util
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.ticker
+from matplotlib.figure import Figure
+
+from ssmax.bench import measure
+from ssmax.bench.cases import CASES
+from ssmax.errors import UserError
+from ssmax.report.figures import STYLE
+from ssmax.results import Row, write_atomically, write_rows
+
+__all__ = ["bench", "figure", "table"]
+
+NEEDS = {
+    "peer": "scalable_softmax",
+    "model": "transformers",
+    "scale": "transformers",
+}  # packages that a case cannot do without
+
+
+def bench(names: list[str], out: Path, *, dry_run: bool) -> None:
+    """Measure the named cases, or all that run here, and write OUT/CASE.jsonl and OUT/CASE.png of each.
+
+    Raises:
+        UserError: an unknown case, or one whose package is missing.
+    """
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise UserError(f"there is no case {unknown[0]!r}; cases are {', '.join(CASES)}")
+    missing = {name: package for name, package in NEEDS.items() if importlib.util.find_spec(package) is None}
+    for name in names:
+        if name in missing:
+            raise UserError(
+                f"case {name!r} needs the package {missing[name]!r}: pip install {missing[name].replace('_', '-')}"
+            )
+    chosen = names or [name for name in CASES if name not in missing]
+    for name in chosen:
+        print(f"{name}: {CASES[name].about}; about {CASES[name].minutes:g} min")
+        if not dry_run:
+            rows = list(measure.run(CASES[name]))
+            print(table(rows))
+            write_rows(out / f"{name}.jsonl", rows)
+            if any(row.metric == "time_ratio" for row in rows):
+                write_atomically(out / f"{name}.png", _png(figure(name, rows)))
+            print(f"Rows: {(out / name).resolve()}.jsonl\n")
+    if dry_run:
+        skipped = "".join(
+            f"\n{name} is left out: the package {missing[name]} is missing" for name in missing if not names
+        )
+        print(f"dry run: nothing was measured{skipped}")
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Return the rows as lines for a terminal: a comparison, and under it what each contender did."""
+    lines, shown = [], None
+    for place, contender, found in _by_contender(rows):
+        if place != shown:
+            lines.append(place)
+            shown = place
+        lines.append(f"    {contender:<26}{_words(found)}")
+    return "\n".join(lines)
+
+
+def _words(found):
+    if "seconds" not in found and "time_ratio" not in found and "error" in found:
+        error = found["error"]
+        return f"WRONG: error {error.value:.1e}, allowed {error.at['allowed']:.1e}; no speed"
+    words = []
+    for metric, row in found.items():
+        spread = f" ({row.at['low']:.3g} to {row.at['high']:.3g})" if "low" in row.at else ""
+        if metric == "time_ratio":
+            words.append(f"x {row.value:.3f} ({row.at['low']:.3f} to {row.at['high']:.3f})")
+        elif metric == "seconds":
+            words.append(f"{1e3 * row.value:.4g} ms")
+        elif metric == "peak_bytes":
+            words.append(f"peak {row.value / 2**20:,.1f} MiB")
+        elif metric == "error":
+            words.append(f"error {row.value:.0e}")
+        else:
+            words.append(f"{metric.replace('_', ' ')} {row.value:.3g}{spread}")
+    return ", ".join(words)
+
+
+def _by_contender(rows):
+    """(comparison in words, contender, its rows by metric), in order."""
+    found = {}
+    for row in rows:
+        place = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{v}" for k, v in row.at.items() if k not in AROUND)
+        found.setdefault((place, row.variant), {})[row.metric] = row
+    order = list(dict.fromkeys(place for place, _ in found))
+    return sorted(((place, who, metrics) for (place, who), metrics in found.items()), key=lambda x: order.index(x[0]))
+
+
+AROUND = ("low", "high", "allowed", "formula")
+
+
+def figure(name: str, rows: list[Row]) -> Figure:
+    """Draw the ratios of a case: a line for each contender of each comparison, median and quartiles."""
+    ratios = [(place, who, found["time_ratio"]) for place, who, found in _by_contender(rows) if "time_ratio" in found]
+    contenders = list(dict.fromkeys(who for _, who, _ in ratios))
+    with matplotlib.rc_context(STYLE):
+        drawn = Figure(figsize=(8, 1.4 + 0.24 * len(ratios)))
+        axis = drawn.add_subplot()
+        for i, (_, who, row) in enumerate(ratios):
+            low, high = row.value - row.at["low"], row.at["high"] - row.value
+            axis.errorbar(
+                row.value, i, xerr=[[max(0, low)], [max(0, high)]], fmt="o", ms=4, color=f"C{contenders.index(who)}"
+            )
+        axis.axvline(1, color="0.4", lw=1)
+        axis.set_yticks(range(len(ratios)), [f"{place}: {who}" for place, who, _ in ratios])
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        ends = [row.value for _, _, row in ratios]
+        ticks = [x for x in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(ends) / 2 <= x <= max(ends) * 2]
+        axis.set_xticks(ticks)
+        axis.set(xlabel="time over the base of the comparison, median and quartiles of the rounds' ratios")
+        axis.invert_yaxis()
+        best, worst = (pick(ratios, key=lambda x: x[2].value) for pick in (min, max))
+        drawn.suptitle(
+            f"{name}: from {best[2].value:.2f} ({best[1]}) to {worst[2].value:.2f} ({worst[1]}) of the base's time",
+            fontsize=10,
+        )
+    return drawn
+
+
+def _png(drawn):
+    content = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        drawn.savefig(content, format="png")
+    return content.getvalue()

@@ -1,0 +1,161 @@
+"""Cost and memory from formulae: training, prefill and decode against context length; and how far they hold here."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssmax import ScreenedKeys, attention
+from ssmax.bench.measure import peak_memory, row
+from ssmax.results import Row
+
+__all__ = ["Shape", "check"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder-only model of Llama's form, and what follows from it. FLOP: a multiplication and an addition are two.
+
+    Attributes:
+        layers, width, heads, key_heads, size: size is a head's.
+        hidden: of the feed-forward layer.
+        vocabulary: tokens; input and output embeddings are two matrices.
+        number: bytes of a number in weights, activations and cache.
+    """
+
+    layers: int = 32
+    width: int = 4096
+    heads: int = 32
+    key_heads: int = 8
+    size: int = 128
+    hidden: int = 14336
+    vocabulary: int = 128256
+    number: int = 2
+
+    @property
+    def multiplied(self) -> int:
+        """Weights that a token is multiplied with: all matrices but the input embedding."""
+        projections = 2 * self.width * self.size * (self.heads + self.key_heads)
+        return self.layers * (projections + 3 * self.width * self.hidden) + self.width * self.vocabulary
+
+    @property
+    def parameters(self) -> int:
+        """All weights, norms included; SSMax adds layers * heads."""
+        return self.multiplied + self.width * self.vocabulary + (2 * self.layers + 1) * self.width
+
+    def forward_flops(self, tokens: int, causal: bool = True) -> int:
+        """One sequence through the model: 2 for each weight and token, 4 D for each query and key it sees."""
+        seen = tokens * (tokens + 1) // 2 if causal else tokens * tokens
+        return 2 * self.multiplied * tokens + 4 * self.layers * self.heads * self.size * seen
+
+    def training_flops(self, tokens: int, causal: bool = True) -> int:
+        """Forward and backward: the weights three times, attention three and a half (flash recomputes its scores)."""
+        matrices = 2 * self.multiplied * tokens
+        return 3 * matrices + (self.forward_flops(tokens, causal) - matrices) * 7 // 2
+
+    def scaling_flops(self, tokens: int) -> int:
+        """What SSMax adds to a forward: a multiplication for each component of a query."""
+        return self.layers * self.heads * self.size * tokens
+
+    def query_bytes(self, tokens: int) -> int:
+        """A layer's queries: the one tensor more that training with SSMax keeps where scaling is a step of its own."""
+        return self.heads * self.size * tokens * self.number
+
+    def materialised_bytes(self, tokens: int) -> int:
+        """A layer's scores, where softmax(N x N) is written out instead: three tensors of it are held for the backward."""
+        return 3 * self.heads * tokens * tokens * self.number
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.layers * self.key_heads * self.size * tokens * self.number
+
+    def screen_bytes(self, tokens: int) -> int:
+        """What ScreenedKeys keeps beside them: int8 codes, what each lost, the largest loss of 256."""
+        return self.layers * self.key_heads * (tokens * (self.size + 4) + 4 * -(-tokens // 256))
+
+    def decode_bytes(self, tokens: int) -> int:
+        """Bytes that a step reads: the weights and the cache."""
+        return self.multiplied * self.number + self.cache_bytes(tokens)
+
+    def sharp_decode_bytes(self, tokens: int, kept: float) -> int:
+        """Bytes that a sharp step reads where each head keeps a fraction of its keys."""
+        return (
+            self.multiplied * self.number
+            + self.layers * self.key_heads * self.size * tokens
+            + int(kept * self.cache_bytes(tokens))
+        )
+
+
+TINY = Shape(layers=2, width=128, heads=4, key_heads=2, size=32, hidden=352, vocabulary=512, number=4)
+
+
+def check() -> Iterator[Row]:
+    """Yield measured over formula, for what can be measured here."""
+    for what, at, measured, formula in _checks():
+        yield row("measured_over_formula", "ssmax", {"what": what, **at, "formula": formula}, measured / formula, 1)
+
+
+def _checks():
+    model, ids = _model(), torch.randint(0, 512, (1, 1024))
+    yield "parameters", {}, sum(p.numel() for p in model.parameters()) - TINY.layers * TINY.heads, TINY.parameters
+    for length in (256, 1024):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            cache = model(ids[:, :length], use_cache=True).past_key_values
+        at = {"length": length}
+        # Counted on eager attention, which computes the whole square.
+        yield "forward FLOP", at, counter.get_total_flops(), TINY.forward_flops(length, causal=False)
+        held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+        yield "cache bytes", at, held, TINY.cache_bytes(length)
+    for length in (8192, 32768):
+        one = Shape(layers=1, heads=8, key_heads=8, size=64, number=4)
+        screened = ScreenedKeys(torch.randn(1, 8, length, 64))
+        screened.ready()
+        held = sum(x.filled.nbytes for x in (screened._codes, screened._lost, screened._most))
+        yield "screen bytes", {"length": length}, held, one.screen_bytes(length)
+    yield from _attention_checks()
+
+
+def _attention_checks():
+    one, times = Shape(layers=1, heads=8, key_heads=8, size=64, number=4), {}
+    for length in (2048, 4096, 8192):
+        q, k, v = (torch.randn(1, 8, length, 64, requires_grad=True) for _ in range(3))
+        s = torch.full((8,), 0.43, requires_grad=True)
+        more = peak_memory(lambda: attention(q, k, v, s, is_causal=True).sum().backward())  # noqa: B023
+        plain = peak_memory(lambda: scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward())  # noqa: B023
+        yield "one more query in training, bytes", {"length": length}, more - plain, one.query_bytes(length)
+        with torch.no_grad():
+            times[length] = _quickest(lambda: attention(q, k, v, s, is_causal=True), 7)  # noqa: B023
+    quadratic = (8192 * 8193) / (4096 * 4097)
+    yield "growth of attention's time, 4,096 to 8,192", {}, times[8192] / times[4096], quadratic
+    steps = {}
+    for keys in (65536, 262144):
+        k, v = (torch.randn(1, 4, keys, 64) for _ in range(2))
+        steps[keys] = _quickest(lambda: attention(k[:, :, :1], k, v, 0.43), 15)  # noqa: B023
+    yield "growth of a decode step's time, 65,536 to 262,144", {}, steps[262144] / steps[65536], 4.0
+
+
+def _model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import ssmax
+
+    torch.manual_seed(0)
+    t = TINY
+    config = LlamaConfig(
+        vocab_size=t.vocabulary, hidden_size=t.width, intermediate_size=t.hidden, num_hidden_layers=t.layers,
+        num_attention_heads=t.heads, num_key_value_heads=t.key_heads, head_dim=t.size,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return ssmax.convert(LlamaForCausalLM(config).eval())
+
+
+def _quickest(call, rounds):
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,147 @@
+"""SharpCache: a converted model decodes through it, reading only the keys and values that can matter."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import AttentionInterface
+
+from ssmax.backends import sdpa, sharp
+from ssmax.hf.checkpoint import SSMaxModel
+from ssmax.hf.layers import FULL, language_layers
+from ssmax.hf.visibility import kernel_visible_keys
+from ssmax.scaling import as_bool
+from ssmax.screen import MIN_KEYS, Grown, ScreenedKeys
+
+__all__ = ["SharpCache"]
+
+
+class SharpCache(DynamicCache):
+    """A cache for generate: model.generate(ids, past_key_values=SharpCache(model)). CPU, inference only.
+
+    Prefill is exact. A decode step of a converted layer that attends in full reads, behind 4,096 keys or more, only
+    what can matter: each component of its attention is wrong by at most 2 tolerance max|v|, certified. Flat heads, shorter
+    caches and other layers are computed in full. Also unlike DynamicCache it grows in place: a step copies no old key.
+    Cropping works (assisted and prompt-lookup decoding); batches may be padded.
+
+    Args:
+        model: a converted model on the CPU, with attn_implementation "sdpa". It stays as it is.
+        tolerance: weight that may be left out of a row; see ssmax.attention.
+
+    Raises:
+        ValueError: a model that is not converted, not on sdpa or not on the CPU; a tolerance outside (0, 1); later,
+            beam search and whatever else reorders the batch.
+    """
+
+    def __init__(self, model: Any, tolerance: float = 1e-3):
+        if not isinstance(model, SSMaxModel):
+            raise ValueError(f"SharpCache needs a converted model, got {type(model).__name__}; see ssmax.convert")
+        implementation = model.config._attn_implementation
+        if implementation != "sdpa":
+            raise ValueError(
+                f"SharpCache serves attention implementation 'sdpa', got {implementation!r}; use "
+                "model.set_attn_implementation('sdpa')"
+            )
+        if model.device.type != "cpu":
+            raise ValueError(f"sharp decoding runs on the CPU, and the model is on {model.device}; leave the cache out")
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+            raise ValueError(f"tolerance must be a number between 0 and 1, got {tolerance!r}")
+        super().__init__(config=model.config)
+        for index, layer in language_layers(model).items():
+            if layer.kind == FULL and hasattr(layer.module, "ssmax") and type(self.layers[index]) is DynamicLayer:
+                self.layers[index] = _SharpLayer(tolerance)
+        _install()
+
+
+class _SharpLayer(DynamicLayer):
+    """Keys with their screen, and values, in buffers that grow; the keys handed out name their screen."""
+
+    def __init__(self, tolerance: float):
+        super().__init__()
+        self.tolerance = tolerance
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.screened = ScreenedKeys(key_states[:, :, :0])
+            self.grown = Grown(value_states[:, :, :0])
+        self.screened.append(key_states)
+        self.grown.put(value_states.detach(), self.grown.length)
+        return self._show()
+
+    def _show(self):
+        self.keys, self.values = self.screened.keys, self.grown.filled
+        self.keys.__dict__["ssmax_sharp"] = (self.screened, self.tolerance)
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+        if self.is_initialized:
+            self.grown.length = max(0, self.grown.length + tokens_to_remove)
+            self.screened.crop(self.grown.length)
+            self._show()
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        raise ValueError(
+            "SharpCache cannot reorder, repeat or select sequences, as beam search does; decode greedily or sample, or "
+            "leave past_key_values out"
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+
+def _attend(attend, implementation, module, query, key, value, attention_mask, *args, **kwargs):
+    """A decode step over keys that name their screen; all else passes on to the interface as it was."""
+    named = getattr(key, "ssmax_sharp", None)
+    served = (
+        named is not None
+        and implementation == "sdpa"
+        and query.shape[2] <= sharp.MAX_QUERIES
+        and key.shape[2] >= MIN_KEYS
+        and (attention_mask is not None or query.shape[2] == 1)
+        and not torch.is_grad_enabled()
+        and not any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "sliding_window", "s_aux"))
+    )
+    if not served:
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+    n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs)
+    scaled = module.ssmax(query, n, log_n)
+    scale = kwargs.get("scaling")
+    output = sharp.forward(
+        scaled,
+        key,
+        value,
+        torch.ones(1, 1, query.shape[2]),
+        mask=None if attention_mask is None else as_bool(attention_mask),
+        is_causal=False,
+        window=None,
+        softcap=None,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p=0.0,
+        tolerance=named[1],
+        screen=named[0],
+        plain=sdpa.forward,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _install():
+    """Wrap the dispatch once more, on the first SharpCache: who never makes one pays nothing."""
+    original = AttentionInterface.get_interface
+    if getattr(original, "_ssmax_sharp", False):
+        return
+
+    @functools.wraps(original)
+    def get_interface(self, attn_implementation, default):
+        return functools.partial(_attend, original(self, attn_implementation, default), attn_implementation)
+
+    get_interface.__dict__["_ssmax_sharp"] = True
+    AttentionInterface.get_interface = get_interface

@@ -1,0 +1,250 @@
+"""ScreenedKeys: a growing cache of keys with an int8 copy beside it, from which scores are bounded, not guessed."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MIN_KEYS", "Grown", "ScreenedKeys"]
+
+# Below so many keys there is no screen: reading all of them costs less than choosing.
+MIN_KEYS = 4096
+BLOCK = 256  # keys whose bounds are looked at together
+RANGE = 5.0  # root mean squares of a channel that int8 covers; a key that lies beyond survives every screen
+ROWS = 4  # rows of one int8 product: with more of them the kernel stops streaming
+HIDDEN = torch.iinfo(torch.int32).min  # the product of a key that no query may see
+
+
+class ScreenedKeys:
+    """The keys of a decode with an int8 copy beside them, for attention(..., impl="sharp").
+
+    A key is k = c + w (i + r): c and w are mean and width of each channel, i is int8, r what rounding lost. Then
+    q k = q c + (w q) i + (w q) r, and |(w q) r| <= |w q| |r| bounds the product (w q) i from both sides; q c is the
+    same for all keys. |r| is kept for each key. An appended key is rounded once and never again; c and w are those of
+    the first 4,096 keys or more, before which there is no screen. Beside the keys: D + 4 bytes a key and head.
+
+    Args:
+        keys: (B, K, S, D), the first of them.
+
+    Raises:
+        TypeError: keys that are not floating point.
+        ValueError: not four dimensions.
+    """
+
+    def __init__(self, keys: Tensor):
+        if not isinstance(keys, Tensor) or not keys.is_floating_point():
+            raise TypeError(f"keys must be a floating-point tensor, got {getattr(keys, 'dtype', type(keys).__name__)}")
+        if keys.ndim != 4:
+            raise ValueError(f"keys must be (batch, key heads, length, head size), got shape {tuple(keys.shape)}")
+        self._keys = Grown(keys[:, :, :0])
+        self._keys.put(keys.detach(), 0)
+        self._screened = 0
+        self._centre: Any = None
+        self._width: Any = None
+        self._patience: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        return self._keys.length
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys so far, (B, K, S, D): a view, not a copy."""
+        return self._keys.filled
+
+    def append(self, keys: Tensor) -> None:
+        """Append keys, (B, K, T, D), of the first ones' dtype; the old ones are copied only when their room is used up.
+
+        Raises:
+            ValueError: another batch, number of heads, head size or dtype.
+        """
+        have, got = self.keys, tuple(keys.shape)
+        if keys.ndim != 4 or (*got[:2], got[3]) != (*have.shape[:2], have.shape[3]) or keys.dtype != have.dtype:
+            raise ValueError(
+                f"keys to append must be {have.dtype} of shape ({have.shape[0]}, {have.shape[1]}, any, {have.shape[3]}), "
+                f"got {keys.dtype} of {got}"
+            )
+        self._keys.put(keys.detach(), len(self))
+
+    def crop(self, length: int) -> None:
+        """Keep the first length keys.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if not 0 <= length <= len(self):
+            raise ValueError(f"length must be 0 to {len(self)}, the number of keys there are; got {length}")
+        self._keys.length = length
+        self._screened = min(self._screened, length)
+
+    def ready(self) -> bool:
+        """Bring the screen up to date; return False where there is none, for too few keys or no exact int8 product."""
+        if len(self) < MIN_KEYS or self.keys.device.type != "cpu" or not int8_is_exact():
+            return False
+        if self._screened < len(self):
+            self._round(self._screened)
+        return True
+
+    def _round(self, start):
+        """Round the keys from start on, and renew the largest |r| of their blocks."""
+        if self._centre is None:
+            keys = self.keys.float()
+            self._centre = keys.mean(2, keepdim=True).double()
+            self._width = (keys - self._centre).square_().mean(2, keepdim=True).sqrt_() * (RANGE / 127)
+            self._width.clamp_(min=1e-200)
+            shape = keys.shape[:2]
+            self._codes = Grown(torch.zeros(*shape, 0, keys.shape[-1], dtype=torch.int8))
+            self._lost, self._most = Grown(torch.zeros(*shape, 0)), Grown(torch.zeros(*shape, 0))
+            self._longest = torch.zeros(*shape, dtype=torch.float64)
+        for part in self.keys[:, :, start:].split(16 * BLOCK, dim=2):  # bounds the temporaries
+            scaled = (part.double() - self._centre) / self._width
+            codes = scaled.round().clamp_(-127, 127)
+            self._codes.put(codes.to(torch.int8), self._screened)
+            # Rounded up, since float32 may lie below. A key that is not finite survives, as in plain attention.
+            self._lost.put((scaled - codes).norm(dim=-1).mul_(1 + 1e-6).float().nan_to_num(torch.inf), self._screened)
+            self._longest = torch.maximum(self._longest, codes.norm(dim=-1).amax(-1))
+            self._screened += part.shape[2]
+        first = start // BLOCK
+        lost = self._lost.filled[:, :, first * BLOCK :]
+        self._most.put(
+            torch.nn.functional.pad(lost, (0, -lost.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1), first
+        )
+
+    def candidates(
+        self, query: Tensor, heads: list[tuple[int, int]], visible: Tensor | None, tolerance: float, most_kept: float
+    ) -> list[Tensor | None]:
+        """Return for each head the keys that hold all but a tolerance of every row's weight. Only when ready().
+
+        Args:
+            query: (T, R, D), float64: T heads of R rows that share a key head.
+            heads: their batch and key head.
+            visible: (T, R, S), bool, or None = all.
+            tolerance: of a row's weight.
+            most_kept: fraction of the keys; None stands for a head that needs more of them.
+        """
+        size, room = len(self), -(-len(self) // BLOCK) * BLOCK
+        everyone = len(heads) == self._width.shape[0] * self._width.shape[1]
+        at = slice(None) if everyone else torch.tensor(heads) @ torch.tensor([self._width.shape[1], 1])
+        wide = query * self._width.flatten(0, 1)[at]
+        step = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).clamp_(min=1e-250) / 127
+        codes = (wide / step).round_()
+        products = torch.empty(*query.shape[:2], room, dtype=torch.int32)
+        narrow, keys = codes.to(torch.int8), self._codes.room(room)
+        for rows, (batch, head), out in zip(narrow, heads, products, strict=True):
+            int8_product(rows, keys[batch, head], out)
+        if size < room:
+            products[:, :, size:] = HIDDEN
+        if visible is not None:
+            products[:, :, :size].masked_fill_(~visible, HIDDEN)
+        # What the keys' rounding, the query's, and six roundings of float32 in the bounds of single keys can lose.
+        reach = wide.norm(dim=-1).mul_(1 + 1e-6)
+        margin = (codes.mul_(-step).add_(wide).norm(dim=-1) + 2**-20 * reach) * self._longest.flatten(0, 1)[at][:, None]
+        lost = self._lost.room(room).flatten(0, 1)[at].unflatten(-1, (-1, BLOCK))
+        most = self._most.filled.flatten(0, 1)[at]
+        return _candidates(products, step[..., 0], reach, margin, lost, most, size, tolerance, most_kept)
+
+    def worth_trying(self, batch: int, head: int) -> bool:
+        """Whether the screen of this head let little through lately; a head that stays flat is asked ever more rarely."""
+        wait, pause = self._patience.get((batch, head), (0, 0))
+        if wait:
+            self._patience[batch, head] = (wait - 1, pause)
+        return wait == 0
+
+    def remember(self, batch: int, head: int, paid: bool) -> None:
+        """Note whether the screen of this head paid."""
+        pause = 0 if paid else min(64, 2 * self._patience.get((batch, head), (0, 2))[1] or 4)
+        self._patience[batch, head] = (pause, pause)
+
+
+def _candidates(products, step, reach, margin, lost, most, size, tolerance, most_kept):
+    """Keys by head from bounds: a score is step * product +- (reach * lost + margin), the largest of a row >= lowest."""
+    by_block = products.unflatten(-1, (-1, BLOCK))
+    largest, spread = step[..., None] * by_block.amax(-1), reach[..., None] * most[:, None] + margin[..., None]
+    lowest = (largest - spread).amax(-1, keepdim=True)
+    # Half the tolerance goes to keys that weigh less than it even all together, each beside the largest alone.
+    floor = math.log(tolerance / 2 / size) - 1e-4
+    open_blocks = (largest + spread >= lowest + floor).any(1)
+    step, reach, shift = torch.stack([step, reach, margin - lowest[..., 0]]).float()[..., None, None]
+    if open_blocks.sum() * BLOCK > most_kept * size:  # look at one block in thirty before all of them
+        few = slice(None, None, max(1, by_block.shape[2] // 30))
+        bounds = by_block[:, :, few] * step + (reach * lost[:, None, few] + shift)
+        open_blocks &= (bounds >= floor).any(1).float().mean((-2, -1))[:, None] <= 3 * most_kept
+    head, block = open_blocks.nonzero().unbind(-1)
+    bounds = by_block[head, :, block] * step[head, ..., 0]
+    bounds += reach[head, ..., 0] * lost[head, block][:, None] + shift[head, ..., 0]
+    kept = (bounds >= floor).any(1)
+    if size % BLOCK:
+        kept &= (block * BLOCK)[:, None] + torch.arange(BLOCK) < size
+    found, key = kept.nonzero().unbind(-1)
+    counts = torch.bincount(head[found], minlength=len(products)).tolist()
+    result: list[Tensor | None] = []
+    parts = zip(found.split(counts), key.split(counts), strict=True)
+    for i, (mine, key) in enumerate(parts):
+        if len(mine) > size / 64:
+            needed = _by_mass(bounds[mine, :, key].T, spread[i].amax(-1, keepdim=True), tolerance / 2)
+            mine, key = mine[needed], key[needed]
+        result.append(block[mine] * BLOCK + key if 0 < len(mine) <= most_kept * size else None)
+    return result
+
+
+def _by_mass(upper, spread, tolerance):
+    """Whether keys are needed when the weights left out are summed, half a nat at a time, and not only counted."""
+    if spread.max() > 10:
+        return torch.ones_like(upper[0], dtype=torch.bool)
+    weight = upper.double().exp_()
+    total = weight.sum(-1, keepdim=True) * (-2 * spread).exp()  # a score is at least its upper bound - 2 spread
+    level = (upper + 40).mul_(2).clamp_(0, 127).long()
+    mass = torch.zeros(len(upper), 128, dtype=torch.float64).scatter_add_(1, level, weight).cumsum(-1)
+    return (level >= (mass <= tolerance * (1 - 1e-4) * total.clamp(min=1.0)).sum(-1, keepdim=True)).any(0)
+
+
+class Grown:
+    """A tensor that grows along its third dimension: room is doubled, so that appending costs what is appended."""
+
+    def __init__(self, first: Tensor):
+        self._room, self.length = first, first.shape[2]
+
+    @property
+    def filled(self) -> Tensor:
+        """What has been put so far: a view."""
+        return self._room[:, :, : self.length]
+
+    def room(self, length: int) -> Tensor:
+        """The first length places, filled or not."""
+        return self._room[:, :, :length]
+
+    def put(self, new: Tensor, start: int) -> None:
+        """Write new from start on, and end there."""
+        stop = start + new.shape[2]
+        if stop > self._room.shape[2]:
+            size = -(-max(stop, 3 * start // 2) // BLOCK) * BLOCK
+            room = new.new_zeros(*new.shape[:2], size, *new.shape[3:])
+            room[:, :, :start] = self._room[:, :, :start]
+            self._room = room
+        self._room[:, :, start:stop] = new
+        self.length = stop
+
+
+def int8_product(query: Tensor, codes: Tensor, out: Tensor) -> None:
+    """Write query (R, D) times codes (S, D) transposed into out, (R, S) int32."""
+    product: Any = torch._int_mm  # torch's one int8 product; private, so int8_is_exact asks before it is used
+    for rows, products in zip(query.split(ROWS), out.split(ROWS), strict=True):
+        product(rows, codes.t(), out=products)
+
+
+@functools.cache
+def int8_is_exact() -> bool:
+    """Whether this torch multiplies int8 exactly on this machine: some instruction sets saturate large sums."""
+    try:
+        ends = torch.tensor([[127, -127]], dtype=torch.int8).repeat(ROWS, 48)
+        codes = torch.cat([ends, ends.abs(), -ends.abs(), ends.flip(1)]).repeat(64, 1)
+        for rows in (ends, ends.abs(), ends[:1]):
+            for size in (16, 64, 96):
+                out = torch.empty(len(rows), len(codes), dtype=torch.int32)
+                int8_product(rows[:, :size], codes[:, :size].contiguous(), out)
+                if not torch.equal(out, rows[:, :size].int() @ codes[:, :size].int().T):
+                    return False
+        return True
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False

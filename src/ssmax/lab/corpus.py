@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ssmax.errors import UserError
-from ssmax.evaluation.retrieval import CITIES
+from ssmax.evaluation.tasks import CITIES
 from ssmax.results import write_atomically
 
 __all__ = ["END_OF_TEXT", "Corpus", "documents", "load", "prepare"]

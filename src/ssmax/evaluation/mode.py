@@ -1,15 +1,11 @@
-"""How a model runs during a measurement: eval mode, and its backbone without the vocabulary."""
+"""Eval mode for the length of a measurement."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from torch import nn
 
-from ssmax.hf.visibility import forward_scope
-
-__all__ = ["eval_mode", "run_backbone"]
+__all__ = ["eval_mode"]
 
 
 @contextmanager
@@ -22,9 +18,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def run_backbone(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> Any:
-    """Append (B, T) tokens to the cache; return the backbone's output, whose last_hidden_state the vocabulary's head reads."""
-    with forward_scope():
-        return model.base_model(input_ids=token_ids, past_key_values=cache, use_cache=True)

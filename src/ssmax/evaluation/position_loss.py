@@ -1,6 +1,7 @@
 """Loss at each position of long texts, in memory that does not grow with length x vocabulary (the paper's Fig. 5)."""
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
-from ssmax.evaluation.mode import eval_mode, run_backbone
+from ssmax.evaluation.mode import eval_mode
+from ssmax.hf.visibility import forward_scope
 
 __all__ = ["Bin", "binned", "log_edges", "loss_by_position"]
 
@@ -50,10 +52,9 @@ def loss_by_position(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     token_ids = token_ids.to(model.device)
-    backbone = model.base_model
-    losses_of = _losses_whole if backbone is model else _losses_sliced
-    if backbone is model:
-        chunk = min(chunk, LOGIT_ROWS)
+    losses_of = _losses_sliced
+    if not _has_backbone(model):
+        losses_of, chunk = _losses_whole, min(chunk, LOGIT_ROWS)
     cache, losses = DynamicCache(config=model.config), []
     with eval_mode(model):
         inputs, targets = token_ids[:, :-1], token_ids[:, 1:]
@@ -64,13 +65,20 @@ def loss_by_position(
     return torch.cat(losses, 1)
 
 
+def _has_backbone(model):
+    """Whether the model is a backbone and what transformers puts behind it; of code from elsewhere nothing is known."""
+    code = inspect.unwrap(type(model).forward).__module__
+    return model.base_model is not model and code.partition(".")[0] == "transformers"
+
+
 def _losses_whole(model, rows, wanted, cache):
     logits = model(input_ids=rows, past_key_values=cache, use_cache=True).logits
     return cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
 
 
 def _losses_sliced(model, rows, wanted, cache):
-    output = run_backbone(model, rows, cache)
+    with forward_scope():
+        output = model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
     states, losses = output.last_hidden_state.flatten(0, 1), []
     for slice_RD, wanted_R in zip(states.split(LOGIT_ROWS), wanted.flatten().split(LOGIT_ROWS), strict=True):
         with _answering(model.base_model, output, slice_RD[None]):

@@ -1,6 +1,7 @@
 """Prompts that share a prefix, prefilled once: contexts of a needle grid, questions about one context."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-from ssmax.evaluation.mode import run_backbone
 
 __all__ = ["Node", "feed", "prefill", "prefix_tree", "size"]
 
@@ -94,9 +93,10 @@ def feed(
     model: PreTrainedModel, token_ids: Tensor, cache: Cache, chunk: int, progress: Callable[[int], Any] = lambda _: None
 ) -> None:
     """Append (B, T) tokens to the cache in chunks; T may be 0."""
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     for rows in token_ids.split(chunk, 1):
         if rows.shape[1]:
-            run_backbone(model, rows, cache)
+            model(input_ids=rows, past_key_values=cache, use_cache=True, **({"logits_to_keep": 1} if keeps else {}))
             progress(rows.numel())
 
 

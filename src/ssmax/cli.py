@@ -1,4 +1,4 @@
-"""The command line: ssmax reproduce, train, convert, calibrate, inspect."""
+"""The command line: ssmax reproduce, train, evaluate, convert, calibrate, inspect."""
 
 import contextlib
 import dataclasses
@@ -15,15 +15,17 @@ from ssmax import report
 from ssmax.errors import RunFailed, UserError
 from ssmax.lab.folder import RunFolder
 from ssmax.lab.recipes import RECIPES, Recipe
+from ssmax.report import longcontext
+from ssmax.suite.settings import Settings
 
 __all__ = ["main"]
 
 EXTRAS = "pip install 'ssmax[lab]'"
 
 
-def _options() -> type:
-    """Every field of a recipe as an option; what is not given is the recipe's own."""
-    fields = [field for field in dataclasses.fields(Recipe) if field.name != "name"]
+def _options(settings: type) -> Any:
+    """Every field of a recipe that has a help text as an option; what is not given is the recipe's own."""
+    fields = [field for field in dataclasses.fields(settings) if "help" in field.metadata]
     made = [
         (field.name, Annotated[field.type | None, tyro.conf.arg(help=field.metadata["help"])], None)  # pyrefly: ignore
         for field in fields
@@ -31,14 +33,18 @@ def _options() -> type:
     return dataclasses.make_dataclass("Options", made, frozen=True)
 
 
-Options: Any = _options()
+Options: Any = _options(Recipe)
+EvaluateOptions: Any = _options(Settings)
 
 
 def _recipe(name: str, options: Any, **more: Any) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
-    chosen = {key: value for key, value in vars(options).items() if value is not None}
-    return dataclasses.replace(RECIPES[name](), **{**more, **chosen})
+    return dataclasses.replace(RECIPES[name](), **{**more, **_given(options)})
+
+
+def _given(options: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(options).items() if value is not None}
 
 
 RECIPE_HELP = (
@@ -165,6 +171,54 @@ def _print_plan(recipe: Recipe) -> None:
     from ssmax.lab.plan import plan  # loads torch and transformers
 
     print("\n".join([*plan(recipe), "dry run: nothing was written"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure how models hold at long context, side by side: loss by position, retrieval, sharpness of attention.
+
+    Any causal model of transformers, converted or not. Leaves OUT/rows.jsonl (every number), figures/ (PNG and SVG) and
+    report.html, and prints tables. The same command continues an interrupted run and repeats nothing that is finished.
+    """
+
+    models: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            help="Folders of transformers models with their tokenizers, or names on a hub.", metavar="MODEL ..."
+        ),
+    ]
+    texts: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
+    out: Annotated[Path, tyro.conf.arg(help="Folder of the run.")] = Path("runs/evaluate")
+    device: Annotated[str, tyro.conf.arg(help="cpu, cuda, cuda:1, mps; auto takes the best that is there.")] = "auto"
+    chunk: Annotated[
+        int,
+        tyro.conf.arg(help="Tokens that pass at once: smaller needs less memory. It may change when a run continues."),
+    ] = 1024
+    json: Annotated[bool, tyro.conf.arg(help="Print the tables as JSON.")] = False
+    dry_run: Annotated[bool, tyro.conf.arg(help="Read texts and tokenizers, say what it takes, write nothing.")] = False
+    of_the_evaluation: Annotated[EvaluateOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=EvaluateOptions
+    )
+
+    def run(self) -> None:
+        """Run it."""
+        settings = Settings("evaluate", self.models, **_given(self.of_the_evaluation))
+        from ssmax.suite.run import Machine, evaluate, filled_in, plan  # loads torch and transformers
+
+        machine = Machine(self.device, self.chunk)
+        settings = filled_in(settings)
+        if self.dry_run:
+            print("\n".join(plan(settings, self.texts)))
+            return
+        run = RunFolder(self.out, settings, self.texts)
+        with run.opened():
+            evaluate(settings, self.texts, run, machine)
+            tables = longcontext.build(self.out)
+        if self.json:
+            print(longcontext.tables_json(tables))
+        else:
+            print(f"{longcontext.tables_text(tables)}\n\nReport: {(self.out / 'report.html').resolve()}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +363,14 @@ def _number(text: str) -> str | float:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments and run; exit status 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"reproduce": Reproduce, "train": Train, "convert": Convert, "calibrate": Calibrate, "inspect": Inspect},
+        {
+            "reproduce": Reproduce,
+            "train": Train,
+            "evaluate": Evaluate,
+            "convert": Convert,
+            "calibrate": Calibrate,
+            "inspect": Inspect,
+        },
         prog="ssmax",
         description="Scalable-Softmax (arXiv 2501.19399): attention that holds at any context length.",
         args=arguments,

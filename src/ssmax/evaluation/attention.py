@@ -102,7 +102,9 @@ def attention_sharpness(
 def _sharpness(n, weights):
     # A layer with a window has left the first token behind, once it holds fewer keys than there are tokens.
     behind = [layer[:, 1:] / layer[:, 1:].sum(-1, keepdim=True) if layer.shape[1] == n else layer for layer in weights]
-    return Sharpness(n, *(torch.stack([f(x) for x in rows]) for rows in (weights, behind) for f in (_entropy, _largest)))
+    return Sharpness(
+        n, *(torch.stack([f(x) for x in rows]) for rows in (weights, behind) for f in (_entropy, _largest))
+    )
 
 
 def _entropy(weights):

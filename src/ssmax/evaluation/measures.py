@@ -101,7 +101,9 @@ def _score_rows(found, longest, variant, at):
     place = {**at, "length": longest, "depth": depth}
     rows = []
     for (layer, head), score in np.ndenumerate(torch.stack([trial.scores for trial in cell]).mean(0).numpy()):
-        rows.append(Row("needle_score", variant, None, {**place, "layer": layer, "head": head}, float(score), len(cell)))
+        rows.append(
+            Row("needle_score", variant, None, {**place, "layer": layer, "head": head}, float(score), len(cell))
+        )
     for number, trial in enumerate(cell):
         here = {**place, "trial": number, "correct": trial.correct}
         rows.append(Row("top_needle_score", variant, None, here, trial.scores.max().item(), 1))

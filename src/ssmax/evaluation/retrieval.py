@@ -34,9 +34,7 @@ class RetrievalTrial:
     first_digit: bool
 
 
-def retrieve(
-    model: PreTrainedModel, examples: Sequence[NeedleExample], *, chunk: int = CHUNK
-) -> list[RetrievalTrial]:
+def retrieve(model: PreTrainedModel, examples: Sequence[NeedleExample], *, chunk: int = CHUNK) -> list[RetrievalTrial]:
     """Ask for the numbers of examples that have equally long prompts and answers; greedy decoding, exact match.
 
     Raises:

@@ -32,7 +32,7 @@ def _styled(draw: Callable) -> Callable[[Sequence[Row], Sequence[str]], Figure]:
 @_styled
 def _loss(rows, models):
     figure, axes = panels(1, 1, 7, 3.8)
-    axis, ends = axes[0, 0], []
+    axis, ends, values = axes[0, 0], [], []
     for model in models:
         losses = pick(rows, "loss_by_position", model)
         if not losses:
@@ -41,9 +41,11 @@ def _loss(rows, models):
         ends_of = [r.at.get("low", r.value) for r in losses], [r.at.get("high", r.value) for r in losses]
         band(axis, [r.at["position"] for r in losses], [r.value for r in losses], ends_of, colour, model, **style)
         ends.append(f"{model} {losses[-1].value:.3f}")
+        values += [row.value for row in losses]
     longest = max(row.at["position"] for row in pick(rows, "loss_by_position"))
     tokens(axis, _powers(longest), "position in the text (tokens)")
-    axis.set_ylabel("loss (nats per token)")
+    # With few documents the bands reach far: the curves set the scale.
+    axis.set(ylabel="loss (nats per token)", ylim=(min(values) - 0.5, max(values) + 0.5))
     legend(axis)
     title(figure, f"Loss around position {longest:,}: {', '.join(ends)}")
     return figure

@@ -4,6 +4,7 @@
     python benchmarks/run.py model        a converted Llama over the plain one: training step, cached decoding
     python benchmarks/run.py peer         this library beside the PyPI package scalable-softmax: right, fast, small?
     python benchmarks/run.py gradient     error of the gradients of s and b in bfloat16
+    python benchmarks/run.py evaluation   loss by position over a plain forward; retrieval with shared prefixes over without
 
 Each prints a table and writes its rows to benchmarks/results/CASE.jsonl.
 """
@@ -233,6 +234,64 @@ def gradient():
     return rows
 
 
+def evaluation():
+    """loss_by_position over a plain forward with all logits, and grids of sizes x depths over cell by cell."""
+    import numpy as np
+    from torch.nn.functional import cross_entropy
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ssmax.evaluation import ABCDigits, NeedleTask, loss_by_position, retrieve, retrieve_grid
+    from ssmax.evaluation.retrieval import grid_tokens
+    from ssmax.evaluation.tasks import depth_grid
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32_768, max_position_embeddings=8192, **shape)).eval()
+    rows = []
+    for length, repeats in ((2048, 10), (4096, 6)):
+        tokens = torch.randint(0, 32_768, (1, length + 1), generator=torch.Generator().manual_seed(0))
+
+        @torch.inference_mode()
+        def plain(tokens=tokens):
+            logits = model(tokens[:, :-1], use_cache=False).logits
+            return cross_entropy(logits[0], tokens[0, 1:], reduction="none")
+
+        contenders = {"plain": plain, "loss_by_position": lambda tokens=tokens: loss_by_position(model, tokens)}
+        middle, low, high = ratios(alternate(contenders, repeats), "plain")["loss_by_position"]
+        rows.append(
+            row("time_ratio", "loss_by_position", {"length": length, "low": low, "high": high}, middle, repeats)
+        )
+        show(f"loss by position over a plain forward, {length:,} tokens", f"{middle:.3f}  ({low:.3f} to {high:.3f})")
+
+    def encode(text):
+        return [ord(character) for character in text]
+
+    haystack, repeats = np.random.default_rng(0).integers(32, 126, 8192), 4
+    steps, doubled = (300, 600, 900, 1200, 1500), (128, 256, 512, 1024, 2048)
+    grids = {
+        "needle, sizes in equal steps": (NeedleTask(encode, haystack), steps),
+        "needle, sizes doubled": (NeedleTask(encode, haystack), doubled),
+        "several, sizes in equal steps": (NeedleTask(encode, haystack, several=True), steps),
+        "distractors, sizes in equal steps": (NeedleTask(encode, haystack, distractors=3), steps),
+        "abc, sizes in equal steps": (ABCDigits(encode), steps),
+    }
+    for name, (task, lengths) in grids.items():
+        grid = task.grid(depth_grid(lengths, (0.0, 0.25, 0.5, 0.75, 1.0)), np.random.default_rng(0))
+        contenders = {
+            "cell by cell": lambda grid=grid: [retrieve(model, [example], chunk=1024) for example in grid.values()],
+            "shared prefixes": lambda grid=grid: retrieve_grid(model, [grid], chunk=1024),
+        }
+        of_rounds = alternate(contenders, repeats)
+        middle, low, high = ratios(of_rounds, "shared prefixes")["cell by cell"]
+        tokens = sum(len(x.prompt) - 1 for x in grid.values()) / grid_tokens([grid])
+        at = {"grid": name, "cells": len(grid), "low": low, "high": high, "token_ratio": tokens}
+        rows.append(row("prefix_speedup", "shared prefixes", at, middle, repeats))
+        show(
+            f"{name}, {len(grid)} cells: times quicker with shared prefixes", f"{middle:.2f}  ({low:.2f} to {high:.2f})"
+        )
+    return rows
+
+
 def scale_gradients(q, k, v, upstream, dtype, rounded=torch.bfloat16):
     """Gradients of s and b per head. All inputs are bfloat16 numbers, so that only the arithmetic differs."""
     s, b = (
@@ -260,7 +319,7 @@ def show(name, value):
 
 
 if __name__ == "__main__":
-    cases = {"overhead": overhead, "model": model, "peer": peer, "gradient": gradient}
+    cases = {"overhead": overhead, "model": model, "peer": peer, "gradient": gradient, "evaluation": evaluation}
     if len(sys.argv) != 2 or sys.argv[1] not in cases:
         sys.exit(__doc__)
     file = RESULTS / f"{sys.argv[1]}.jsonl"

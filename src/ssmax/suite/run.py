@@ -24,7 +24,7 @@ from ssmax.suite.stages import Material, finetune, run_stage, stage_tokens
 __all__ = ["Machine", "evaluate", "filled_in", "plan"]
 
 TEXT_LIMIT = 64 * 2**20  # bytes of text that are read
-SIZES, SHORTEST = 5, 128  # contexts and tokens of the shortest, where the user names none
+SIZES = 5  # of contexts, in equal steps, where the user names none
 # As torch words memory that has run out, on a CPU and an accelerator.
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "No executable batch size")
 
@@ -71,8 +71,8 @@ def filled_in(settings: Settings) -> Settings:
         length = min((n for n in known if n), default=0)
         if not length:
             raise UserError("no model's config says how long its context is; give --length")
-    halved = tuple(length // 2**k for k in reversed(range(SIZES)) if length // 2**k >= SHORTEST)
-    return dataclasses.replace(settings, length=length, sizes=settings.sizes or halved)
+    steps = tuple(length * k // SIZES for k in range(1, SIZES + 1))
+    return dataclasses.replace(settings, length=length, sizes=settings.sizes or steps)
 
 
 def _context(contender):
@@ -172,7 +172,10 @@ def _load(source: str, settings: Settings, machine: Machine) -> PreTrainedModel:
 
 
 def _tokenizer(source: str) -> Any:
-    return _from_pretrained(AutoTokenizer, source, "tokenizer")
+    tokenizer = _from_pretrained(AutoTokenizer, source, "tokenizer")
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without files
+        raise UserError(f"{source} has no tokenizer; save the model's own into that folder")
+    return tokenizer
 
 
 def _from_pretrained(kind: Any, source: str, words: str, **options: Any) -> Any:

@@ -54,7 +54,7 @@ class Settings:
         "needle: the paper's sentence in text. several: one needle of another city at each depth, each asked in its turn. "
         "distractors: needles of other cities that nobody asks for. abc: lines A=482910, one letter asked.",
     )
-    sizes: tuple[int, ...] = _field((), "Context sizes of retrieval. Default: length, halved four times.")
+    sizes: tuple[int, ...] = _field((), "Context sizes of retrieval. Default: length in five equal steps.")
     depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
     trials: int = _field(4, "Texts with a needle for each size and depth.")
     distractors: int = _field(3, "Needles that nobody asks for, in the task of that name.")

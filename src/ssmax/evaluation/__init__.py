@@ -1,7 +1,7 @@
 """Measurements of long context on any causal Hugging Face model: a model goes in, numbers come out."""
 
 from ssmax.evaluation.attention import Sharpness, attention_sharpness, needle_scores
-from ssmax.evaluation.position_loss import Bin, binned, loss_by_position
+from ssmax.evaluation.position_loss import Bin, binned, log_edges, loss_by_position
 from ssmax.evaluation.retrieval import RetrievalTrial, retrieve, retrieve_grid
 from ssmax.evaluation.rope import rope_scaling, rope_theta
 from ssmax.evaluation.tasks import ABCDigits, NeedleExample, NeedleTask, PromptForm
@@ -16,6 +16,7 @@ __all__ = [
     "Sharpness",
     "attention_sharpness",
     "binned",
+    "log_edges",
     "loss_by_position",
     "needle_scores",
     "retrieve",

@@ -28,6 +28,7 @@ from ssmax.evaluation import (
 from ssmax.evaluation.position_loss import log_edges, t_quantile
 from ssmax.evaluation.prefix import prefill, prefix_tree, size
 from ssmax.evaluation.retrieval import grid_tokens
+from ssmax.evaluation.tasks import CITIES
 
 TEXT = np.array(encode("the quick brown fox jumps over a lazy dog and " * 100))
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
@@ -60,9 +61,13 @@ def test_loss_by_position_has_each_familys_own_head(name):
 def test_the_vocabulary_exists_for_few_rows_at_a_time():
     model, rows = family("llama"), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
-    loss_by_position(model, tokens(1001, rows=2), chunk=1000)
+    ids = tokens(1001, rows=2)
+    got = loss_by_position(model, ids, chunk=1000)
     assert max(rows) <= 256
     assert sum(rows) == 2000
+    with torch.no_grad():
+        want = cross_entropy(model(ids[:, :-1]).logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 def test_code_that_is_not_transformers_passes_whole():
@@ -139,6 +144,20 @@ def test_a_grid_says_what_each_cell_says_alone(task):
             torch.testing.assert_close(outcome.scores, alone.scores, rtol=0, atol=1e-6)
     separately = sum(len(example.prompt) - 1 for grid in trials for example in grid.values())
     assert grid_tokens(trials) < 0.85 * separately
+
+
+def test_a_single_needle_draws_what_it_always_drew():
+    """City, number, place in the text: the rows of ssmax reproduce depend on it."""
+    rng, same = np.random.default_rng(3), np.random.default_rng(3)
+    example = NeedleTask(encode, TEXT).example(300, 0.5, rng)
+    city, number = same.integers(10), same.integers(0, 10, 7)
+    fixed = (
+        len(example.answer) + example.span[1] - example.span[0] + len(f"\nThe special magic {CITIES[city]} number is:")
+    )
+    start = same.integers(0, len(TEXT) - (300 - fixed) + 1)
+    assert rng.bit_generator.state == same.bit_generator.state
+    assert spelled(example.answer) == " " + "".join(map(str, number))
+    assert example.prompt[: example.span[0]] == TEXT[start : start + example.span[0]].tolist()
 
 
 def spelled(ids):

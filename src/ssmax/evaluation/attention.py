@@ -95,7 +95,7 @@ def attention_sharpness(
         for before, n in itertools.pairwise([0, *lengths]):
             feed(model, token_ids[:, before : n - 1], cache, chunk)
             _, weights = attend(model, token_ids[:, n - 1 : n], cache)
-            found.append(_sharpness(n, [layer[0] for layer in weights]))
+            found.append(_sharpness(n, [layer[0].cpu() for layer in weights]))
     return found
 
 
@@ -108,7 +108,7 @@ def _sharpness(n, weights):
 
 
 def _entropy(weights):
-    return torch.special.entr(weights).sum(-1) / math.log(weights.shape[-1])
+    return -torch.xlogy(weights, weights).sum(-1) / math.log(weights.shape[-1])
 
 
 def _largest(weights):

@@ -134,7 +134,8 @@ class NeedleTask:
         longest = max(length for length, _ in cells)
         needs = self._parts(CITIES[first_city], numbers[0])
         start = int(rng.integers(0, max(1, len(self.haystack) - (longest - sum(map(len, needs))) + 1)))
-        others = [c for c in rng.permutation(len(CITIES)).tolist() if c != first_city][:extra]
+        # Drawn last: a single needle's examples do not depend on what other tasks draw.
+        others = [c for c in rng.permutation(len(CITIES)).tolist() if c != first_city][:extra] if extra else []
         numbers += [self._number(rng) for _ in others]
         parts = [self._parts(CITIES[c], n) for c, n in zip([first_city, *others], numbers, strict=True)]
         elsewhere = rng.random(extra).tolist()

@@ -262,6 +262,9 @@ def evaluation():
             row("time_ratio", "loss_by_position", {"length": length, "low": low, "high": high}, middle, repeats)
         )
         show(f"loss by position over a plain forward, {length:,} tokens", f"{middle:.3f}  ({low:.3f} to {high:.3f})")
+        for name, call in contenders.items():
+            rows.append(row("peak_bytes", name, {"length": length}, peak_memory(call), 1))
+            show(f"peak memory beyond the weights: {name}", f"{rows[-1].value / 2**20:,.0f} MiB")
 
     def encode(text):
         return [ord(character) for character in text]

@@ -202,6 +202,7 @@ def test_a_dry_run_says_what_sharing_saves_and_writes_nothing(folder, capsys, tm
         (("--sizes", "20", "--measures", "retrieval"), ["needs", "tokens for needle"]),
         (("--prompt", "chat", "--measures", "retrieval"), ["no chat template"]),
         (("--trials", "0"), ["--trials must be positive"]),
+        (("--tasks", "abc", "abc"), ["--tasks must name each once"]),
         (("--chunk", "0"), ["--chunk must be positive"]),
         (("--depths", "2"), ["0 to 1"]),
         (("--rope", "yarn"), ["JSON"]),
@@ -253,5 +254,14 @@ def test_help_teaches():
     done = subprocess.run(
         [Path(sys.executable).with_name("ssmax"), "evaluate", "--help"], capture_output=True, text=True, check=True
     )
-    for word in ("MODEL", "--theta-factor", "--rope", "--tasks", "several", "--chunk", "continues an interrupted run"):
+    for word in (
+        "MODEL",
+        "(default: 4)",
+        "--theta-factor",
+        "--rope",
+        "--tasks",
+        "several",
+        "--chunk",
+        "continues an interrupted run",
+    ):
         assert word in done.stdout

@@ -23,9 +23,9 @@ __all__ = ["main"]
 EXTRAS = "pip install 'ssmax[lab]'"
 
 
-def _options(settings: type) -> Any:
-    """Every field of a recipe that has a help text as an option; what is not given is the recipe's own."""
-    fields = [field for field in dataclasses.fields(settings) if "help" in field.metadata]
+def _options() -> type:
+    """Every field of a recipe as an option; what is not given is the recipe's own."""
+    fields = [field for field in dataclasses.fields(Recipe) if field.name != "name"]
     made = [
         (field.name, Annotated[field.type | None, tyro.conf.arg(help=field.metadata["help"])], None)  # pyrefly: ignore
         for field in fields
@@ -33,18 +33,23 @@ def _options(settings: type) -> Any:
     return dataclasses.make_dataclass("Options", made, frozen=True)
 
 
-Options: Any = _options(Recipe)
-EvaluateOptions: Any = _options(Settings)
+Options: Any = _options()
+EvaluateOptions: Any = dataclasses.make_dataclass(
+    "EvaluateOptions",
+    [
+        (f.name, Annotated[f.type, tyro.conf.arg(help=f.metadata["help"])], f.default)  # pyrefly: ignore
+        for f in dataclasses.fields(Settings)
+        if "help" in f.metadata
+    ],
+    frozen=True,
+)
 
 
 def _recipe(name: str, options: Any, **more: Any) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
-    return dataclasses.replace(RECIPES[name](), **{**more, **_given(options)})
-
-
-def _given(options: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(options).items() if value is not None}
+    chosen = {key: value for key, value in vars(options).items() if value is not None}
+    return dataclasses.replace(RECIPES[name](), **{**more, **chosen})
 
 
 RECIPE_HELP = (
@@ -203,7 +208,7 @@ class Evaluate:
 
     def run(self) -> None:
         """Run it."""
-        settings = Settings("evaluate", self.models, **_given(self.of_the_evaluation))
+        settings = Settings("evaluate", self.models, **vars(self.of_the_evaluation))
         from ssmax.suite.run import Machine, evaluate, filled_in, plan  # loads torch and transformers
 
         machine = Machine(self.device, self.chunk)

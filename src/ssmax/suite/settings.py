@@ -77,7 +77,8 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            value, option = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
+            value = getattr(self, f.name)
+            option = "MODEL ..." if f.name == "models" else f"--{f.name.replace('_', '-')}"
             numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, (int, float))]
             if any(x < 0 or x != x or (x == 0 and not f.metadata.get("zero")) for x in numbers):
                 raise UserError(

@@ -1,4 +1,4 @@
-"""The command line: ssmax reproduce, train, prepare, convert, calibrate, inspect, bench."""
+"""The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect, bench."""
 
 import contextlib
 import dataclasses
@@ -15,6 +15,8 @@ from ssmax import report
 from ssmax.errors import RunFailed, UserError
 from ssmax.lab.folder import RunFolder
 from ssmax.lab.recipes import RECIPES, Recipe
+from ssmax.report import longcontext
+from ssmax.suite.settings import Settings
 
 __all__ = ["main"]
 
@@ -32,6 +34,15 @@ def _options() -> type:
 
 
 Options: Any = _options()
+EvaluateOptions: Any = dataclasses.make_dataclass(
+    "EvaluateOptions",
+    [
+        (f.name, Annotated[f.type, tyro.conf.arg(help=f.metadata["help"])], f.default)  # pyrefly: ignore
+        for f in dataclasses.fields(Settings)
+        if "help" in f.metadata
+    ],
+    frozen=True,
+)
 
 
 def _recipe(name: str, options: Any, **more: Any) -> Recipe:
@@ -199,6 +210,54 @@ def _print_plan(recipe: Recipe) -> None:
     from ssmax.lab.plan import plan  # loads torch and transformers
 
     print("\n".join([*plan(recipe), "dry run: nothing was written"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure how models hold at long context, side by side: loss by position, retrieval, sharpness of attention.
+
+    Any causal model of transformers, converted or not. Leaves OUT/rows.jsonl (every number), figures/ (PNG and SVG) and
+    report.html, and prints tables. The same command continues an interrupted run and repeats nothing that is finished.
+    """
+
+    models: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            help="Folders of transformers models with their tokenizers, or names on a hub.", metavar="MODEL ..."
+        ),
+    ]
+    texts: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
+    out: Annotated[Path, tyro.conf.arg(help="Folder of the run.")] = Path("runs/evaluate")
+    device: Annotated[str, tyro.conf.arg(help="cpu, cuda, cuda:1, mps; auto takes the best that is there.")] = "auto"
+    chunk: Annotated[
+        int,
+        tyro.conf.arg(help="Tokens that pass at once: smaller needs less memory. It may change when a run continues."),
+    ] = 1024
+    json: Annotated[bool, tyro.conf.arg(help="Print the tables as JSON.")] = False
+    dry_run: Annotated[bool, tyro.conf.arg(help="Read texts and tokenizers, say what it takes, write nothing.")] = False
+    of_the_evaluation: Annotated[EvaluateOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=EvaluateOptions
+    )
+
+    def run(self) -> None:
+        """Run it."""
+        settings = Settings("evaluate", self.models, **vars(self.of_the_evaluation))
+        from ssmax.suite.run import Machine, evaluate, filled_in, plan  # loads torch and transformers
+
+        machine = Machine(self.device, self.chunk)
+        settings = filled_in(settings)
+        if self.dry_run:
+            print("\n".join(plan(settings, self.texts)))
+            return
+        run = RunFolder(self.out, settings, self.texts)
+        with run.opened():
+            evaluate(settings, self.texts, run, machine)
+            tables = longcontext.build(self.out)
+        if self.json:
+            print(longcontext.tables_json(tables))
+        else:
+            print(f"{longcontext.tables_text(tables)}\n\nReport: {(self.out / 'report.html').resolve()}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,6 +434,7 @@ def main(arguments: list[str] | None = None) -> None:
             "reproduce": Reproduce,
             "train": Train,
             "prepare": Prepare,
+            "evaluate": Evaluate,
             "convert": Convert,
             "calibrate": Calibrate,
             "inspect": Inspect,

@@ -1,26 +1,45 @@
 """Loss at each position of long texts, in memory that does not grow with length x vocabulary (the paper's Fig. 5)."""
 
+import copy
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from ssmax.evaluation.mode import eval_mode
+from ssmax.hf.visibility import forward_scope
 
-__all__ = ["loss_by_position"]
+__all__ = ["Bin", "binned", "log_edges", "loss_by_position"]
+
+# Rows of logits that exist at once: of 50,000 words they take 50 MB.
+LOGIT_ROWS = 256
+# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @torch.inference_mode()
-def loss_by_position(model: PreTrainedModel, token_ids: Tensor, *, chunk: int = 1024) -> Tensor:
+def loss_by_position(
+    model: PreTrainedModel, token_ids: Tensor, *, chunk: int = 1024, progress: Callable[[int], Any] | None = None
+) -> Tensor:
     """Return the loss of each token given all before it.
 
     Entry t is -log p(token t+1 | tokens 0..t), in nats. The text passes in chunks of positions through a key-value
-    cache, so that logits exist for one chunk at a time.
+    cache, and each chunk in slices through the vocabulary's projection, with whatever the family does there (softcap,
+    scaling): neither length x vocabulary nor chunk x vocabulary ever exists.
 
     Args:
         model: a causal language model of transformers; evaluated in eval mode.
         token_ids: (B, T) integers, no padding.
         chunk: positions per forward pass; smaller needs less memory.
+        progress: called with the number of tokens that have passed, chunk by chunk.
 
     Returns:
         (B, T - 1), float32.
@@ -32,15 +51,94 @@ def loss_by_position(model: PreTrainedModel, token_ids: Tensor, *, chunk: int = 
         raise ValueError(f"token_ids must be integers (B, T), T >= 2; got {token_ids.dtype} {tuple(token_ids.shape)}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+    token_ids = token_ids.to(model.device)
+    losses_of = _losses_sliced
+    if not _has_backbone(model):
+        losses_of, chunk = _losses_whole, min(chunk, LOGIT_ROWS)
+    cache, losses = DynamicCache(config=model.config), []
     with eval_mode(model):
-        return _loss(model, token_ids.to(model.device), chunk)
-
-
-def _loss(model, token_ids, chunk):
-    inputs, targets = token_ids[:, :-1], token_ids[:, 1:]
-    cache = DynamicCache(config=model.config)
-    losses = []
-    for rows, wanted in zip(inputs.split(chunk, 1), targets.split(chunk, 1), strict=True):
-        logits = model(input_ids=rows, past_key_values=cache, use_cache=True).logits
-        losses.append(cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none"))
+        inputs, targets = token_ids[:, :-1], token_ids[:, 1:]
+        for rows, wanted in zip(inputs.split(chunk, 1), targets.split(chunk, 1), strict=True):
+            losses.append(losses_of(model, rows, wanted, cache))
+            if progress is not None:
+                progress(rows.numel())
     return torch.cat(losses, 1)
+
+
+def _has_backbone(model):
+    """Whether the model is a backbone and what transformers puts behind it; of code from elsewhere nothing is known."""
+    code = inspect.unwrap(type(model).forward).__module__
+    return model.base_model is not model and code.partition(".")[0] == "transformers"
+
+
+def _losses_whole(model, rows, wanted, cache):
+    logits = model(input_ids=rows, past_key_values=cache, use_cache=True).logits
+    return cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
+
+
+def _losses_sliced(model, rows, wanted, cache):
+    with forward_scope():
+        output = model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
+    states, losses = output.last_hidden_state.flatten(0, 1), []
+    for slice_RD, wanted_R in zip(states.split(LOGIT_ROWS), wanted.flatten().split(LOGIT_ROWS), strict=True):
+        with _answering(model.base_model, output, slice_RD[None]):
+            logits_RV = model(input_ids=rows[:1, :1], use_cache=False).logits[0]
+        losses.append(cross_entropy(logits_RV.float(), wanted_R, reduction="none"))
+    return torch.cat(losses).view(wanted.shape)
+
+
+@contextmanager
+def _answering(backbone: nn.Module, output: Any, states: Tensor) -> Iterator[None]:
+    """Let the backbone answer with states, so that what the model does behind it can be had slice by slice."""
+    answer = copy.copy(output)
+    answer.last_hidden_state = states
+    backbone.forward = lambda *args, **kwargs: answer
+    try:
+        yield
+    finally:
+        del backbone.forward
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Mean loss over a range of positions and all documents.
+
+    Attributes:
+        first: first position, from 1.
+        last: last position.
+        mean: in nats per token.
+        low: lower end of the 95 % confidence interval over documents (Student's t); None for one document.
+        high: its upper end.
+    """
+
+    first: int
+    last: int
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def log_edges(length: int) -> list[int]:
+    """Return the last positions of bins up to length, two an octave from 8: 8, 11, 16, 23, 32, ..."""
+    return sorted({round(8 * 2 ** (k / 2)) for k in range(64) if 8 * 2 ** (k / 2) < length} | {length})
+
+
+def binned(losses: Tensor) -> list[Bin]:
+    """Return the mean of (documents, positions) losses in log-spaced bins, with confidence bands over documents."""
+    bins = []
+    for first, last in itertools.pairwise([0, *log_edges(losses.shape[1])]):
+        of_documents = losses[:, first:last].double().mean(1)
+        mean, count = of_documents.mean().item(), len(of_documents)
+        low = high = None
+        if count > 1:
+            half = t_quantile(count - 1) * of_documents.std().item() / math.sqrt(count)
+            low, high = mean - half, mean + half
+        bins.append(Bin(first + 1, last, mean, low, high))
+    return bins
+
+
+def t_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t, within 0.2 %."""
+    if freedom <= len(T_QUANTILES):
+        return T_QUANTILES[freedom - 1]
+    return 1.95996 + 2.3722 / freedom + 2.8225 / freedom**2

@@ -1,86 +1,40 @@
-"""Needle in a haystack: a sentence with a number is hidden in real text, and the model is asked for it (Fig. 6 to 8)."""
+"""Ask a model for the answers of retrieval tasks: exact match, first digit and needle scores (Fig. 6 to 8)."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ssmax.evaluation.attention import attend, span_scores
 from ssmax.evaluation.mode import eval_mode
-from ssmax.evaluation.needle_score import attend_last
+from ssmax.evaluation.prefix import Node, prefill, prefix_tree, size
+from ssmax.evaluation.tasks import NeedleExample
 
-__all__ = ["CITIES", "NeedleExample", "NeedleTask", "RetrievalTrial", "retrieve"]
+__all__ = ["RetrievalTrial", "grid_tokens", "retrieve", "retrieve_grid"]
 
-CITIES = ("Tokyo", "Paris", "London", "Berlin", "Madrid", "Rome", "Cairo", "Lima", "Oslo", "Delhi")
-
-
-@dataclass(frozen=True)
-class NeedleExample:
-    """One prompt with its answer; span holds the needle's tokens, its first and last + 1 index in the prompt."""
-
-    prompt: list[int]
-    answer: list[int]
-    span: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class NeedleTask:
-    """The paper's needle, "The special magic Tokyo number is: 8106422.", in text, and the question for its number.
-
-    Attributes:
-        encode: text -> token ids, without special tokens.
-        haystack: (T,) token ids of the text around it.
-        digits: length of the number; the paper's is 7.
-    """
-
-    encode: Callable[[str], list[int]]
-    haystack: np.ndarray
-    digits: int = 7
-
-    @property
-    def shortest(self) -> int:
-        """Length of an example without any text around the needle; the longest of some, where digits share tokens."""
-        numbers = np.random.default_rng(0).integers(0, 10, (16, self.digits))
-        return max(sum(map(len, self._parts(city, "".join(map(str, n))))) for city in CITIES for n in numbers)
-
-    def _parts(self, city: str, number: str) -> list[list[int]]:
-        """Return needle, question and answer in tokens."""
-        question = f"\nThe special magic {city} number is:"
-        return [self.encode(text) for text in (f"{question} {number}.\n", question, f" {number}")]
-
-    def example(self, length: int, depth: float, rng: np.random.Generator) -> NeedleExample:
-        """Draw an example whose prompt and answer have length tokens, the needle at depth in [0, 1] of the text.
-
-        Raises:
-            ValueError: no room for needle, question and answer, or a haystack shorter than the text needed.
-        """
-        city = CITIES[rng.integers(len(CITIES))]
-        number = "".join(str(digit) for digit in rng.integers(0, 10, self.digits))
-        needle, question, answer = self._parts(city, number)
-        room = length - len(needle) - len(question) - len(answer)
-        if room < 0 or len(self.haystack) < room:
-            raise ValueError(
-                f"a needle example of {length} tokens needs {length - room} tokens for needle, question and answer and "
-                f"{max(room, 0)} of text; the text has {len(self.haystack)}"
-            )
-        start = int(rng.integers(0, len(self.haystack) - room + 1))
-        text = self.haystack[start : start + room].tolist()
-        at = round(depth * room)
-        return NeedleExample(text[:at] + needle + text[at:] + question, answer, (at, at + len(needle)))
+CHUNK = 4096
 
 
 @dataclass(frozen=True)
 class RetrievalTrial:
-    """The outcome of one example: whether the whole answer came out, and each head's needle score (layers, heads)."""
+    """The outcome of one example.
+
+    Attributes:
+        correct: whether the whole answer came out.
+        scores: each head's needle score, (layers, heads).
+        first_digit: whether the answer was right up to its first digit (the token that holds it).
+    """
 
     correct: bool
     scores: Tensor
+    first_digit: bool
 
 
-@torch.inference_mode()
-def retrieve(model: PreTrainedModel, examples: Sequence[NeedleExample]) -> list[RetrievalTrial]:
+def retrieve(model: PreTrainedModel, examples: Sequence[NeedleExample], *, chunk: int = CHUNK) -> list[RetrievalTrial]:
     """Ask for the numbers of examples that have equally long prompts and answers; greedy decoding, exact match.
 
     Raises:
@@ -88,17 +42,71 @@ def retrieve(model: PreTrainedModel, examples: Sequence[NeedleExample]) -> list[
     """
     if len({(len(example.prompt), len(example.answer)) for example in examples}) != 1:
         raise ValueError("retrieve needs at least one example, and all of one prompt and answer length")
-    prompts, answers = (
-        torch.tensor([getattr(example, part) for example in examples], device=model.device)
-        for part in ("prompt", "answer")
-    )
+    return [trial[0] for trial in retrieve_grid(model, [{0: example} for example in examples], chunk=chunk)]
+
+
+@torch.inference_mode()
+def retrieve_grid(
+    model: PreTrainedModel,
+    trials: Sequence[Mapping[Any, NeedleExample]],
+    *,
+    chunk: int = CHUNK,
+    progress: Callable[[int], Any] | None = None,
+) -> list[dict[Any, RetrievalTrial]]:
+    """Ask for the answer of every cell of every trial; greedy decoding, exact match.
+
+    What the prompts of a trial share is prefilled once; trials whose prompts have the same lengths pass as one batch.
+
+    Args:
+        model: a causal language model of transformers.
+        trials: cell -> example for each, as a task's grid gives them; all with the same cells.
+        chunk: positions per forward pass; smaller needs less memory.
+        progress: called with the number of tokens that were prefilled.
+    """
+    found: list[dict[Any, RetrievalTrial]] = [{} for _ in trials]
     with eval_mode(model):
-        logits, cache, attention = attend_last(model, prompts)
+        for members, examples, prompts, tree in _batches(trials):
+            prompts = [prompt.to(model.device) for prompt in prompts]
+            # The last token of a prompt is left to _answer, which reads its attention.
+            before = [prompt[:, :-1] for prompt in prompts]
+            for cell, cache in prefill(model, before, tree, chunk=chunk, progress=progress):
+                name = list(examples)[cell]
+                for row, trial in zip(members, _answer(model, prompts[cell], cache, examples[name]), strict=True):
+                    found[row][name] = trial
+    return found
+
+
+def grid_tokens(trials: Sequence[Mapping[Any, NeedleExample]]) -> int:
+    """Return how many tokens retrieve_grid prefills."""
+    return sum(len(members) * size(tree) for members, _, _, tree in _batches(trials))
+
+
+def _batches(trials) -> list[tuple[list[int], dict[Any, list[NeedleExample]], list[Tensor], Node]]:
+    """Trials whose prompts and answers have the same lengths; each cell's examples, prompts, and the tree of prefixes."""
+    groups = defaultdict(list)
+    for index, trial in enumerate(trials):
+        groups[tuple((len(x.prompt), len(x.answer)) for x in trial.values())].append(index)
+    batches = []
+    for members in groups.values():
+        examples = {name: [trials[i][name] for i in members] for name in trials[members[0]]}
+        prompts = [torch.tensor([x.prompt for x in rows]) for rows in examples.values()]
+        batches.append((members, examples, prompts, prefix_tree([prompt[:, :-1] for prompt in prompts])))
+    return batches
+
+
+def _answer(model, prompts, cache, examples):
+    answers = torch.tensor([example.answer for example in examples], device=model.device)
+    logits, weights = attend(model, prompts[:, -1:], cache)
+    chosen = [logits[:, None]]
+    if answers.shape[1] > 1:
         # Feeding the true answer and comparing each next choice is exact match of greedy decoding, in one pass.
-        rest = model(input_ids=answers[:, :-1], past_key_values=cache, use_cache=True).logits
-    chosen = torch.cat([logits[:, None], rest], 1).argmax(-1)
-    correct = (chosen == answers).all(1).tolist()
+        chosen.append(model(input_ids=answers[:, :-1], past_key_values=cache, use_cache=True).logits)
+    right = torch.cat(chosen, 1).argmax(-1) == answers
+    if weights:
+        scores = span_scores(weights, [example.span for example in examples], prompts.shape[1])
+    else:
+        scores = torch.zeros(len(examples), 0, 0)
     return [
-        RetrievalTrial(ok, weights[:, :, slice(*example.span)].sum(-1))
-        for ok, weights, example in zip(correct, attention, examples, strict=True)
+        RetrievalTrial(bool(row.all()), score.cpu(), bool(row[: example.first].all()))
+        for row, score, example in zip(right, scores, examples, strict=True)
     ]

@@ -1,42 +1,92 @@
-"""RoPE with another theta, for the length of a measurement."""
+"""RoPE with another theta or scaling, for the length of a measurement."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-__all__ = ["rope_theta"]
+__all__ = ["ROPE_TYPES", "rope_scaling", "rope_theta"]
+
+# proportional is a kind of partial RoPE, which a model is trained with.
+ROPE_TYPES = tuple(sorted(set(ROPE_INIT_FUNCTIONS) - {"proportional"}))
+FULL = "full_attention"
 
 
 @contextmanager
 def rope_theta(model: nn.Module, factor: float) -> Iterator[None]:
     """Multiply RoPE's theta by factor inside the block, as the paper does at test time (50; Fig. 5 and 6).
 
+    Where layers with a window have a RoPE of their own (Gemma 3), only that of the layers that attend in full changes.
+
     Raises:
-        ValueError: the model has no RoPE of transformers' default kind, or factor is not positive.
+        ValueError: the model has no RoPE of transformers' kind, or factor is not positive.
     """
     if not factor > 0:
         raise ValueError(f"the factor of RoPE's theta must be positive, got {factor!r}")
     if factor == 1:
         yield
         return
-    rotaries: list[Any] = [
-        module for module in model.modules() if hasattr(module, "inv_freq") and hasattr(module, "config")
-    ]
-    if not rotaries or any(rotary.config.rope_parameters.get("rope_type") != "default" for rotary in rotaries):
-        raise ValueError(f"{type(model).__name__} has no RoPE of type 'default'; its theta cannot be raised")
-    before = [rotary.inv_freq for rotary in rotaries]
+    with _changed(model, lambda rope: {**rope, "rope_theta": rope["rope_theta"] * factor}):
+        yield
+
+
+@contextmanager
+def rope_scaling(model: nn.Module, parameters: Mapping[str, Any] | None) -> Iterator[None]:
+    """Scale RoPE inside the block by one of transformers' rules, such as {"rope_type": "yarn", "factor": 4}.
+
+    Args:
+        model: a model of transformers.
+        parameters: as in a config's rope_parameters: rope_type and what it needs (linear, dynamic, yarn: factor;
+            longrope: short_factor and long_factor; llama3: factor, low_freq_factor and high_freq_factor).
+            original_max_position_embeddings is the config's max_position_embeddings where it is not given. None leaves RoPE alone.
+
+    Raises:
+        ValueError: the model has no RoPE of transformers' kind, or parameters that do not make one.
+    """
+    if parameters is None:
+        yield
+        return
+    kind = parameters.get("rope_type")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+    kept = ("rope_theta", "partial_rotary_factor")
+    with _changed(model, lambda rope: {**{k: rope[k] for k in kept if k in rope}, **parameters}):
+        yield
+
+
+@contextmanager
+def _changed(model, change) -> Iterator[None]:
+    """Replace every rotary module by one whose config's rope_parameters are changed, and put it back afterwards."""
+    replaced = []
+    for name, module in list(model.named_modules()):
+        if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)):
+            parent, _, child = name.rpartition(".")
+            replaced.append((model.get_submodule(parent), child, module, _made_anew(module, change)))
+    if not replaced:
+        raise ValueError(f"{type(model).__name__} has no RoPE of transformers' kind; leave theta and scaling alone")
     try:
-        for rotary in rotaries:
-            config = copy.deepcopy(rotary.config)
-            config.rope_parameters = {
-                **config.rope_parameters,
-                "rope_theta": config.rope_parameters["rope_theta"] * factor,
-            }
-            rotary.inv_freq = type(rotary)(config=config).inv_freq.to(rotary.inv_freq)
+        for parent, child, _, changed in replaced:
+            setattr(parent, child, changed)
         yield
     finally:
-        for rotary, inv_freq in zip(rotaries, before, strict=True):
-            rotary.inv_freq = inv_freq
+        for parent, child, before, _ in replaced:
+            setattr(parent, child, before)
+
+
+def _made_anew(rotary, change):
+    rope = getattr(getattr(rotary, "config", None), "rope_parameters", None)
+    if not rope:
+        raise ValueError(f"{type(rotary).__name__} is no RoPE of transformers' kind; leave theta and scaling alone")
+    config = copy.deepcopy(rotary.config)
+    by_kind = FULL in rope
+    config.rope_parameters = {**rope, FULL: change(rope[FULL])} if by_kind else change(rope)
+    made = config.rope_parameters[FULL] if by_kind else config.rope_parameters
+    if made.get("rope_type") in ("yarn", "longrope", "llama3"):
+        made.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    try:
+        return type(rotary)(config=config).to(next(rotary.buffers()).device)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"RoPE of type {made.get('rope_type')!r} needs {error.args[0]}") from error

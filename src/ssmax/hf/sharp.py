@@ -121,6 +121,7 @@ def _attend(attend, implementation, module, query, key, value, attention_mask, *
         value,
         torch.ones(1, 1, query.shape[2]),
         mask=None if attention_mask is None else as_bool(attention_mask),
+        cu_seqlens=None,
         is_causal=False,
         window=None,
         softcap=None,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssmax.hf
 from ssmax.errors import UserError
-from ssmax.evaluation import NeedleTask, loss_by_position, retrieve, rope_theta
+from ssmax.evaluation import NeedleTask, log_edges, loss_by_position, retrieve, rope_theta
 from ssmax.lab import training
 from ssmax.lab.corpus import Corpus
 from ssmax.lab.counting import CountTask, counted
@@ -144,7 +144,7 @@ def _position_loss(job, recipe, corpus, models, progress):
     model = _pretrained(job, models)
     length = recipe.length_factor * recipe.train_length
     texts = torch.from_numpy(corpus.held_out[:, : length + 1].astype(np.int64))
-    edges = sorted({round(8 * 2 ** (k / 2)) for k in range(64) if 8 * 2 ** (k / 2) < length} | {length})
+    edges = log_edges(length)
     rows = []
     for factor in recipe.theta_factors:
         with rope_theta(model, factor):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ssmax.errors import UserError
 from ssmax.lab.recipes import Job, Recipe
@@ -22,12 +23,12 @@ class RunFolder:
 
     Attributes:
         folder: where it lies.
-        recipe: what it holds.
+        recipe: what it holds; any frozen dataclass with jobs, stages(job) and once.
         corpus: as given on the command line.
     """
 
     folder: Path
-    recipe: Recipe
+    recipe: Recipe | Any
     corpus: str | None
 
     @property
@@ -38,13 +39,16 @@ class RunFolder:
     @property
     def stages(self) -> list[str]:
         """Names of all stages, in the order of their rows."""
-        return ["formula", *(f"{job.name}.{stage}" for job in self.recipe.jobs for stage in self.recipe.stages(job))]
+        return [
+            *self.recipe.once,
+            *(f"{job.name}.{stage}" for job in self.recipe.jobs for stage in self.recipe.stages(job)),
+        ]
 
     def stage_file(self, name: str) -> Path:
         """Rows of one stage; the file exists once the stage is done."""
         return self.folder / "stages" / f"{name}.jsonl"
 
-    def todo(self, job: Job) -> list[str]:
+    def todo(self, job: Job | Any) -> list[str]:
         """Stages of a job that are not done, in their order."""
         return [stage for stage in self.recipe.stages(job) if not self.stage_file(f"{job.name}.{stage}").exists()]
 

@@ -1,7 +1,7 @@
 """What is trained and measured: a recipe is a function that returns a Recipe; the command line is made from its fields."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ssmax.errors import UserError
 
@@ -38,6 +38,8 @@ class Recipe:
     Raises:
         UserError: a field that makes no sense, or two that do not fit.
     """
+
+    once: ClassVar[tuple[str, ...]] = ("formula",)  # stages that belong to no model
 
     name: str
     models: tuple[str, ...] = _field(

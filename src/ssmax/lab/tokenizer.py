@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ssmax.errors import UserError
-from ssmax.evaluation.retrieval import CITIES
+from ssmax.evaluation.tasks import CITIES
 from ssmax.lab.sources import cached_only_offline
 
 __all__ = ["END_OF_TEXT", "NEEDLE_WORDS", "GivenTokenizer", "given", "trained", "vocabulary", "wrapped"]

@@ -2,7 +2,6 @@
 
 import io
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,25 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ssmax.report.claims import law_fits, learned_p
+from ssmax.report.drawing import STYLE, band, heat_map, legend, panels, title, tokens
 from ssmax.report.select import FORM_NAMES, NAMES, Spread, by, forms, pick, variants
 from ssmax.results import Row
 
 __all__ = ["draw", "drawable", "scales"]
 
 COLOURS = {"a": "#d55e00", "b": "#0072b2", "c": "#56b4e9", "d": "#009e73", "e": "#e69f00", "f": "#cc79a7"}
-STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "font.size": 9,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "ssmax",
-}
 
 
 def draw(name: int | str, rows: Sequence[Row], train_length: int) -> Figure:
@@ -52,7 +39,7 @@ def scales(rows: Sequence[Row], kind: str) -> bytes:
         heads = 1 + max(row.at["head"] for row in rows)
         layers = sorted({row.at["layer"] for row in rows})
         width, height = max(4.5, 0.32 * heads + 2), max(2.6, 0.2 * len(layers) + 1.2)
-        figure, axes = _panels(1, len(metrics), width * len(metrics), height)
+        figure, axes = panels(1, len(metrics), width * len(metrics), height)
         for axis, metric in zip(axes[0], metrics, strict=True):
             grid = np.full((len(layers), heads), np.nan)
             for row in pick(rows, metric):
@@ -63,14 +50,14 @@ def scales(rows: Sequence[Row], kind: str) -> bytes:
             axis.set_yticks(range(0, len(layers), every), layers[::every])
             axis.set(title=f"{metric}: mean {np.nanmean(grid):.4f}", xlabel="head", ylabel="layer")
             axis.grid(False)
-        _title(figure, f"{rows[0].variant}: multiplier s log n{' + b' if 'b' in metrics else ''} of each head")
+        title(figure, f"{rows[0].variant}: multiplier s log n{' + b' if 'b' in metrics else ''} of each head")
         content = io.BytesIO()
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()
 
 
 def _max_weight(rows, train_length):
-    figure, axes = _panels(1, 1, 6, 3.4)
+    figure, axes = panels(1, 1, 6, 3.4)
     ends = {}
     for variant in ("a", "b"):
         curve = by(pick(rows, "max_weight", variant), "n")
@@ -78,7 +65,7 @@ def _max_weight(rows, train_length):
             list(curve), [v[0] for v in curve.values()], "o-", ms=3, color=COLOURS[variant], label=NAMES[variant]
         )
         ends[variant] = list(curve.values())[-1][0]
-    _title(
+    title(
         figure,
         f"With {max(curve):,} keys the largest weight is {ends['a']:.4f} under Softmax, {ends['b']:.4f} under SSMax",
     )
@@ -88,7 +75,7 @@ def _max_weight(rows, train_length):
 
 
 def _focus(rows, train_length):
-    figure, axes = _panels(1, 3, 10, 3.3, sharey=True)
+    figure, axes = panels(1, 3, 10, 3.3, sharey=True)
     keys = sorted({row.at["n"] for row in pick(rows, "focus_weight")})
     for axis, (variant, s) in zip(axes[0], (("a", None), ("b", 0.43), ("b", 1.0)), strict=True):
         for n in keys:
@@ -104,14 +91,14 @@ def _focus(rows, train_length):
         )
         axis.legend(loc="lower right")
     axes[0, 0].set_ylabel("weight of z_max")
-    _title(figure, "Under SSMax the lead that a key needs does not grow with the number of keys")
+    title(figure, "Under SSMax the lead that a key needs does not grow with the number of keys")
     return figure
 
 
 def _learned_p(rows, train_length):
     learned = pick(rows, "learned_p")
     shown = forms(learned)
-    figure, axes = _panels(1, len(shown), 6 * len(shown), 3.6)
+    figure, axes = panels(1, len(shown), 6 * len(shown), 3.6)
     found = []
     for axis, form in zip(axes[0], shown, strict=True):
         curves = by(learned_p(rows, form, train_length), "n")
@@ -126,19 +113,19 @@ def _learned_p(rows, train_length):
             fit = fits[name]
             axis.plot(keys, fit.curve, color=colour, label=f"{fit.formula}: R² {fit.r2:.3f}")
         axis.set(title=FORM_NAMES[form], ylabel="p")
-        _tokens(axis, [2**k for k in range(1, 40) if 2**k <= max(keys)], "visible keys n")
+        tokens(axis, [2**k for k in range(1, 40) if 2**k <= max(keys)], "visible keys n")
         axis.legend()
         found.append(
             f"{FORM_NAMES[form]}: {fits['log'].formula}, R² {fits['log'].r2:.3f}; a line {fits['linear'].r2:.3f}"
         )
-    _title(figure, "The factor that a model learns for each n. " + "; ".join(found))
+    title(figure, "The factor that a model learns for each n. " + "; ".join(found))
     return figure
 
 
 def _training_loss(rows, train_length):
     losses = pick(rows, "train_loss", stage="pretrain")
     shown = forms(losses)
-    figure, axes = _panels(1, len(shown), 5.2 * len(shown), 3.6)
+    figure, axes = panels(1, len(shown), 5.2 * len(shown), 3.6)
     ends = []
     for axis, form in zip(axes[0], shown, strict=True):
         last = {}
@@ -149,8 +136,8 @@ def _training_loss(rows, train_length):
         axis.set(title=FORM_NAMES[form], xlabel="training step", ylabel="training loss (nats per token)")
         axis.set_ylim(top=_early(losses, form))
         ends.append(f"{FORM_NAMES[form]}: " + _listed(last, ".3f"))
-        _legend(axis)
-    _title(figure, "Training loss at the end. " + "; ".join(ends))
+        legend(axis)
+    title(figure, "Training loss at the end. " + "; ".join(ends))
     return figure
 
 
@@ -170,7 +157,7 @@ def _position_loss(rows, train_length):
     measured = pick(rows, "loss_by_position")
     shown, factors = forms(measured), sorted({row.at["theta_factor"] for row in measured})
     longest = max(row.at["position"] for row in measured)
-    figure, axes = _panels(len(shown), len(factors), 4.8 * len(factors), 3.1 * len(shown), sharex=True)
+    figure, axes = panels(len(shown), len(factors), 4.8 * len(factors), 3.1 * len(shown), sharex=True)
     ends = []
     for row, form in enumerate(shown):
         models = variants(pick(measured, "loss_by_position", form=form))
@@ -181,14 +168,14 @@ def _position_loss(rows, train_length):
                 _band(axis, by(losses, "position"), variant)
             _mark_training(axis, train_length)
             axis.set(title=f"{FORM_NAMES[form]}, RoPE theta × {factor}", ylabel="loss (nats per token)")
-            _tokens(axis, [2**k for k in range(3, 40) if 2**k <= longest], "position in the text (tokens)")
-            _legend(axis)
+            tokens(axis, [2**k for k in range(3, 40) if 2**k <= longest], "position in the text (tokens)")
+            legend(axis)
         at_end = pick(measured, "loss_by_position", form=form, theta_factor=factors[-1], position=longest)
         ends.append(
             f"{FORM_NAMES[form]}: "
             + _listed({v: np.mean([r.value for r in at_end if r.variant == v]) for v in models}, ".2f")
         )
-    _title(figure, f"Loss around position {longest:,}, theta × {factors[-1]}. " + "; ".join(ends))
+    title(figure, f"Loss around position {longest:,}, theta × {factors[-1]}. " + "; ".join(ends))
     return figure
 
 
@@ -198,21 +185,13 @@ def _retrieval(rows, train_length):
     asked = {form: variants(pick(cells, "retrieval_accuracy", form=form)) for form in shown}
     most = max(map(len, asked.values()))
     lengths, depths = (sorted({row.at[name] for row in cells}) for name in ("length", "depth"))
-    figure, axes = _panels(len(shown), most + 1, 3.6 * (most + 1), 3.0 * len(shown))
+    figure, axes = panels(len(shown), most + 1, 3.6 * (most + 1), 3.0 * len(shown))
     for row, form in enumerate(shown):
         for column, variant in enumerate(asked[form]):
             axis = axes[row, column]
             mean = by(pick(rows, "retrieval_accuracy", variant, form=form), "depth", "length")
             grid = np.array([[np.mean(mean[depth, length]) for length in lengths] for depth in depths])
-            axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            for (y, x), value in np.ndenumerate(grid):
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=7)
-            axis.set(
-                title=f"{NAMES[variant]}, {FORM_NAMES[form]}", xlabel="context (tokens)", ylabel="depth of the needle"
-            )
-            axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-            axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-            axis.grid(False)
+            heat_map(axis, grid, lengths, depths, f"{NAMES[variant]}, {FORM_NAMES[form]}")
         for axis in axes[row, len(asked[form]) : -1]:
             axis.axis("off")
         axis = axes[row, -1]
@@ -221,21 +200,21 @@ def _retrieval(rows, train_length):
             _band(axis, {n: [float(np.mean(v)) for (m, _), v in per_seed.items() if m == n] for n in lengths}, variant)
         _mark_training(axis, train_length)
         axis.set(title=f"mean over depths, {FORM_NAMES[form]}", ylabel="accuracy", ylim=(-0.02, 1.02))
-        _tokens(axis, lengths, "context (tokens)")
+        tokens(axis, lengths, "context (tokens)")
         axis.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
     beyond = {
         v: np.mean([r.value for r in pick(rows, "retrieval_accuracy", v) if r.at["length"] > train_length])
         for v in variants(cells)
     }
     what = ", ".join(f"{NAMES[v]} {x:.0%}" for v, x in beyond.items())
-    _title(figure, f"Needles found past the training length, theta × {cells[0].at['theta_factor']}: {what}")
+    title(figure, f"Needles found past the training length, theta × {cells[0].at['theta_factor']}: {what}")
     return figure
 
 
 def _needle_scores(rows, train_length):
     scores = pick(rows, "needle_score")
     shown = forms(scores)
-    figure, axes = _panels(1, len(shown), 4.8 * len(shown), 3.4, sharey=True)
+    figure, axes = panels(1, len(shown), 4.8 * len(shown), 3.4, sharey=True)
     best = {form: {} for form in shown}
     for axis, form in zip(axes[0], shown, strict=True):
         for variant in variants(pick(scores, "needle_score", form=form)):
@@ -252,14 +231,14 @@ def _needle_scores(rows, train_length):
         axis.legend()
     length = scores[0].at["length"]
     what = "; ".join(f"{FORM_NAMES[form]}: {_listed(best[form], '.2f')}" for form in shown)
-    _title(figure, f"Attention of the best head on the needle in {length:,} tokens. {what}")
+    title(figure, f"Attention of the best head on the needle in {length:,} tokens. {what}")
     return figure
 
 
 def _top_scores(rows, train_length):
     trials = pick(rows, "top_needle_score")
     shown = forms(trials)
-    figure, axes = _panels(1, len(shown), 5.2 * len(shown), 3.8, sharey=True)
+    figure, axes = panels(1, len(shown), 5.2 * len(shown), 3.8, sharey=True)
     jitter = np.random.default_rng(0)
     for axis, form in zip(axes[0], shown, strict=True):
         labels = []
@@ -277,7 +256,7 @@ def _top_scores(rows, train_length):
         axis.set_xticks(range(len(labels)), labels)
     share = {ok: [r.value for r in pick(rows, "top_needle_score", correct=ok)] for ok in (True, False)}
     means = {ok: f"{np.mean(values):.2f}" if values else "–" for ok, values in share.items()}
-    _title(
+    title(
         figure,
         f"Top needle score of a trial: {means[True]} where the answer was right, {means[False]} where it was wrong",
     )
@@ -287,7 +266,7 @@ def _top_scores(rows, train_length):
 def _counting(rows, train_length):
     answers = pick(rows, "counting_accuracy")
     shown = forms(answers)
-    figure, axes = _panels(1, len(shown), 5.2 * len(shown), 3.6, sharey=True)
+    figure, axes = panels(1, len(shown), 5.2 * len(shown), 3.6, sharey=True)
     far = []
     for axis, form in zip(axes[0], shown, strict=True):
         past, curve = {}, {}
@@ -298,36 +277,11 @@ def _counting(rows, train_length):
         axis.axhline(0.1, color="0.6", lw=0.8, ls=":")
         _mark_training(axis, train_length)
         axis.set(title=f"{FORM_NAMES[form]}; dotted: chance", ylabel="share of right counts", ylim=(0, 1.02))
-        _tokens(axis, list(curve), "context (tokens)")
+        tokens(axis, list(curve), "context (tokens)")
         axis.legend()
         far.append(f"{FORM_NAMES[form]}: " + _listed(past, ".2f"))
-    _title(figure, "Counting 0 to 9 words, right within the training length. " + "; ".join(far))
+    title(figure, "Counting 0 to 9 words, right within the training length. " + "; ".join(far))
     return figure
-
-
-def _legend(axis: Axes) -> None:
-    """A legend above the curves, with room made for it."""
-    models = len(axis.get_legend_handles_labels()[1])
-    low, high = axis.get_ylim()
-    axis.set_ylim(top=high + (high - low) * (0.12 + 0.05 * models))
-    axis.legend(loc="upper right", ncols=2, fontsize=7)
-
-
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle("\n".join(textwrap.wrap(text, int(figure.get_figwidth() * 11))), fontsize=11)
-
-
-def _tokens(axis: Axes, ticks: Sequence[int], label: str) -> None:
-    """A logarithmic axis of token counts, in plain numbers."""
-    axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set_xlabel(label)
-
-
-def _panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(max(width, 6), height + 0.4))
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _band(axis: Axes, curve: dict, variant: str, **style: Any) -> None:
@@ -336,10 +290,8 @@ def _band(axis: Axes, curve: dict, variant: str, **style: Any) -> None:
     spreads = [Spread(tuple(values)) for values in curve.values()]
     seeds = len(spreads[0].values)
     label = f"{NAMES[variant]} ({seeds} seed{'s' if seeds > 1 else ''})"
-    axis.plot(x, [s.mean for s in spreads], color=COLOURS[variant], label=label, ms=3, **style)
-    axis.fill_between(
-        x, [min(s.values) for s in spreads], [max(s.values) for s in spreads], color=COLOURS[variant], alpha=0.18, lw=0
-    )
+    ends = [min(s.values) for s in spreads], [max(s.values) for s in spreads]
+    band(axis, x, [s.mean for s in spreads], ends, COLOURS[variant], label, **style)
 
 
 def _mark_training(axis: Axes, train_length: int) -> None:

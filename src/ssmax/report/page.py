@@ -8,12 +8,13 @@ import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ssmax
 from ssmax.report.claims import HOLDS, HOLDS_NOT, RULE, Claim, claims
 from ssmax.results import read_rows, write_atomically
 
-__all__ = ["build", "claims_text"]
+__all__ = ["build", "claims_text", "document", "escaped", "figures_html", "is_made_from", "save", "state_of"]
 
 CAPTIONS = {
     1: "Figure 1. The largest attention weight against the number of keys, from the formula.",
@@ -45,23 +46,56 @@ def build(folder: Path) -> list[Claim]:
     recipe = settings["recipe"]
     found = claims(rows, recipe["train_length"])
     page = folder / "report.html"
-    made_from = hashlib.sha256((folder / "rows.jsonl").read_bytes() + ssmax.__version__.encode()).hexdigest()
-    if page.exists() and made_from in page.read_text():
+    made_from = state_of(folder)
+    if is_made_from(page, made_from):
         return found
     from ssmax.report.figures import draw, drawable  # loads matplotlib
 
     images = {}
     for name in drawable(rows):
-        figure = draw(name, rows, recipe["train_length"])
-        for kind in ("png", "svg"):
-            content = io.BytesIO()
-            figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-            write_atomically(
-                folder / "figures" / f"{f'figure{name}' if isinstance(name, int) else name}.{kind}", content.getvalue()
-            )
-        images[name] = content.getvalue()
+        file_name = f"figure{name}" if isinstance(name, int) else name
+        images[name] = save(draw(name, rows, recipe["train_length"]), folder / "figures", file_name)
     write_atomically(page, _page(rows, settings, found, images, made_from))
     return found
+
+
+def state_of(folder: Path) -> str:
+    """Return a hash of what a report is made from: the rows, and this version."""
+    return hashlib.sha256((folder / "rows.jsonl").read_bytes() + ssmax.__version__.encode()).hexdigest()
+
+
+def is_made_from(page: Path, state: str) -> bool:
+    """Whether the page is there and was made from that state."""
+    return page.exists() and state in page.read_text()
+
+
+def save(figure: Any, folder: Path, name: str) -> bytes:
+    """Save a figure as PNG and SVG and return the SVG."""
+    image = b""
+    for kind in ("png", "svg"):
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        image = content.getvalue()
+        write_atomically(folder / f"{name}.{kind}", image)
+    return image
+
+
+def document(name: str, state: str, body: str) -> str:
+    """Return a page of the reports' style that needs no other file."""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="made-from" content="{state}"><title>ssmax: {escaped(name)}</title><style>{STYLE}</style>
+{body}
+</html>
+"""
+
+
+def figures_html(images: Sequence[tuple[str, bytes]]) -> str:
+    """Return captions and SVG images as HTML."""
+    return "".join(
+        f"<figure><img alt='{escaped(caption)}' src='data:image/svg+xml;base64,{base64.b64encode(image).decode()}'>"
+        f"<figcaption>{escaped(caption)}</figcaption></figure>"
+        for caption, image in images
+    )
 
 
 def claims_text(found: Sequence[Claim], width: int) -> str:
@@ -94,31 +128,24 @@ def _page(rows, settings, found, images, made_from):
     recipe, provenance = settings["recipe"], rows[-1].provenance
     css = {HOLDS: "holds", HOLDS_NOT: "not"}
     table = "".join(
-        f"<tr><td>{_label(claim)}</td><td>{_text(claim.claim)}</td><td>{_text(claim.paper)}</td>"
-        f"<td>{_text(claim.measured)}</td><td class='{css.get(claim.verdict, 'open')}'>{_text(claim.verdict)}</td></tr>"
+        f"<tr><td>{_label(claim)}</td><td>{escaped(claim.claim)}</td><td>{escaped(claim.paper)}</td>"
+        f"<td>{escaped(claim.measured)}</td><td class='{css.get(claim.verdict, 'open')}'>{escaped(claim.verdict)}</td></tr>"
         for claim in found
     )
-    figures = "".join(
-        f"<figure><img alt='{_text(CAPTIONS[number])}' src='data:image/svg+xml;base64,{base64.b64encode(image).decode()}'>"
-        f"<figcaption>{_text(CAPTIONS[number])}</figcaption></figure>"
-        for number, image in images.items()
-    )
+    figures = figures_html([(CAPTIONS[number], image) for number, image in images.items()])
     facts = ", ".join(f"{name} {value}" for name, value in provenance.items() if value is not None)
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="made-from" content="{made_from}"><title>ssmax: {_text(recipe["name"])}</title><style>{STYLE}</style>
-<h1>Softmax against Scalable-Softmax</h1>
-<p class="sub">Recipe “{_text(recipe["name"])}”: every experiment of arXiv 2501.19399 that it covers, run here. {len(rows):,} measured rows in rows.jsonl.</p>
+    body = f"""<h1>Softmax against Scalable-Softmax</h1>
+<p class="sub">Recipe “{escaped(recipe["name"])}”: every experiment of arXiv 2501.19399 that it covers, run here. {len(rows):,} measured rows in rows.jsonl.</p>
 <h2>The paper's claims</h2>
 <table><tr><th>Figure</th><th>Claim</th><th>The paper's finding</th><th>Measured here</th><th>Verdict</th></tr>{table}</table>
-<p>{_text(RULE)} Spreads are standard deviations over seeds.</p>
+<p>{escaped(RULE)} Spreads are standard deviations over seeds.</p>
 <h2>Figures</h2>{figures}
 <h2>How it was done</h2>
-<ul>{"".join(f"<li>{_text(line)}</li>" for line in _method(rows, recipe))}</ul>
+<ul>{"".join(f"<li>{escaped(line)}</li>" for line in _method(rows, recipe))}</ul>
 {_tables(recipe)}
-<p>{_text(facts)}</p>
-<details><summary>All settings</summary><pre>{_text(json.dumps(settings, indent=1))}</pre></details>
-</html>
-"""
+<p>{escaped(facts)}</p>
+<details><summary>All settings</summary><pre>{escaped(json.dumps(settings, indent=1))}</pre></details>"""
+    return document(recipe["name"], made_from, body)
 
 
 def _tables(recipe):
@@ -163,7 +190,7 @@ def _tables(recipe):
     }
     return "".join(
         f"<h3>{name}</h3><table><tr><th></th><th>The paper</th><th>Here</th></tr>"
-        + "".join(f"<tr><td>{_text(a)}</td><td>{_text(b)}</td><td>{_text(c)}</td></tr>" for a, b, c in lines)
+        + "".join(f"<tr><td>{escaped(a)}</td><td>{escaped(b)}</td><td>{escaped(c)}</td></tr>" for a, b, c in lines)
         + "</table>"
         for name, lines in tables.items()
     )
@@ -193,5 +220,6 @@ def _method(rows, recipe):
     ]
 
 
-def _text(value):
+def escaped(value: Any) -> str:
+    """Return a value as text of HTML."""
     return html.escape(str(value), quote=True)

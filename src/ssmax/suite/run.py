@@ -1,0 +1,203 @@
+"""Run the stages of all models, one after another, and continue where an earlier run stopped."""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ssmax.errors import RunFailed, UserError
+from ssmax.evaluation import rope_scaling, rope_theta
+from ssmax.lab.corpus import documents
+from ssmax.lab.folder import RunFolder
+from ssmax.lab.reproduce import _provenance, _quiet, _stamped, failures, progress_bar
+from ssmax.results import read_rows, write_rows
+from ssmax.suite.settings import Contender, Settings
+from ssmax.suite.stages import Material, finetune, run_stage, stage_tokens
+
+__all__ = ["Machine", "evaluate", "filled_in", "plan"]
+
+TEXT_LIMIT = 64 * 2**20  # bytes of text that are read
+SIZES = 5  # of contexts, in equal steps, where the user names none
+# As torch words memory that has run out, on a CPU and an accelerator.
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "No executable batch size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How it runs, which does not change what is measured.
+
+    Attributes:
+        device: "cpu", "cuda", "mps", or "auto" for the best that is there.
+        chunk: positions per forward pass.
+    """
+
+    device: str = "auto"
+    chunk: int = 1024
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise UserError(f"--chunk must be positive, got {self.chunk}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            UserError: torch does not have it.
+        """
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next(x for x in ("cuda", "mps", "cpu") if there[x]) if self.device == "auto" else self.device
+        if not there.get(name.partition(":")[0], False):
+            raise UserError(f"--device {name} is not there; there is {', '.join(x for x in there if there[x])}")
+        return torch.device(name)
+
+
+def filled_in(settings: Settings) -> Settings:
+    """Return the settings with length and sizes, where the user gave none, from the models' configs.
+
+    Raises:
+        UserError: a model cannot be loaded, or no config says how long its context is.
+    """
+    length = settings.length
+    if not length:
+        known = [_context(contender) for contender in settings.jobs]
+        length = min((n for n in known if n), default=0)
+        if not length:
+            raise UserError("no model's config says how long its context is; give --length")
+    steps = tuple(length * k // SIZES for k in range(1, SIZES + 1))
+    return dataclasses.replace(settings, length=length, sizes=settings.sizes or steps)
+
+
+def _context(contender):
+    config = _from_pretrained(AutoConfig, contender.source, "config")
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def plan(settings: Settings, source: str | None) -> list[str]:
+    """Return lines that say what would be done, from texts and tokenizers alone."""
+    texts, description = _texts(source, settings)
+    lines = [f"text: {description}, {len(texts):,} documents"]
+    for contender in settings.jobs:
+        material = Material(settings, texts, _tokenizer(contender.source))
+        stages = settings.stages(contender)
+        with failures(f"{contender.name}: "), _for_people(contender, Machine(), ""):
+            tokens = {stage: stage_tokens(stage, material) for stage in stages}
+        lines += [f"{contender.name}: " + ", ".join(f"{stage} {count:,} tokens" for stage, count in tokens.items())]
+        if "retrieval" in settings.measures:
+            plain = settings.trials * sum(settings.sizes) * len(settings.depths) * len(settings.tasks)
+            lines.append(f"  (retrieval without shared prefixes: {plain:,} tokens)")
+    return [*lines, "dry run: nothing was written"]
+
+
+def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Machine) -> None:
+    """Measure every model to the end: run.rows_file holds every row.
+
+    Args:
+        settings: what to measure, filled in.
+        source: the texts, see ssmax.lab.corpus.documents.
+        run: the folder, opened by this process.
+        machine: how.
+
+    Raises:
+        UserError: bad models or texts, or a folder that belongs to another configuration.
+        RunFailed: a stage failed, or memory ran out; all finished ones are kept.
+    """
+    _quiet()
+    texts, description = _texts(source, settings)
+    run.claim(_fingerprint(texts, settings))
+    provenance = _provenance(settings, description) | {"device": str(machine.torch_device)}
+    for contender in settings.jobs:
+        _measure(contender, settings, texts, run, machine, provenance)
+    write_rows(run.rows_file, [row for name in run.stages for row in read_rows(run.stage_file(name))])
+
+
+def _measure(contender, settings, texts, run, machine, provenance):
+    todo = run.todo(contender)
+    if not todo:
+        return
+    tuned = run.folder / "models" / contender.name / "finetuned"
+    material = Material(settings, texts, _tokenizer(contender.source))
+    with failures(f"{contender.name}: "), _for_people(contender, machine, "texts"):
+        amounts = {stage: stage_tokens(stage, material) for stage in todo}
+    loaded: dict[str, PreTrainedModel] = {}
+
+    def model(source: str) -> PreTrainedModel:
+        if source not in loaded:
+            loaded.clear()
+            loaded[source] = _load(source, settings, machine)
+        return loaded[source]
+
+    with progress_bar(sum(amounts.values()), contender.name) as bar:
+        for stage in todo:
+            bar.set_description_str(f"{contender.name} {stage}")
+            with failures(f"{contender.name} {stage}: "), _for_people(contender, machine, stage), ExitStack() as rope:
+                if stage == "finetune":
+                    rows = finetune(contender.name, model(contender.source), material, tuned, bar.update)
+                    loaded.clear()
+                else:
+                    asks = stage in settings.tasks and settings.finetune_steps
+                    chosen = model(str(tuned) if asks else contender.source)
+                    rope.enter_context(rope_scaling(chosen, settings.rope_parameters))
+                    rope.enter_context(rope_theta(chosen, settings.theta_factor))
+                    rows = run_stage(stage, contender.name, chosen, material, machine.chunk, bar.update)
+            write_rows(run.stage_file(f"{contender.name}.{stage}"), _stamped(rows, provenance))
+
+
+@contextmanager
+def _for_people(contender: Contender, machine: Machine, stage: str) -> Iterator[None]:
+    """What the user can mend, in words: bad values, and memory that has run out."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        raise RunFailed(
+            f"memory ran out; give a smaller --chunk (now {machine.chunk}), a shorter --length or smaller --sizes; finished "
+            "stages are kept, and another --chunk continues them"
+        ) from error
+
+
+def _load(source: str, settings: Settings, machine: Machine) -> PreTrainedModel:
+    model = _from_pretrained(AutoModelForCausalLM, source, "causal language model", dtype=settings.dtype)
+    return model.to(machine.torch_device).eval()
+
+
+def _tokenizer(source: str) -> Any:
+    tokenizer = _from_pretrained(AutoTokenizer, source, "tokenizer")
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without files
+        raise UserError(f"{source} has no tokenizer; save the model's own into that folder")
+    return tokenizer
+
+
+def _from_pretrained(kind: Any, source: str, words: str, **options: Any) -> Any:
+    _quiet()
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} has no {words} that can be loaded: {reason[:300]}") from error
+
+
+def _texts(source: str | None, settings: Settings) -> tuple[list[str], str]:
+    found, description = documents(source, TEXT_LIMIT)
+    random.Random(settings.seed).shuffle(found)
+    return found, description
+
+
+def _fingerprint(texts: list[str], settings: Settings) -> str:
+    """A hash of the texts and of each model's files, by size and time: a folder never mixes two models of one name."""
+    digest = hashlib.sha256("\0".join(texts).encode())
+    for contender in settings.jobs:
+        for path in sorted(Path(contender.source).glob("*")):
+            state = path.stat()
+            digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

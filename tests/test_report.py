@@ -39,9 +39,12 @@ def test_rows_survive_the_file_and_damage_is_named(tmp_path):
     write_rows(path, rows)
     assert path.stat().st_mtime_ns == before
     path.write_text(path.read_text() + '{"metric": "tra')
+    with pytest.raises(ValueError, match=r"rows.jsonl is damaged: .*sha256"):
+        read_rows(path)
+    path.with_name("rows.jsonl.sha256").unlink()
     with pytest.raises(ValueError, match="line 2"):
         read_rows(path)
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(ValueError, match="train_loss of a at .* is nan"):
         write_rows(path, [dataclasses.replace(rows[0], value=float("nan"))])
 
 

@@ -8,7 +8,11 @@ import math
 import torch
 from torch import Tensor
 
+from ssmax.versions import require
+
 __all__ = ["matched_scale", "multiplier", "scalable_softmax", "visible_keys"]
+
+require("torch", torch.__version__)
 
 
 def matched_scale(train_length: int) -> float:

@@ -59,7 +59,8 @@ class SSMaxModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load as transformers does, and raise ValueError where a scale is missing or does not fit."""
+        """Load as transformers does, from safetensors alone, and raise ValueError where a scale is missing or does not fit."""
+        kwargs.setdefault("use_safetensors", True)  # a pickle would run code
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         lost = {
@@ -78,7 +79,8 @@ class SSMaxModel(PreTrainedModel):
         """Save as transformers does, with the file by which trust_remote_code finds this library."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in self.config.auto_map.values()))
+            # Of the class, not of the config, which may come from anywhere and would become code.
+            names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in auto_map(type(self).__bases__[1]).values()))
             code = f"# Needs the package ssmax.\nfrom {__name__} import {names}\n"
             Path(save_directory, f"{CODE_FILE}.py").write_text(code)
 

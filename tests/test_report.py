@@ -33,7 +33,7 @@ def test_verdicts_need_agreeing_seeds_and_a_difference_beyond_its_spread(differe
 def test_rows_survive_the_file_and_damage_is_named(tmp_path):
     rows = [Row("train_loss", "a", 0, {"step": 1}, 0.1 + 0.2, 1, {"commit": None})]
     path = tmp_path / "rows.jsonl"
-    write_rows(path, rows)
+    write_rows(path, rows, checked=True)
     assert read_rows(path) == rows
     before = path.stat().st_mtime_ns
     write_rows(path, rows)
@@ -44,7 +44,7 @@ def test_rows_survive_the_file_and_damage_is_named(tmp_path):
     path.with_name("rows.jsonl.sha256").unlink()
     with pytest.raises(ValueError, match="line 2"):
         read_rows(path)
-    with pytest.raises(ValueError, match="train_loss of a at .* is nan"):
+    with pytest.raises(ValueError, match=r"train_loss of a at .* is nan"):
         write_rows(path, [dataclasses.replace(rows[0], value=float("nan"))])
 
 

@@ -3,11 +3,12 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ssmax.backends import reference, sdpa
-from ssmax.scaling import as_bool, head_multiplier, rows_of, visible_keys
+from ssmax.scaling import as_bool, check_flag, check_plain, head_multiplier, rows_of, visible_keys, whole_number
 
 __all__ = ["attention"]
 
@@ -65,6 +66,7 @@ def attention(
         ValueError: shapes that do not fit, an unknown impl, or one that cannot compute what is asked.
     """
     _check_tensors(query, key, value, enable_gqa)
+    window = None if window is None else whole_number(window, "window", 1)
     _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p)
     is_bias = n is not None and isinstance(attn_mask, Tensor) and attn_mask.is_floating_point()
     narrowed = is_bias and attn_mask.dtype != query.dtype
@@ -89,9 +91,9 @@ def attention(
         is_causal=is_causal,
         window=window,
         softcap=softcap,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        dropout_p=dropout_p,
-    )
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        dropout_p=float(dropout_p),
+    ).to(query.dtype)  # under autocast the kernels answer in its dtype
     # A derived n is 0 only where the mask leaves nothing, and the backends return zeros there.
     return output if derived else output.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
 
@@ -156,6 +158,7 @@ def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):
 
 
 def _check_tensors(query, key, value, enable_gqa):
+    check_flag(enable_gqa, "enable_gqa")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -163,6 +166,7 @@ def _check_tensors(query, key, value, enable_gqa):
             raise ValueError(f"{name} must be (batch, heads, length, head size), got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        check_plain(tensor, name, query.device)
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}")
         if tensor.shape[0] != query.shape[0]:
@@ -183,12 +187,11 @@ def _check_tensors(query, key, value, enable_gqa):
 
 
 def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p):
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be a positive integer, got {window!r}")
     if window is not None and not is_causal:
         raise ValueError("window needs is_causal=True; for a two-sided window pass attn_mask")
-    for name, number in (("softcap", softcap), ("scale", scale)):
-        if number is not None and not isinstance(number, (int, float)):
+    check_flag(is_causal, "is_causal")
+    for name, number in (("softcap", softcap), ("scale", scale), ("dropout_p", dropout_p)):
+        if not isinstance(number, (int, float, np.floating)) and (number is not None or name == "dropout_p"):
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, got {softcap!r}")
@@ -197,6 +200,8 @@ def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dro
     if attn_mask is None:
         return
     wanted = (*query.shape[:3], key.shape[2])
+    if isinstance(attn_mask, Tensor):
+        check_plain(attn_mask, "attn_mask", query.device)
     if not isinstance(attn_mask, Tensor):
         _check_block_mask(attn_mask, wanted, is_causal)
         return

@@ -37,8 +37,13 @@ class Row:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write all rows to path, whole or not at all, with their checksum beside; an identical file is left untouched.
+def write_rows(path: Path, rows: Iterable[Row], *, checked: bool = False) -> None:
+    """Write all rows to path, whole or not at all; an identical file is left untouched.
+
+    Args:
+        path: the file.
+        rows: what it will hold.
+        checked: write the file's checksum beside it, which read_rows compares.
 
     Raises:
         ValueError: a value that is not finite.
@@ -49,7 +54,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
             raise ValueError(f"{row.metric} of {row.variant} at {row.at} is {row.value}, which no row holds")
     text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
     if not (is_whole(path) and path.read_text() == text):
-        write_checked(path, text)
+        (write_checked if checked else write_atomically)(path, text)
 
 
 def read_rows(path: Path) -> list[Row]:

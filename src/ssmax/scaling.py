@@ -4,7 +4,9 @@ Shape suffixes: B batch, H heads, N queries, S keys, T packed tokens, D document
 """
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,12 +129,15 @@ def scalable_softmax(
     """
     if not isinstance(z, Tensor) or not z.is_floating_point():
         raise TypeError(f"z must be a floating point tensor, got {getattr(z, 'dtype', type(z).__name__)}")
+    check_plain(z, "z", z.device)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
         raise TypeError(
             f"mask must be a bool tensor (True = visible), got {getattr(mask, 'dtype', type(mask).__name__)}"
         )
-    if not -z.ndim <= dim < z.ndim:
-        raise ValueError(f"dim must be one of z's {z.ndim} dimensions, got {dim}")
+    if mask is not None:
+        check_plain(mask, "mask", z.device)
+    if isinstance(dim, bool) or not isinstance(dim, (int, np.integer)) or not -z.ndim <= dim < z.ndim:
+        raise ValueError(f"dim must be one of z's {z.ndim} dimensions, got {dim!r}")
     row = list(z.shape)
     row[dim] = 1
     visible = (z > -math.inf) | z.isnan()  # a NaN that is seen must surface
@@ -192,12 +197,16 @@ def visible_keys(
         raise ValueError(
             f"exactly one of mask, position_ids, cu_seqlens and num_keys says what is visible; got {given or 'none'}"
         )
-    for name, value in (("num_queries", num_queries), ("window", window), ("chunk", chunk)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    num_queries, window, chunk = (
+        None if value is None else whole_number(value, name, 1)
+        for name, value in (("num_queries", num_queries), ("window", window), ("chunk", chunk))
+    )
     for name in ("mask", "position_ids", "cu_seqlens"):
         if sources[name] is not None and not isinstance(sources[name], Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(sources[name]).__name__}")
+        if sources[name] is not None:
+            check_plain(sources[name], name)
+    check_flag(causal, "causal")
     if window is not None and not causal:
         raise ValueError("window is defined for causal attention only; for a two-sided window pass the 4-D mask")
     if position_ids is not None:
@@ -212,8 +221,7 @@ def visible_keys(
 
 
 def _from_length(num_keys, num_queries, window, chunk, causal):
-    if isinstance(num_keys, bool) or not isinstance(num_keys, int) or num_keys < 0:
-        raise ValueError(f"num_keys must be a non-negative integer, got {num_keys!r}")
+    num_keys = whole_number(num_keys, "num_keys", 0)
     num_queries = num_keys if num_queries is None else num_queries
     if not causal and chunk is None:  # also cross attention, whose queries are no positions among the keys
         return torch.full((1, num_queries), num_keys)
@@ -339,6 +347,30 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def whole_number(value: Any, name: str, lowest: int) -> int:
+    """Return an integer, numpy's too, as Python's own, or raise ValueError where it is none or below the lowest."""
+    if not isinstance(value, bool) and isinstance(value, (int, np.integer)) and lowest <= value < 2**63:
+        return value if isinstance(value, int) else int(value)
+    raise ValueError(f"{name} must be a {('non-negative', 'positive')[lowest]} integer, got {value!r}")
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Raise TypeError where a value is no truth value."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def check_plain(tensor: Tensor, name: str, device: torch.device | None = None) -> None:
+    """Raise TypeError for sparse, complex and 8-bit floating tensors, ValueError where one is not on the given device."""
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 2
+    if tensor.layout != torch.strided or tensor.is_complex() or narrow:
+        raise TypeError(
+            f"{name} must be a dense tensor of real numbers of 16 bits or more, got {tensor.dtype} {tensor.layout}"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
 def _check_last(num_queries: int, available: int, name: str) -> None:
     if num_queries > available:
         raise ValueError(f"num_queries is {num_queries}, more than the {available} positions of {name}")
@@ -346,20 +378,30 @@ def _check_last(num_queries: int, available: int, name: str) -> None:
 
 def _real(value: Tensor | float, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _moved(value, name, device)
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
-    return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), float(value), dtype=dtype, device=device)
 
 
 def _count(n: Tensor | int, device: torch.device) -> Tensor:
-    if not isinstance(n, (Tensor, int, float)):
+    if isinstance(n, bool) or not isinstance(n, (Tensor, int, float, np.integer, np.floating)):
         raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
+    if isinstance(n, int) and n >= 2**63:
+        raise ValueError(f"n counts visible keys, got {n}")
     # torch.full takes a symbolic size as it is; as_tensor would compile anew for each number.
-    n = n.to(device) if isinstance(n, Tensor) else torch.full((), n, device=device)
-    if _readable(n) and not (n >= 0).all():
-        raise ValueError(f"n counts visible keys and must not be negative, got {n.min().item()}")
+    n = _moved(n, "n", device) if isinstance(n, Tensor) else torch.full((), n, device=device)
+    if _readable(n) and not ((n >= 0) & (n < math.inf)).all():
+        raise ValueError(
+            f"n counts visible keys and must be finite and not negative, got {n.min().item()} to {n.max().item()}"
+        )
     return n
+
+
+def _moved(tensor: Tensor, name: str, device: torch.device) -> Tensor:
+    """To the device; what is on the meta device has nothing to move."""
+    check_plain(tensor, name, device if tensor.device.type == "meta" else None)
+    return tensor.to(device)
 
 
 def _broadcast(tensor: Tensor, shape, name: str) -> Tensor:

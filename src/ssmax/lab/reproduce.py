@@ -60,14 +60,15 @@ def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, s
     tokens, provenance = prepare(recipe, source, run, cache)
     with failures(""):
         if PartialState().is_main_process and not run.stage_file("formula").exists():
-            write_rows(run.stage_file("formula"), _stamped(formula_rows(), provenance))
+            write_rows(run.stage_file("formula"), _stamped(formula_rows(), provenance), checked=True)
     if world_size() > 1:
         _run_together(run, recipe, tokens, provenance, setup)
     else:
         _run_jobs(run, recipe, tokens, provenance)
     if PartialState().is_main_process:
         with failures(""):
-            write_rows(run.rows_file, [row for name in run.stages for row in read_rows(run.stage_file(name))])
+            rows = [row for name in run.stages for row in read_rows(run.stage_file(name))]
+            write_rows(run.rows_file, rows, checked=True)
 
 
 def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup) -> Path:
@@ -86,11 +87,11 @@ def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup
             with progress_bar(total, job.name, state.is_main_process) as bar:
                 found = run_stage("pretrain", job, recipe, corpus, run.folder / "models", bar.update, setup)
             if state.is_main_process:
-                write_rows(rows, _stamped(found, provenance))
+                write_rows(rows, _stamped(found, provenance), checked=True)
         if state.is_main_process:
             if not model.exists():
                 _publish(run.folder / "models" / job.name / "pretrained", corpus, model)
-            write_rows(run.rows_file, read_rows(rows))
+            write_rows(run.rows_file, read_rows(rows), checked=True)
     return model
 
 
@@ -149,7 +150,7 @@ def _run_together(run, recipe, tokens, provenance, setup):
             with failures(f"{job.name}: "):
                 rows = run_stage(stage, job, recipe, corpus, run.folder / "models", bar.update, setup)
                 if stage not in TOGETHER or state.is_main_process:
-                    write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance))
+                    write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance), checked=True)
         with failures(""):
             state.wait_for_everyone()
 
@@ -279,7 +280,7 @@ def _work(unit, recipe, tokens, run, provenance):
 
         with failures(f"{job.name}: "):
             rows = run_stage(stage, job, recipe, corpus, run.folder / "models", progress)
-            write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance))
+            write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance), checked=True)
         _messages.put((job.name, None, 0))
 
 

@@ -111,15 +111,19 @@ def attach(model: PreTrainedModel) -> None:
             f"config.ssmax is missing: {type(model).__name__} cannot know its scales; convert the model anew"
         )
     layers = language_layers(model)
-    for index in recipe["layers"]:
-        layer = layers[index]
-        learned = "s" in recipe
-        scale = (
-            SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
-            if learned
-            else LawScale(recipe["law"], **recipe["parameters"])
-        )
-        layer.module.ssmax = scale.to(owner_device(layer.module))
+    try:
+        scales = {index: _scale(recipe, layers[index].heads) for index in recipe["layers"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"config.ssmax describes no scales that fit ({type(error).__name__}: {error})") from error
+    for index, scale in scales.items():
+        module = layers[index].module
+        module.ssmax = scale.to(owner_device(module))
+
+
+def _scale(recipe, heads):
+    if "s" in recipe:
+        return SSMaxScale(heads, recipe["s"], recipe["bias"], recipe["b"])
+    return LawScale(recipe["law"], **recipe["parameters"])
 
 
 def _scoped(forward: Callable) -> Callable:

@@ -114,7 +114,7 @@ class RunFolder:
                 f"{self.folder} holds a run of another configuration ({', '.join(changed[:3])}); "
                 "give another --out, or delete that folder"
             )
-        if not self.finished:
+        if not is_whole(self.rows_file):  # which is written last; later nothing can be mixed
             for name, version in settings["versions"].items():
                 if made_with.get(name, version) != version:
                     raise UserError(

@@ -1,5 +1,6 @@
 """What was broken on purpose, how often, and what was lost: rows for docs/faults.md."""
 
+import dataclasses
 import platform
 from datetime import datetime, timezone
 from importlib import metadata
@@ -36,5 +37,8 @@ def record(request):
 def pytest_sessionfinish(session):
     path = session.config.getoption("--faults")
     if path is not None and ROWS:
-        found = {row.variant: row for row in (*(read_rows(path) if path.exists() else ()), *ROWS)}
-        write_rows(path, [found[name] for name in sorted(found)])
+        found = {row.variant: row for row in (read_rows(path) if path.exists() else ())}
+        for fault in {row.variant for row in ROWS}:
+            rows = [row for row in ROWS if row.variant == fault]
+            found[fault] = dataclasses.replace(rows[0], samples=sum(row.samples for row in rows))
+        write_rows(path, [found[fault] for fault in sorted(found)])

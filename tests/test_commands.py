@@ -46,6 +46,14 @@ def test_convert_and_inspect(folder):
     assert "not converted" in run("inspect", folder / "plain").stdout
 
 
+def test_a_models_name_is_text_and_no_formula(folder):
+    name = r"$\frac{<script>$_^"
+    ssmax.convert(tiny_model("llama")).save_pretrained(folder / name)
+    drawn = run("inspect", folder / name, "--figure", folder / "s.svg")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "<script" not in (folder / "s.svg").read_text()
+
+
 def test_a_dry_run_writes_nothing(folder):
     before = sorted(folder.rglob("*"))
     done = run("convert", folder / "plain", folder / "new", "--dry-run")

@@ -163,7 +163,14 @@ def test_the_learned_law_is_fitted_without_its_untrained_ends():
 def run(tmp_path):
     recipe = dataclasses.asdict(dataclasses.replace(smoke(), name="<b>", train_length=16, steps=23_456))
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recipe, "corpus": "</pre><script>alert(1)</script>"}))
-    write_rows(tmp_path / "rows.jsonl", made_up_rows(0.5))
+    evil = {
+        "recipe": "<img src=x onerror=alert(1)>",
+        "corpus": "a'\"><script>",
+        "machine": "<iframe srcdoc=x>",
+        "<i>": "&",
+    }
+    rows = [dataclasses.replace(row, provenance=evil) for row in made_up_rows(0.5)]
+    write_rows(tmp_path / "rows.jsonl", rows)
     return tmp_path
 
 
@@ -174,8 +181,10 @@ def test_the_report_is_whole_offline_and_escaped(run):
     assert len(images) == 8
     assert all(b"<svg" in base64.b64decode(image) for image in images)
     assert not re.search(r"(?:src|href)=['\"]?(?:https?:)?//", page)
-    assert "<script" not in page
-    assert "&lt;b&gt;" in page
+    for word in ("<script", "<img src=x", "<iframe", "<b>", "<i>"):
+        assert word not in page
+    for word in ("&lt;b&gt;", "&lt;img src=x onerror=alert(1)&gt;", "&lt;/pre&gt;&lt;script&gt;", "&lt;i&gt; &amp;"):
+        assert word in page
     for words in ("Table 1. Model", "Table 2. Pretraining", "Table 3. Fine-tuning", "50,257", "23,456"):
         assert words in page
     assert {path.name for path in (run / "figures").iterdir()} == {

@@ -90,7 +90,7 @@ def attention(
         mask=attn_mask,
         is_causal=is_causal,
         window=window,
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         dropout_p=float(dropout_p),
     ).to(query.dtype)  # under autocast the kernels answer in its dtype
@@ -187,14 +187,16 @@ def _check_tensors(query, key, value, enable_gqa):
 
 
 def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p):
+    check_flag(is_causal, "is_causal")
     if window is not None and not is_causal:
         raise ValueError("window needs is_causal=True; for a two-sided window pass attn_mask")
-    check_flag(is_causal, "is_causal")
     for name, number in (("softcap", softcap), ("scale", scale), ("dropout_p", dropout_p)):
         if not isinstance(number, (int, float, np.floating)) and (number is not None or name == "dropout_p"):
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap!r}")
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     if attn_mask is None:

@@ -381,6 +381,8 @@ def _real(value: Tensor | float, name: str, dtype: torch.dtype, device: torch.de
         return _moved(value, name, device)
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
     return torch.full((), float(value), dtype=dtype, device=device)
 
 

@@ -5,7 +5,7 @@ import re
 __all__ = ["SUPPORTED", "require"]
 
 # Lowest, and the first that is not supported; pyproject.toml says the same.
-SUPPORTED = {"torch": ((2, 6), None), "transformers": ((5, 10), (6, 0))}
+SUPPORTED = {"torch": ((2, 7), None), "transformers": ((5, 10), (6, 0))}
 
 
 def require(package: str, version: str) -> None:

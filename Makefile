@@ -9,7 +9,7 @@ reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(FAULTS),--faults $(FAULTS))
 
 # Kills, full disks, lost ranks, random calls; renews the rows of docs/faults.md with FAULTS=docs/results/faults.jsonl
 test-faults: $(STAMP)

@@ -63,6 +63,7 @@ class Forks:
     def close(self):
         self.process.stdin.close()
         self.process.wait(timeout=30)
+        self.process.stdout.close()
 
 
 def make_corpus(root, documents=30):
@@ -109,7 +110,8 @@ def alive(pid):
 
 def half_written(folder):
     """Checkpoints that are being written at this moment."""
-    return [c for c in folder.rglob("checkpoint-*") if c.is_dir() and not (c / "seal.json").exists()]
+    found = folder.glob("models/*/*-checkpoints/checkpoint-*")
+    return {checkpoint for checkpoint in found if not (checkpoint / "seal.json").exists()}
 
 
 def kill(pid, whom, rng):

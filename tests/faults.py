@@ -88,7 +88,7 @@ def whole(folder):
     return True
 
 
-def gone(pid, seconds=30):
+def gone(pid, seconds=120):
     """Wait until no process of a group lives any more."""
     deadline = time.monotonic() + seconds
     while True:

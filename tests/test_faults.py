@@ -126,8 +126,8 @@ def test_reproduce_killed_at_20_moments_in_every_stage(forks, corpus, reproduced
             }.get(name, lambda run=run, name=name: reached(run, name)),
             pid,
         )
-        # Where the stage had begun before, its workers are loading now, or at it again.
-        delay = {"tokenising": 0.02, "checkpoint": 0.0, "report": 0.2, "start": 6.0}.get(name, 6.0 if begun else 0.3)
+        # Where the stage had begun before, its workers are starting now, or at it again.
+        delay = {"tokenising": 0.02, "checkpoint": 0.0, "report": 0.2, "start": 2.0}.get(name, 2.0 if begun else 0.3)
         ends = time.monotonic() + rng.uniform(0, delay)
         hit = hit and wait_until(lambda ends=ends: time.monotonic() > ends, pid)
         kill(pid, ("all", "leader", "worker")[len(struck) % 3 if name in ("checkpoint", *STAGES) else 0], rng)

@@ -256,6 +256,8 @@ def _from_documents(cu_seqlens, num_queries, window, chunk, causal):
         )
     if _readable(cu_seqlens) and (cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must start at 0 and never decrease, got {cu_seqlens.tolist()[:8]}")
+    if cu_seqlens.is_meta and num_queries is None:
+        raise ValueError("num_queries is needed where cu_seqlens has no values to read (on the meta device)")
     ends = cu_seqlens.long()
     total = ends[-1]
     if num_queries is None:

@@ -1,9 +1,11 @@
 """A process that has loaded everything once and then forks the command line for each JSON line on its input.
 
 Each fork is a session of its own, so that a test can kill it, its workers or all of them, without waiting for torch to load.
+Workers are forked too, not spawned; tests/test_cli.py kills runs with spawned ones.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +15,8 @@ if __name__ == "__main__":
     import ssmax.lab.reproduce  # noqa: F401
     from ssmax import cli
 
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("ready", flush=True)
     for line in sys.stdin:

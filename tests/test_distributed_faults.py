@@ -70,7 +70,7 @@ def test_a_rank_that_is_gone_is_named(rank, number, fault, corpus, together, tmp
     struck = time.monotonic()
     _, told = process.communicate(timeout=120)
     # 6 s until the other one gives up, 5 s to ask around, 30 s until torchrun kills what does not end.
-    assert time.monotonic() - struck < 60
+    assert time.monotonic() - struck < 90
     assert process.returncode != 0
     assert f"ssmax: rank {rank} does not answer: it hangs or was killed" in told
     assert not (tmp_path / "run" / "model").exists()

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmax.arguments import check_flag, check_plain, whole_number
 from ssmax.backends import reference, sdpa
-from ssmax.scaling import as_bool, check_flag, check_plain, head_multiplier, rows_of, visible_keys, whole_number
+from ssmax.scaling import as_bool, head_multiplier, rows_of, visible_keys
 
 __all__ = ["attention"]
 

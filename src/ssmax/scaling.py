@@ -4,12 +4,12 @@ Shape suffixes: B batch, H heads, N queries, S keys, T packed tokens, D document
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ssmax.arguments import check_flag, check_plain, whole_number
 from ssmax.versions import require
 
 __all__ = ["matched_scale", "multiplier", "scalable_softmax", "visible_keys"]
@@ -201,11 +201,11 @@ def visible_keys(
         None if value is None else whole_number(value, name, 1)
         for name, value in (("num_queries", num_queries), ("window", window), ("chunk", chunk))
     )
-    for name in ("mask", "position_ids", "cu_seqlens"):
-        if sources[name] is not None and not isinstance(sources[name], Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(sources[name]).__name__}")
-        if sources[name] is not None:
-            check_plain(sources[name], name)
+    for name, value in (("mask", mask), ("position_ids", position_ids), ("cu_seqlens", cu_seqlens)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value is not None:
+            check_plain(value, name)
     check_flag(causal, "causal")
     if window is not None and not causal:
         raise ValueError("window is defined for causal attention only; for a two-sided window pass the 4-D mask")
@@ -347,30 +347,6 @@ def as_bool(mask: Tensor) -> Tensor:
 def _readable(tensor: Tensor) -> bool:
     """Whether looking at the values costs no device synchronisation and no graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def whole_number(value: Any, name: str, lowest: int) -> int:
-    """Return an integer, numpy's too, as Python's own, or raise ValueError where it is none or below the lowest."""
-    if not isinstance(value, bool) and isinstance(value, (int, np.integer)) and lowest <= value < 2**63:
-        return value if isinstance(value, int) else int(value)
-    raise ValueError(f"{name} must be a {('non-negative', 'positive')[lowest]} integer, got {value!r}")
-
-
-def check_flag(value: Any, name: str) -> None:
-    """Raise TypeError where a value is no truth value."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-
-
-def check_plain(tensor: Tensor, name: str, device: torch.device | None = None) -> None:
-    """Raise TypeError for sparse, complex and 8-bit floating tensors, ValueError where one is not on the given device."""
-    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 2
-    if tensor.layout != torch.strided or tensor.is_complex() or narrow:
-        raise TypeError(
-            f"{name} must be a dense tensor of real numbers of 16 bits or more, got {tensor.dtype} {tensor.layout}"
-        )
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
 def _check_last(num_queries: int, available: int, name: str) -> None:

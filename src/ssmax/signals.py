@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ssmax.errors import Stopped
 
-__all__ = ["asked_to_stop", "check", "install", "saved_first"]
+__all__ = ["asked_to_stop", "check", "deferred", "install"]
 
 # torchrun passes on the Ctrl-C that its ranks got from the terminal as well: one wish, not two.
 SAME_WISH = 2.0
@@ -25,16 +25,14 @@ def install(*, deferred: bool = False) -> None:
 
 
 @contextmanager
-def saved_first() -> Iterator[None]:
-    """Remember a signal for whoever asks asked_to_stop inside; a second one stops at once."""
+def deferred() -> Iterator[None]:
+    """Only remember a signal inside, for whoever asks; a second one stops at once."""
     global _deferred
     before, _deferred = _deferred, True
     try:
         yield
     finally:
         _deferred = before
-    if not before:
-        check()
 
 
 def asked_to_stop() -> bool:

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
+from ssmax import signals
 from ssmax.errors import RunFailed, UserError
 
 __all__ = ["agree", "any_of", "explained", "join"]
@@ -53,15 +54,10 @@ def explained(error: Exception) -> Exception:
     if state.num_processes == 1:
         return error
     own = isinstance(error, (UserError, RunFailed, OSError))
-    store = distributed.distributed_c10d._get_default_store()
-    words: dict[int, str] = {}
+    others = [rank for rank in range(state.num_processes) if rank != state.process_index]
     try:
-        store.set(f"ssmax/{state.process_index}", str(error) if own else "")
-        others = [rank for rank in range(state.num_processes) if rank != state.process_index]
-        deadline = time.monotonic() + LAST_WORDS.total_seconds()
-        while not own and len(words) < len(others) and time.monotonic() < deadline:
-            words |= {rank: store.get(key).decode() for rank in others if store.check([key := f"ssmax/{rank}"])}
-            time.sleep(0.05)
+        with signals.deferred():  # torchrun asks the ranks to end as soon as one of them is gone
+            words = _last_words(state.process_index, str(error) if own else "", () if own else others)
     except RuntimeError:  # the store was on a machine that is gone
         return error
     if own:
@@ -71,5 +67,19 @@ def explained(error: Exception) -> Exception:
         return RunFailed("; ".join(failed))
     missing = [str(rank) for rank in others if rank not in words]
     if missing:
-        return RunFailed(f"rank {', '.join(missing)} does not answer: it hangs or was killed")
+        return RunFailed(
+            f"rank {', '.join(missing)} does not answer: it hangs or was killed; the same command continues"
+        )
     return error
+
+
+def _last_words(rank, word, others):
+    """Leave a word for the other ranks, and wait a moment for theirs."""
+    store = distributed.distributed_c10d._get_default_store()
+    store.set(f"ssmax/{rank}", word)
+    words: dict[int, str] = {}
+    deadline = time.monotonic() + LAST_WORDS.total_seconds()
+    while len(words) < len(others) and time.monotonic() < deadline:
+        words |= {other: store.get(key).decode() for other in others if store.check([key := f"ssmax/{other}"])}
+        time.sleep(0.05)
+    return words

@@ -192,8 +192,9 @@ def _train(model, recipe, data, batch_size, optimizer, arguments, seed, folder, 
     trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
     newest = checkpoints.newest(folder, whose)
     watch.resumed = newest
-    with signals.saved_first():
+    with signals.deferred():
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    signals.check()
     if watch.stopped:  # by a signal that reached another rank
         raise Stopped(signal.SIGTERM)
     finite.check_weights(trainer.weights, trainer.state.global_step)

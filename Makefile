@@ -3,13 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: reproduce test test-harness lint clean
+.PHONY: reproduce test test-faults test-harness fuzz versions lint clean
 
 reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(FAULTS),--faults $(FAULTS))
+
+# Kills, full disks, lost ranks, random calls; renews the rows of docs/faults.md with FAULTS=docs/results/faults.jsonl
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(if $(FAULTS),--faults $(FAULTS))
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/calls.py 10000 $(or $(SEED),1)
+
+# The oldest and the newest supported torch and transformers, each in a venv of its own: gigabytes, some minutes.
+versions:
+	$(PYTHON) tests/programs/versions.py
 
 # lm-evaluation-harness is large and needed by one test alone.
 test-harness: $(STAMP)
@@ -27,4 +38,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venvs

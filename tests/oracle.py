@@ -18,8 +18,11 @@ def softmax_row(z, m, open_keys):
     return weights
 
 
-def attention(q, k, v, s, b, open_keys, n=None, scale=None, softcap=None):
-    """q (B, H, N, D), k and v (B, K, S, .), s and b (H,), open_keys (B, H, N, S) bool; n defaults to their count."""
+def attention(q, k, v, s, b, open_keys, n=None, scale=None, softcap=None, bias=None):
+    """q (B, H, N, D), k and v (B, K, S, .), s and b (H,), open_keys (B, H, N, S) bool; n defaults to their count.
+
+    bias: (B, H, N, S), added after the multiplier.
+    """
     batch, heads, rows, size = q.shape
     groups = heads // k.shape[1]
     scale = 1 / math.sqrt(size) if scale is None else scale
@@ -33,7 +36,8 @@ def attention(q, k, v, s, b, open_keys, n=None, scale=None, softcap=None):
                 visible = open_keys[i, h, r]
                 count = visible.sum() if n is None else n[i, h, r]
                 if count > 0 and visible.any():
-                    weights = softmax_row(z, s[h] * math.log(count) + b[h], visible)
+                    m = s[h] * math.log(max(count, 1)) + b[h]
+                    weights = softmax_row(m * z + (0 if bias is None else bias[i, h, r]), 1.0, visible)
                     out[i, h, r] = weights @ v[i, h // groups]
     return out
 

@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,14 @@ def test_convert_and_inspect(folder):
     assert "law s log n, init 0.5" in told.stdout
     assert "softmax" in told.stdout.splitlines()[-2]
     assert "not converted" in run("inspect", folder / "plain").stdout
+
+
+def test_a_models_name_is_text_and_no_formula(folder):
+    name = r"$\frac{<script>$_^"
+    ssmax.convert(tiny_model("llama")).save_pretrained(folder / name)
+    drawn = run("inspect", folder / name, "--figure", folder / "s.svg")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "<script" not in (folder / "s.svg").read_text()
 
 
 def test_a_dry_run_writes_nothing(folder):
@@ -188,6 +198,33 @@ def test_a_calibration_without_gain_writes_nothing(trained):
     assert "nothing has changed" in done.stdout
     assert "was not written" in done.stdout
     assert sorted(path.name for path in trained.iterdir()) == ["noise.txt", "plain", "texts"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_calibration_says_so_and_leaves_nothing(trained, number):
+    arguments = ("calibrate", trained / "plain", trained / "new", "--texts", trained / "texts", "--steps", "100000")
+    process = subprocess.Popen(
+        [SSMAX, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    before = sorted(trained.rglob("*"))
+    while not catches_sigterm(process.pid):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert told.strip().splitlines()[-1] == f"ssmax: stopped by {number.name}; nothing was written"
+    assert "Traceback" not in told
+    assert sorted(trained.rglob("*")) == before
+
+
+def catches_sigterm(pid):
+    """As the kernel knows it."""
+    caught = int(Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.parametrize(

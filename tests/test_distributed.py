@@ -81,11 +81,12 @@ def test_any_number_of_ranks_ends_with_the_same_losses(ranks, shard, alone, corp
 
 def mark_history(folder):
     """Write another first loss into the checkpoint, which only a run that continues it can report."""
-    newest = checkpoints.newest(next(folder.glob("models/*/pretrain-checkpoints")))
+    newest = max(folder.glob("models/*/pretrain-checkpoints/checkpoint-*/seal.json")).parent
+    owner = json.loads((newest / "seal.json").read_text())["owner"]
     state = json.loads((newest / "trainer_state.json").read_text())
     state["log_history"][0]["loss"] = 99
     (newest / "trainer_state.json").write_text(json.dumps(state))
-    checkpoints.seal(newest, is_main=True)
+    checkpoints.seal(newest, owner)
 
 
 @pytest.mark.parametrize(("before", "after", "shard"), [(2, 4, False), (4, 2, True)])
@@ -149,12 +150,12 @@ def test_only_whole_checkpoints_count(tmp_path):
         (folder / "model.safetensors").write_bytes(b"weights" * 100)
         (folder / "optimizer.pt").write_bytes(b"state" * 100)
         if step != 30:
-            checkpoints.seal(folder, is_main=True)
-    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-20"
+            checkpoints.seal(folder, "me")
+    assert checkpoints.newest(tmp_path, "me") == tmp_path / "checkpoint-20"
     assert not (tmp_path / "checkpoint-30").exists()
     damaged = bytearray((tmp_path / "checkpoint-20" / "optimizer.pt").read_bytes())
     damaged[7] ^= 1
     (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(damaged)
-    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-10"
+    assert checkpoints.newest(tmp_path, "me") == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-10" / "model.safetensors").unlink()
-    assert checkpoints.newest(tmp_path) is None
+    assert checkpoints.newest(tmp_path, "me") is None

@@ -237,6 +237,23 @@ def test_s_and_b_learn_in_any_dtype(dtype):
         assert (mine.grad - exact.grad).norm() / exact.grad.norm() < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_output_has_the_querys_dtype_under_autocast_too(impl):
+    (q, k, v), s, b = tensors(dtype=torch.float32)
+    want = attention(q, k, v, s, b, is_causal=True, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = attention(q, k, v, s, b, is_causal=True, impl=impl)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=2**-5)
+
+
+def test_numpys_integers_are_integers():
+    (q, k, v), s, b = tensors()
+    got = attention(q, k, v, s, b, is_causal=True, window=np.int64(3))
+    assert torch.equal(got, attention(q, k, v, s, b, is_causal=True, window=3))
+    assert visible_keys(num_keys=np.int32(3), window=np.int64(2)).tolist() == [[1, 2, 2]]
+
+
 def test_dropout_drops():
     (q, k, v), s, b = tensors(dtype=torch.float32)
     torch.manual_seed(0)

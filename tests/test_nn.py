@@ -71,15 +71,21 @@ def test_s_and_b_survive_bit_for_bit(trip):
     assert all(p.requires_grad for p in after.parameters())
 
 
-def test_a_narrow_state_dict_is_widened_even_when_assigned():
-    scale = SSMaxScale(3)
-    scale.load_state_dict({"weight": torch.full((3,), 0.5, dtype=torch.bfloat16)}, assign=True)
-    assert scale.s.dtype == torch.float32
-    assert scale.s.tolist() == [0.5] * 3
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_dtype_in_a_state_dict_changes_nothing_however_it_is_loaded(dtype):
+    for assign in (False, True):
+        scale = SSMaxScale(3)
+        scale.load_state_dict({"weight": torch.full((3,), 0.5, dtype=dtype)}, assign=assign)
+        assert scale.s.dtype == torch.float32
+        wide = SSMaxScale(3).double()
+        wide.load_state_dict({"weight": torch.full((3,), 0.5, dtype=dtype)}, assign=assign)
+        assert wide.s.dtype == torch.float64
 
 
-def test_double_widens():
+def test_only_double_widens_and_float_goes_back():
     assert SSMaxScale(2).double().weight.dtype == torch.float64
+    for back in (lambda m: m.float(), lambda m: m.half(), lambda m: m.bfloat16()):
+        assert back(SSMaxScale(2, s=1 / 3).double()).weight.dtype == torch.float32
 
 
 def test_s_keeps_learning_under_bfloat16():

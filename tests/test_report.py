@@ -33,15 +33,18 @@ def test_verdicts_need_agreeing_seeds_and_a_difference_beyond_its_spread(differe
 def test_rows_survive_the_file_and_damage_is_named(tmp_path):
     rows = [Row("train_loss", "a", 0, {"step": 1}, 0.1 + 0.2, 1, {"commit": None})]
     path = tmp_path / "rows.jsonl"
-    write_rows(path, rows)
+    write_rows(path, rows, checked=True)
     assert read_rows(path) == rows
     before = path.stat().st_mtime_ns
     write_rows(path, rows)
     assert path.stat().st_mtime_ns == before
     path.write_text(path.read_text() + '{"metric": "tra')
+    with pytest.raises(ValueError, match=r"rows.jsonl is damaged: .*sha256"):
+        read_rows(path)
+    path.with_name("rows.jsonl.sha256").unlink()
     with pytest.raises(ValueError, match="line 2"):
         read_rows(path)
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(ValueError, match=r"train_loss of a at .* is nan"):
         write_rows(path, [dataclasses.replace(rows[0], value=float("nan"))])
 
 
@@ -160,7 +163,14 @@ def test_the_learned_law_is_fitted_without_its_untrained_ends():
 def run(tmp_path):
     recipe = dataclasses.asdict(dataclasses.replace(smoke(), name="<b>", train_length=16, steps=23_456))
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recipe, "corpus": "</pre><script>alert(1)</script>"}))
-    write_rows(tmp_path / "rows.jsonl", made_up_rows(0.5))
+    evil = {
+        "recipe": "<img src=x onerror=alert(1)>",
+        "corpus": "a'\"><script>",
+        "machine": "<iframe srcdoc=x>",
+        "<i>": "&",
+    }
+    rows = [dataclasses.replace(row, provenance=evil) for row in made_up_rows(0.5)]
+    write_rows(tmp_path / "rows.jsonl", rows)
     return tmp_path
 
 
@@ -171,8 +181,10 @@ def test_the_report_is_whole_offline_and_escaped(run):
     assert len(images) == 8
     assert all(b"<svg" in base64.b64decode(image) for image in images)
     assert not re.search(r"(?:src|href)=['\"]?(?:https?:)?//", page)
-    assert "<script" not in page
-    assert "&lt;b&gt;" in page
+    for word in ("<script", "<img src=x", "<iframe", "<b>", "<i>"):
+        assert word not in page
+    for word in ("&lt;b&gt;", "&lt;img src=x onerror=alert(1)&gt;", "&lt;/pre&gt;&lt;script&gt;", "&lt;i&gt; &amp;"):
+        assert word in page
     for words in ("Table 1. Model", "Table 2. Pretraining", "Table 3. Fine-tuning", "50,257", "23,456"):
         assert words in page
     assert {path.name for path in (run / "figures").iterdir()} == {

@@ -5,14 +5,15 @@ import dataclasses
 import errno
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ssmax import report
-from ssmax.errors import RunFailed, UserError
+from ssmax import report, signals
+from ssmax.errors import RunFailed, Stopped, UserError
 from ssmax.lab.folder import RunFolder
 from ssmax.lab.recipes import RECIPES, Recipe
 from ssmax.report import longcontext
@@ -64,6 +65,11 @@ TEXTS_HELP = (
 CORPUS_HELP = f"{TEXTS_HELP} Or the folder that ssmax prepare left."
 SHARD_HELP = "Under torchrun, shard weights and optimizer over the ranks (FSDP2). Default: each rank holds all (DDP)."
 
+TIMEOUT_HELP = (
+    "Under torchrun, how long one rank waits for another before the run ends; longer than the tokenising of the corpus and "
+    "the measurements of one model."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
@@ -81,6 +87,7 @@ class Reproduce:
     out: Annotated[Path | None, tyro.conf.arg(help="Folder of the run. Default: runs/RECIPE.")] = None
     dry_run: Annotated[bool, tyro.conf.arg(help="Say what it takes, from one measured step; write nothing.")] = False
     shard: Annotated[bool, tyro.conf.arg(help=SHARD_HELP)] = False
+    timeout_minutes: Annotated[float, tyro.conf.arg(help=TIMEOUT_HELP)] = 120.0
     of_the_recipe: Annotated[Options, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Options)
 
     def run(self) -> None:
@@ -104,7 +111,7 @@ class Reproduce:
         from ssmax.lab.reproduce import reproduce, start_ranks
         from ssmax.lab.training import Setup
 
-        main = start_ranks()
+        main = start_ranks(self.timeout_minutes)
         with run.opened() if main else contextlib.nullcontext():
             reproduce(run.recipe, self.corpus, run, run.folder.parent / "cache", Setup(shard=self.shard))
             if main:
@@ -138,6 +145,7 @@ class Train:
     seed: Annotated[int, tyro.conf.arg(help="Of initial weights and data order.")] = 0
     corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
     shard: Annotated[bool, tyro.conf.arg(help=SHARD_HELP)] = False
+    timeout_minutes: Annotated[float, tyro.conf.arg(help=TIMEOUT_HELP)] = 120.0
     report_to: Annotated[
         str, tyro.conf.arg(help="A tracker of transformers' Trainer, such as tensorboard or wandb. Default: none.")
     ] = "none"
@@ -160,7 +168,7 @@ class Train:
         from ssmax.lab.reproduce import start_ranks, train  # loads torch and transformers
         from ssmax.lab.training import Setup
 
-        main = start_ranks()
+        main = start_ranks(self.timeout_minutes)
         run = RunFolder(self.out, recipe, self.corpus)
         with run.opened() if main else contextlib.nullcontext():
             model = train(recipe, self.corpus, run, self.out.parent / "cache", Setup(self.shard, self.report_to))
@@ -428,7 +436,7 @@ def _number(text: str) -> str | float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run; exit status 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C."""
+    """Parse the arguments and run; exit status 2 for what the user can mend, 1 for a failed run, 130 and 143 for Ctrl-C and SIGTERM."""
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "reproduce": Reproduce,
@@ -444,21 +452,25 @@ def main(arguments: list[str] | None = None) -> None:
         description="Scalable-Softmax (arXiv 2501.19399): attention that holds at any context length.",
         args=arguments,
     )
+    signals.install()
     sys.exit(_run(command))
 
 
 def _run(command: Any) -> int:
-    again = "the same command continues, finished stages are kept"
+    resumes = isinstance(command, (Reproduce, Train))
+    again = "the same command continues, finished stages are kept" if resumes else "nothing was written"
     try:
         command.run()
     except UserError as error:
         return _say(str(error), 2)
     except RunFailed as error:
         return _say(str(error), 1)
-    except KeyboardInterrupt:
-        return _say(f"interrupted; {again}", 130)
+    except Stopped as stopped:
+        return _say(f"stopped by {signal.Signals(stopped.args[0]).name}; {again}", 128 + stopped.args[0])
     except ModuleNotFoundError as error:
         return _say(f"the package {error.name!r} is missing; {EXTRAS} brings it", 2)
+    except ImportError as error:
+        return _say(str(error), 2)
     except OSError as error:
         status = 1 if error.errno == errno.ENOSPC else 2
         return _say(f"{error.filename or 'the output folder'}: {error.strerror or error}; {again}", status)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -12,13 +11,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ssmax.calibration import Calibration, calibrate, piece_length
 from ssmax.errors import RunFailed, UserError
+from ssmax.files import written_whole
 from ssmax.hf import convert
 from ssmax.hf.layers import Layer, language_layers
+from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.lab.sources import documents
 from ssmax.nn import SSMaxScale
 from ssmax.results import Row, write_atomically
@@ -165,15 +166,9 @@ def _for_people(call: Callable[[], Any]) -> Any:
 def _load(source: str, theta_factor: float = 1.0) -> PreTrainedModel:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
-        config: Any = AutoConfig.from_pretrained(source)
-        _raise_theta(config, theta_factor)
-        return AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=getattr(config, "dtype", None) or "auto"
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source} cannot be loaded as a causal language model: {reason[:300]}") from error
+    config = load_config(source)
+    _raise_theta(config, theta_factor)
+    return load_model(source, config)
 
 
 def _raise_theta(config: Any, factor: float) -> None:
@@ -188,12 +183,7 @@ def _raise_theta(config: Any, factor: float) -> None:
 def _tokens(source: str, texts: str | None, length: int, steps: int) -> list[Tensor]:
     """Long texts in a fixed shuffled order, as many as the steps can use and a quarter more to be held out."""
     found, name = documents(texts, TEXT_LIMIT)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{source} has no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
+    tokenizer = load_tokenizer(source)
     random.Random(0).shuffle(found)
     tokens, pieces = [], 0
     for text in found:
@@ -216,18 +206,15 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration | None = None) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(temporary)
-        if found is not None:
-            (temporary / "calibration.json").write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-        for path in sorted(Path(source).iterdir()) if Path(source).is_dir() else ():
-            if path.is_file() and path.name.startswith(COMPANIONS):
-                shutil.copy2(path, temporary)
-        temporary.rename(target)
+        with written_whole(target, owner="model") as temporary:
+            model.save_pretrained(temporary)
+            if found is not None:
+                (temporary / "calibration.json").write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+            for path in sorted(Path(source).iterdir()) if Path(source).is_dir() else ():
+                if path.is_file() and path.name.startswith(COMPANIONS):
+                    shutil.copyfile(path, temporary / path.name)
     except SafetensorError as error:
         if NO_SPACE in str(error):
             raise RunFailed(f"no space left to write {target}; nothing of it was kept") from error
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

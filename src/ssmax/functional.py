@@ -5,9 +5,11 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ssmax.arguments import check_flag, check_plain, whole_number
 from ssmax.backends import reference, sdpa, sharp
 from ssmax.scaling import as_bool, check_offsets, head_multiplier, is_readable, rows_of, visible_keys
 from ssmax.screen import ScreenedKeys
@@ -79,6 +81,7 @@ def attention(
     """
     screen, key = (key, key.keys) if isinstance(key, ScreenedKeys) else (None, key)
     _check_tensors(query, key, value, enable_gqa)
+    window = None if window is None else whole_number(window, "window", 1)
     _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p)
     if cu_seqlens is not None:
         _check_packed(query, key, cu_seqlens, attn_mask)
@@ -109,11 +112,11 @@ def attention(
         cu_seqlens=cu_seqlens,
         is_causal=is_causal,
         window=window,
-        softcap=softcap,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        dropout_p=dropout_p,
+        softcap=None if softcap is None else float(softcap),
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        dropout_p=float(dropout_p),
         **more,
-    )
+    ).to(query.dtype)  # under autocast the kernels answer in its dtype
     # A derived n is 0 only where the mask leaves nothing, and the backends return zeros there.
     return output if derived else output.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
 
@@ -218,6 +221,7 @@ def _check_sharp(attn_mask, is_bias, cu_seqlens, tolerance):
 
 
 def _check_tensors(query, key, value, enable_gqa):
+    check_flag(enable_gqa, "enable_gqa")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -225,6 +229,7 @@ def _check_tensors(query, key, value, enable_gqa):
             raise ValueError(f"{name} must be (batch, heads, length, head size), got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        check_plain(tensor, name, query.device)
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}")
         if tensor.shape[0] != query.shape[0]:
@@ -245,20 +250,23 @@ def _check_tensors(query, key, value, enable_gqa):
 
 
 def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p):
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be a positive integer, got {window!r}")
+    check_flag(is_causal, "is_causal")
     if window is not None and not is_causal:
         raise ValueError("window needs is_causal=True; for a two-sided window pass attn_mask")
-    for name, number in (("softcap", softcap), ("scale", scale)):
-        if number is not None and not isinstance(number, (int, float)):
+    for name, number in (("softcap", softcap), ("scale", scale), ("dropout_p", dropout_p)):
+        if not isinstance(number, (int, float, np.floating)) and (number is not None or name == "dropout_p"):
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap!r}")
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     if attn_mask is None:
         return
     wanted = (*query.shape[:3], key.shape[2])
+    if isinstance(attn_mask, Tensor):
+        check_plain(attn_mask, "attn_mask", query.device)
     if not isinstance(attn_mask, Tensor):
         _check_block_mask(attn_mask, wanted, is_causal)
         return

@@ -85,19 +85,17 @@ class SSMaxScale(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMaxScale":
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if not moved.is_floating_point() or moved.dtype in (tensor.dtype, torch.float64):
+            if not moved.is_floating_point() or moved.dtype in (torch.float32, torch.float64):
                 return moved
-            return tensor.to(moved.device)
+            return tensor.to(moved.device, torch.float32)
 
         return super()._apply(keep_precision, recurse)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # pyrefly: ignore[bad-override]
-        for name in ("weight", "bias"):  # assign=True would take a narrower dtype as it comes
-            if isinstance(saved := state_dict.get(prefix + name), Tensor) and saved.dtype in (
-                torch.bfloat16,
-                torch.half,
-            ):
-                state_dict[prefix + name] = saved.float()
+        for name in ("weight", "bias"):  # assign=True would take another dtype as it comes
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(saved, Tensor) and saved.is_floating_point() and own is not None:
+                state_dict[prefix + name] = saved.to(own.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -1,13 +1,16 @@
 """Rows: one measured number each, with all that is needed to trust it. One JSON object a line; no torch here."""
 
 import json
-import os
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "read_rows", "write_atomically", "write_rows"]
+from ssmax.errors import Damaged
+from ssmax.files import check_file, write_atomically, write_checked
+
+__all__ = ["Row", "is_whole", "read_rows", "write_atomically", "write_rows"]
 
 
 @dataclass(frozen=True)
@@ -34,35 +37,51 @@ class Row:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write all rows to path, whole or not at all; an identical file is left untouched."""
+def write_rows(path: Path, rows: Iterable[Row], *, checked: bool = False) -> None:
+    """Write all rows to path, whole or not at all; an identical file is left untouched.
+
+    Args:
+        path: the file.
+        rows: what it will hold.
+        checked: write the file's checksum beside it, which read_rows compares.
+
+    Raises:
+        ValueError: a value that is not finite.
+    """
+    rows = list(rows)
+    for row in rows:
+        if not math.isfinite(row.value):
+            raise ValueError(f"{row.metric} of {row.variant} at {row.at} is {row.value}, which no row holds")
     text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
-    if not (path.exists() and path.read_text() == text):
-        write_atomically(path, text)
+    if not (is_whole(path) and path.read_text() == text):
+        (write_checked if checked else write_atomically)(path, text)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read rows; a line that is not one raises ValueError with its number."""
+    """Read rows; a file that is not what was written, or a line that is no row, raises Damaged (a ValueError)."""
+    check_file(path)
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rows.append(Row(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}, is not a row ({error}); delete the file to measure anew"
-            ) from error
+            rows.append(_row(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise Damaged(f"{path}, line {number}, is not a row ({error}); delete the file to measure anew") from error
     return rows
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def is_whole(path: Path) -> bool:
+    """Whether a file of rows is there, as it was written."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        check_file(path)
+    except (Damaged, FileNotFoundError):
+        return False
+    return path.exists()
+
+
+def _row(content):
+    row = Row(**content)
+    if not isinstance(row.metric, str) or not isinstance(row.at, dict) or not isinstance(row.provenance, dict):
+        raise TypeError("metric, at and provenance must be text and objects")
+    if isinstance(row.value, bool) or not isinstance(row.value, (int, float)) or not math.isfinite(row.value):
+        raise TypeError(f"value must be a finite number, got {row.value!r}")
+    return row

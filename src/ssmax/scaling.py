@@ -5,10 +5,16 @@ Shape suffixes: B batch, H heads, N queries, S keys, T packed tokens, D document
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ssmax.arguments import check_flag, check_plain, whole_number
+from ssmax.versions import require
+
 __all__ = ["matched_scale", "multiplier", "scalable_softmax", "visible_keys"]
+
+require("torch", torch.__version__)
 
 
 def matched_scale(train_length: int) -> float:
@@ -128,12 +134,15 @@ def scalable_softmax(
     """
     if not isinstance(z, Tensor) or not z.is_floating_point():
         raise TypeError(f"z must be a floating point tensor, got {getattr(z, 'dtype', type(z).__name__)}")
+    check_plain(z, "z", z.device)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
         raise TypeError(
             f"mask must be a bool tensor (True = visible), got {getattr(mask, 'dtype', type(mask).__name__)}"
         )
-    if not -z.ndim <= dim < z.ndim:
-        raise ValueError(f"dim must be one of z's {z.ndim} dimensions, got {dim}")
+    if mask is not None:
+        check_plain(mask, "mask", z.device)
+    if isinstance(dim, bool) or not isinstance(dim, (int, np.integer)) or not -z.ndim <= dim < z.ndim:
+        raise ValueError(f"dim must be one of z's {z.ndim} dimensions, got {dim!r}")
     row = list(z.shape)
     row[dim] = 1
     visible = (z > -math.inf) | z.isnan()  # a NaN that is seen must surface
@@ -193,12 +202,16 @@ def visible_keys(
         raise ValueError(
             f"exactly one of mask, position_ids, cu_seqlens and num_keys says what is visible; got {given or 'none'}"
         )
-    for name, value in (("num_queries", num_queries), ("window", window), ("chunk", chunk)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    for name in ("mask", "position_ids", "cu_seqlens"):
-        if sources[name] is not None and not isinstance(sources[name], Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(sources[name]).__name__}")
+    num_queries, window, chunk = (
+        None if value is None else whole_number(value, name, 1)
+        for name, value in (("num_queries", num_queries), ("window", window), ("chunk", chunk))
+    )
+    for name, value in (("mask", mask), ("position_ids", position_ids), ("cu_seqlens", cu_seqlens)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value is not None:
+            check_plain(value, name)
+    check_flag(causal, "causal")
     if window is not None and not causal:
         raise ValueError("window is defined for causal attention only; for a two-sided window pass the 4-D mask")
     if position_ids is not None:
@@ -213,8 +226,7 @@ def visible_keys(
 
 
 def _from_length(num_keys, num_queries, window, chunk, causal):
-    if isinstance(num_keys, bool) or not isinstance(num_keys, int) or num_keys < 0:
-        raise ValueError(f"num_keys must be a non-negative integer, got {num_keys!r}")
+    num_keys = whole_number(num_keys, "num_keys", 0)
     num_queries = num_keys if num_queries is None else num_queries
     if not causal and chunk is None:  # also cross attention, whose queries are no positions among the keys
         return torch.full((1, num_queries), num_keys)
@@ -244,6 +256,8 @@ def _from_positions(position_ids, num_queries, window, chunk, causal):
 
 def _from_documents(cu_seqlens, num_queries, window, chunk, causal):
     check_offsets(cu_seqlens)
+    if cu_seqlens.is_meta and num_queries is None:
+        raise ValueError("num_queries is needed where cu_seqlens has no values to read (on the meta device)")
     total = cu_seqlens[-1].long()
     if num_queries is None:
         position_T = torch.arange(int(total), device=cu_seqlens.device)
@@ -359,20 +373,32 @@ def _check_last(num_queries: int, available: int, name: str) -> None:
 
 def _real(value: Tensor | float, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _moved(value, name, device)
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
-    return torch.full((), value, dtype=dtype, device=device)
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return torch.full((), float(value), dtype=dtype, device=device)
 
 
 def _count(n: Tensor | int, device: torch.device) -> Tensor:
-    if not isinstance(n, (Tensor, int, float)):
+    if isinstance(n, bool) or not isinstance(n, (Tensor, int, float, np.integer, np.floating)):
         raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
+    if isinstance(n, int) and n >= 2**63:
+        raise ValueError(f"n counts visible keys, got {n}")
     # torch.full takes a symbolic size as it is; as_tensor would compile anew for each number.
-    n = n.to(device) if isinstance(n, Tensor) else torch.full((), n, device=device)
-    if is_readable(n) and not (n >= 0).all():
-        raise ValueError(f"n counts visible keys and must not be negative, got {n.min().item()}")
+    n = _moved(n, "n", device) if isinstance(n, Tensor) else torch.full((), n, device=device)
+    if is_readable(n) and not ((n >= 0) & (n < math.inf)).all():
+        raise ValueError(
+            f"n counts visible keys and must be finite and not negative, got {n.min().item()} to {n.max().item()}"
+        )
     return n
+
+
+def _moved(tensor: Tensor, name: str, device: torch.device) -> Tensor:
+    """To the device; what is on the meta device has nothing to move."""
+    check_plain(tensor, name, device if tensor.device.type == "meta" else None)
+    return tensor.to(device)
 
 
 def _broadcast(tensor: Tensor, shape, name: str) -> Tensor:

@@ -44,7 +44,14 @@ def forward(
         screen: bounds for key. Without it all keys are read, and only values left out.
         plain: the kernel for what does not pay: short caches, many queries, windows, flat heads.
     """
-    options = {"cu_seqlens": None, "is_causal": is_causal, "window": window, "softcap": None, "scale": scale, "dropout_p": 0.0}
+    options = {
+        "cu_seqlens": None,
+        "is_causal": is_causal,
+        "window": window,
+        "softcap": None,
+        "scale": scale,
+        "dropout_p": 0.0,
+    }
     num_queries, num_keys = query.shape[2], key.shape[2]
     if num_queries > MAX_QUERIES or num_keys < MIN_KEYS or window is not None or key.device.type != "cpu":
         return plain(query, key, value, multiplier, mask=mask, **options)

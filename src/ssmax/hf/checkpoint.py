@@ -59,7 +59,8 @@ class SSMaxModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load as transformers does, and raise ValueError where a scale is missing or does not fit."""
+        """Load as transformers does, from safetensors alone, and raise ValueError where a scale is missing or does not fit."""
+        kwargs.setdefault("use_safetensors", True)  # a pickle would run code
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         lost = {
@@ -78,7 +79,8 @@ class SSMaxModel(PreTrainedModel):
         """Save as transformers does, with the file by which trust_remote_code finds this library."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in self.config.auto_map.values()))
+            # Of the class, not of the config, which may come from anywhere and would become code.
+            names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in auto_map(type(self).__bases__[1]).values()))
             code = f"# Needs the package ssmax.\nfrom {__name__} import {names}\n"
             Path(save_directory, f"{CODE_FILE}.py").write_text(code)
 
@@ -105,15 +107,19 @@ def attach(model: PreTrainedModel) -> None:
     """Give the layers named in config.ssmax their scale, at its starting value."""
     layers = language_layers(model)
     recipe = _checked_recipe(model, layers)
-    for index in recipe["layers"]:
-        layer = layers[index]
-        learned = "s" in recipe
-        scale = (
-            SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
-            if learned
-            else LawScale(recipe["law"], **recipe["parameters"])
-        )
-        layer.module.ssmax = scale.to(owner_device(layer.module))
+    try:
+        scales = {index: _scale(recipe, layers[index].heads) for index in recipe["layers"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"config.ssmax describes no scales that fit ({type(error).__name__}: {error})") from error
+    for index, scale in scales.items():
+        module = layers[index].module
+        module.ssmax = scale.to(owner_device(module))
+
+
+def _scale(recipe, heads):
+    if "s" in recipe:
+        return SSMaxScale(heads, recipe["s"], recipe["bias"], recipe["b"])
+    return LawScale(recipe["law"], **recipe["parameters"])
 
 
 def _checked_recipe(model, layers):

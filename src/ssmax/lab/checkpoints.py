@@ -1,51 +1,51 @@
-"""Checkpoints inside a training: one counts only once it is sealed, with the size and hash of each file."""
+"""Checkpoints inside a training: one counts only once it is sealed, with its owner and the hash of each file."""
 
 import hashlib
 import json
 import shutil
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
+from tqdm import tqdm
 
-from ssmax.results import write_atomically
+from ssmax.errors import Damaged
+from ssmax.files import SEAL, check_folder, seal_folder
+from ssmax.lab.recipes import Recipe
 
-__all__ = ["newest", "seal"]
-
-SEAL = "seal.json"
-
-
-def seal(checkpoint: Path, is_main: bool) -> None:
-    """Write the seal of a checkpoint once all ranks have written their share of it."""
-    PartialState().wait_for_everyone()
-    if is_main:
-        write_atomically(checkpoint / SEAL, json.dumps(_hashes(checkpoint), indent=1) + "\n")
+__all__ = ["newest", "owner", "seal"]
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint in folder, the same on all ranks, and remove what is damaged or half written."""
+def owner(folder: Path, recipe: Recipe) -> str:
+    """Return whose a model's subfolder is: of that model, of that stage, of a run of that recipe."""
+    settings = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:16]
+    return f"{folder.parent.name} {folder.name} of recipe {settings}"
+
+
+def seal(checkpoint: Path, whose: str) -> None:
+    """Sync and seal a checkpoint once all ranks have written their share of it."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        seal_folder(checkpoint, whose)
+
+
+def newest(folder: Path, whose: str) -> Path | None:
+    """Return the newest whole checkpoint of an owner in folder, the same on all ranks, and remove what is none.
+
+    Args:
+        folder: of one training.
+        whose: the owner that seal was told, so that a checkpoint of another model or run is not continued.
+    """
     state = PartialState()
     if state.is_main_process:
         for checkpoint in folder.glob("checkpoint-*"):
-            if not _whole(checkpoint):
+            try:
+                check_folder(checkpoint, whose)
+            except Damaged as error:
+                if (checkpoint / SEAL).exists():  # without one the run was killed in its midst, which is no news
+                    tqdm.write(f"ssmax: {error}; it is not continued", file=sys.stderr)
                 shutil.rmtree(checkpoint)
     state.wait_for_everyone()
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _whole(checkpoint):
-    try:
-        return json.loads((checkpoint / SEAL).read_text()) == _hashes(checkpoint)
-    except (OSError, json.JSONDecodeError):
-        return False
-
-
-def _hashes(checkpoint):
-    found = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != SEAL and path.suffix != ".tmp":
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                for block in iter(lambda: file.read(2**20), b""):
-                    digest.update(block)
-            found[str(path.relative_to(checkpoint))] = digest.hexdigest()
-    return found

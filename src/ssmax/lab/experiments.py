@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import ssmax.hf
-from ssmax.errors import UserError
+from ssmax.errors import Damaged, UserError
 from ssmax.evaluation import NeedleTask, log_edges, loss_by_position, retrieve, rope_theta
-from ssmax.lab import training
+from ssmax.files import check_folder, written_whole
+from ssmax.hf.loading import load_model
+from ssmax.lab import checkpoints, training
 from ssmax.lab.corpus import Corpus
 from ssmax.lab.counting import CountTask, counted
 from ssmax.lab.models import build_model
@@ -111,18 +113,18 @@ def _pretrain(job, recipe, corpus, models, progress, setup):
             Row("learned_p", "p", job.seed, {"form": job.form, "n": n}, p, 1) for n, p in enumerate(learned.tolist(), 1)
         ]
     else:
-        _save(trained.model, folder / "pretrained")
+        _save(trained.model, folder / "pretrained", recipe)
     _remove(scratch)
     return rows
 
 
 def _finetune(stage, job, recipe, corpus, models, progress, setup):
     folder = models / job.name
-    model = _pretrained(job, models)
+    model = _pretrained(job, recipe, models)
     examples = _examples(stage, corpus, recipe, job.seed)
     scratch = folder / f"{stage}-checkpoints"
     trained = training.finetune(model, recipe, examples, scratch, progress, setup)
-    _save(trained.model, folder / TRAINED[stage])
+    _save(trained.model, folder / TRAINED[stage], recipe)
     _remove(scratch)
     return _loss_rows(job, trained.losses, stage)
 
@@ -141,7 +143,7 @@ def _at_any_depth(task, length, rng):
 
 
 def _position_loss(job, recipe, corpus, models, progress):
-    model = _pretrained(job, models)
+    model = _pretrained(job, recipe, models)
     length = recipe.length_factor * recipe.train_length
     texts = torch.from_numpy(corpus.held_out[:, : length + 1].astype(np.int64))
     edges = log_edges(length)
@@ -161,7 +163,7 @@ def _position_loss(job, recipe, corpus, models, progress):
 
 
 def _retrieval(job, recipe, corpus, models, progress):
-    model = _load(models / job.name / TRAINED["finetune"])
+    model = _load(models / job.name / TRAINED["finetune"], recipe)
     task = needle_task(corpus, recipe, corpus.held_out.reshape(-1))
     factor = max(recipe.theta_factors)
     rows = []
@@ -191,7 +193,7 @@ COUNT_TRIALS = 8
 
 
 def _counting(job, recipe, corpus, models, progress):
-    model = _load(models / job.name / TRAINED["count"])
+    model = _load(models / job.name / TRAINED["count"], recipe)
     task = count_task(corpus, corpus.held_out.reshape(-1))
     # Counting depends on positions so much that nothing is left of it under a theta that was not trained.
     factor = min(recipe.theta_factors)
@@ -251,14 +253,10 @@ def _loss_rows(job, losses, stage):
     ]
 
 
-def _save(model: PreTrainedModel, folder: Path) -> None:
-    if not PartialState().is_main_process:
-        return
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(temporary)
-    temporary.rename(folder)
+def _save(model: PreTrainedModel, folder: Path, recipe: Recipe) -> None:
+    if PartialState().is_main_process:
+        with written_whole(folder, checkpoints.owner(folder, recipe)) as temporary:
+            model.save_pretrained(temporary)
 
 
 def _remove(scratch: Path) -> None:
@@ -266,13 +264,19 @@ def _remove(scratch: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _pretrained(job: Job, models: Path) -> PreTrainedModel:
+def _pretrained(job: Job, recipe: Recipe, models: Path) -> PreTrainedModel:
     """(e) is (a) of the same seed, switched after its pretraining."""
     if job.variant != "e":
-        return _load(models / job.name / "pretrained")
-    return ssmax.convert(_load(models / dataclasses.replace(job, variant="a").name / "pretrained"), "matched")
+        return _load(models / job.name / "pretrained", recipe)
+    softmax = dataclasses.replace(job, variant="a")
+    return ssmax.convert(_load(models / softmax.name / "pretrained", recipe), "matched")
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
+def _load(folder: Path, recipe: Recipe) -> PreTrainedModel:
+    try:
+        check_folder(folder, checkpoints.owner(folder, recipe))
+    except Damaged as error:
+        name = folder.parent.name
+        raise UserError(f"{error}; delete models/{name} and stages/{name}.* to train that model anew") from error
+    model: Any = load_model(folder, attn_implementation="sdpa", local_files_only=True)
     return model.to(PartialState().device)

@@ -7,14 +7,21 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import ssmax
 from ssmax.errors import UserError
 from ssmax.lab.recipes import Job, Recipe
-from ssmax.results import write_atomically
+from ssmax.results import is_whole, write_atomically
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that numbers depend on, which no run mixes."""
+    return {"ssmax": ssmax.__version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.rows_file.exists() and all(self.stage_file(name).exists() for name in self.stages)
+        return is_whole(self.rows_file) and all(self.stage_file(name).exists() for name in self.stages)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -91,16 +98,18 @@ class RunFolder:
         return self.folder / "recipe.json"
 
     def _settings(self):
-        return {"recipe": json.loads(json.dumps(dataclasses.asdict(self.recipe))), "corpus": self.corpus}
+        recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        return {"recipe": recipe, "corpus": self.corpus, "versions": versions()}
 
     def _check(self, fingerprint):
         """Compare with the kept configuration; return whether there is one."""
         if not self._file.exists():
             return False
         try:
-            kept = json.loads(self._file.read_text())
+            kept = json.loads(self._file.read_bytes())
+            made_with = dict(kept.get("versions", {}))
             kept = {**kept["recipe"], "corpus": kept["corpus"], "the corpus's hash": kept["corpus_fingerprint"]}
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self._file} is damaged; give another --out, or delete that folder") from None
         settings = self._settings()
         wanted = {**settings["recipe"], "corpus": settings["corpus"]}
@@ -114,4 +123,11 @@ class RunFolder:
                 f"{self.folder} holds a run of another configuration ({', '.join(changed[:3])}); "
                 "give another --out, or delete that folder"
             )
+        if not is_whole(self.rows_file):  # which is written last; later nothing can be mixed
+            for name, version in settings["versions"].items():
+                if made_with.get(name, version) != version:
+                    raise UserError(
+                        f"{self.folder} was begun with {name} {made_with[name]}, this is {version}; go on with that "
+                        "version, or give another --out"
+                    )
         return True

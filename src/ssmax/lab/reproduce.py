@@ -23,12 +23,14 @@ import torch.distributed as dist
 import transformers
 from accelerate import PartialState
 
-import ssmax
-from ssmax.errors import RunFailed, UserError
+from ssmax import signals
+from ssmax.errors import RunFailed, Stopped, UserError
+from ssmax.files import check_folder, written_whole
 from ssmax.lab import corpus as corpora
 from ssmax.lab.experiments import check_fit, formula_rows, run_stage, stage_tokens
-from ssmax.lab.folder import RunFolder
+from ssmax.lab.folder import RunFolder, versions
 from ssmax.lab.progress import progress_bar
+from ssmax.lab.ranks import agree, explained, join
 from ssmax.lab.recipes import TOGETHER, Recipe
 from ssmax.lab.shards import check, verify
 from ssmax.lab.training import Setup, world_size
@@ -57,14 +59,17 @@ def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, s
         RunFailed: a stage failed; all finished ones are kept.
     """
     tokens, provenance = prepare(recipe, source, run, cache)
-    if PartialState().is_main_process and not run.stage_file("formula").exists():
-        write_rows(run.stage_file("formula"), _stamped(formula_rows(), provenance))
+    with failures(""):
+        if PartialState().is_main_process and not run.stage_file("formula").exists():
+            write_rows(run.stage_file("formula"), _stamped(formula_rows(), provenance), checked=True)
     if world_size() > 1:
         _run_together(run, recipe, tokens, provenance, setup)
     else:
         _run_jobs(run, recipe, tokens, provenance)
     if PartialState().is_main_process:
-        write_rows(run.rows_file, [row for name in run.stages for row in read_rows(run.stage_file(name))])
+        with failures(""):
+            rows = [row for name in run.stages for row in read_rows(run.stage_file(name))]
+            write_rows(run.rows_file, rows, checked=True)
 
 
 def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup) -> Path:
@@ -73,28 +78,30 @@ def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup
     Arguments and errors as reproduce; an interrupted training continues from its last checkpoint.
     """
     tokens, provenance = prepare(recipe, source, run, cache)
-    corpus, state, job = corpora.load(tokens), PartialState(), recipe.jobs[0]
-    rows, model = run.stage_file(f"{job.name}.pretrain"), run.folder / "model"
-    done = rows.exists()
-    state.wait_for_everyone()
-    if not done:
-        total = stage_tokens("pretrain", recipe)
-        with failures(""), progress_bar(total, job.name, state.is_main_process) as bar:
-            found = run_stage("pretrain", job, recipe, corpus, run.folder / "models", bar.update, setup)
+    with failures(""):
+        corpus, state, job = corpora.load(tokens), PartialState(), recipe.jobs[0]
+        rows, model = run.stage_file(f"{job.name}.pretrain"), run.folder / "model"
+        done = rows.exists()
+        state.wait_for_everyone()
+        if not done:
+            total = stage_tokens("pretrain", recipe)
+            with progress_bar(total, job.name, state.is_main_process) as bar:
+                found = run_stage("pretrain", job, recipe, corpus, run.folder / "models", bar.update, setup)
+            if state.is_main_process:
+                write_rows(rows, _stamped(found, provenance), checked=True)
         if state.is_main_process:
-            write_rows(rows, _stamped(found, provenance))
-    if state.is_main_process and not model.exists():
-        _publish(run.folder / "models" / job.name / "pretrained", tokens / "tokenizer", model)
-        write_rows(run.rows_file, read_rows(rows))
+            if not model.exists():
+                _publish(run.folder / "models" / job.name / "pretrained", tokens / "tokenizer", model)
+            write_rows(run.rows_file, read_rows(rows), checked=True)
     return model
 
 
 def _publish(source, tokenizer, target):
     """The trained model with its tokenizer, as a folder that transformers loads."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.copytree(source, temporary)
-    shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
-    temporary.rename(target)
+    check_folder(source)
+    with written_whole(target, owner="model") as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
 
 
 def prepare(recipe: Recipe, source: str | None, run: RunFolder, cache: Path) -> tuple[Path, dict]:
@@ -105,12 +112,16 @@ def prepare(recipe: Recipe, source: str | None, run: RunFolder, cache: Path) -> 
         check_fit(recipe, corpora.load(tokens))
         if not run.claimed:
             verify(tokens)
-        fingerprint = check(tokens).fingerprint
-        run.claim(fingerprint)
-        return tokens, f"{description} {fingerprint}"
+        return tokens, description
 
-    tokens, description = _from_main(once)
-    return tokens, _provenance(recipe, description)
+    with failures(""):
+        tokens, description = _from_main(once)
+        fingerprint = check(tokens).fingerprint
+        facts = {"version": versions(), "recipe": dataclasses.asdict(recipe), "corpus": source, "tokens": fingerprint}
+        agree(facts)
+        if PartialState().is_main_process:
+            run.claim(fingerprint)
+    return tokens, _provenance(recipe, f"{description} {fingerprint}")
 
 
 def prepared(recipe: Recipe, source: str | None, cache: Path) -> tuple[Path, str]:
@@ -137,15 +148,15 @@ def _from_main(make: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def start_ranks() -> bool:
-    """Join the other ranks where torchrun started some; return whether this process is the main one."""
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+def start_ranks(timeout_minutes: float) -> bool:
+    """Join the other ranks where torchrun started some; return whether this process is the main one.
+
+    Args:
+        timeout_minutes: how long one waits for another: a rank that hangs must not hold the others for ever.
+    """
+    state = join(timedelta(minutes=timeout_minutes))
     _quiet()
     return state.is_main_process
-
-
-# A rank that hangs must not hold the others for ever; the longest wait is for the measurements of one model.
-TIMEOUT = timedelta(hours=2)
 
 
 def _run_together(run, recipe, tokens, provenance, setup):
@@ -162,9 +173,10 @@ def _run_together(run, recipe, tokens, provenance, setup):
             bar.set_description_str(f"{job.name} {stage}")
             with failures(f"{job.name}: "):
                 rows = run_stage(stage, job, recipe, corpus, run.folder / "models", bar.update, setup)
-            if stage not in TOGETHER or state.is_main_process:
-                write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance))
-    state.wait_for_everyone()
+                if stage not in TOGETHER or state.is_main_process:
+                    write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance), checked=True)
+        with failures(""):
+            state.wait_for_everyone()
 
 
 def _run_jobs(run, recipe, tokens, provenance):
@@ -182,15 +194,18 @@ def _run_jobs(run, recipe, tokens, provenance):
     with progress_bar(total, f"{len(recipe.jobs)} models") as bar:
         watcher = threading.Thread(target=_show, args=(messages, bar), daemon=True)
         watcher.start()
+        futures = []
         try:
-            _wait([pool.submit(_work, unit, recipe, tokens, run, provenance) for unit in units])
+            futures += [pool.submit(_work, unit, recipe, tokens, run, provenance) for unit in units]
+            _wait(futures)
             messages.put(None)
             watcher.join()
-        except BaseException:
-            # A killed worker may hold the lock of messages for ever: nothing is put there or awaited any more.
-            _kill(pool)
+        except Stopped:
+            _let_save(pool, futures)
             raise
         finally:
+            # A killed worker may hold the lock of messages for ever: nothing is put there or awaited any more.
+            _kill(pool)
             pool.shutdown(cancel_futures=True)
 
 
@@ -219,6 +234,17 @@ def _kill(pool):
         process.kill()
 
 
+# For a step and a checkpoint; whoever cannot wait presses Ctrl-C again.
+SAVING_SECONDS = 60
+
+
+def _let_save(pool, futures):
+    """Ask the workers to save a checkpoint of what they train, and wait for it."""
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    wait([future for future in futures if future.running()], SAVING_SECONDS)
+
+
 def _show(messages, bar):
     running = {}
     while (message := messages.get()) is not None:
@@ -237,6 +263,7 @@ def _start_worker(messages, threads):
     """Leave Ctrl-C to the parent, and never outlive it: an orphan would write beside the run that continues."""
     global _messages
     _messages = messages
+    signals.install(deferred=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -251,19 +278,20 @@ def _quiet():
 
 
 def _work(unit, recipe, tokens, run, provenance):
-    corpus = corpora.load(tokens)
+    with failures(""):
+        corpus = corpora.load(tokens)
     for job, stage in unit:
+        signals.check()
         _messages.put((job.name, stage, 0))
+
+        def progress(done, job=job, stage=stage):
+            _messages.put((job.name, stage, done))
+            if stage not in TOGETHER:  # a training saves first
+                signals.check()
+
         with failures(f"{job.name}: "):
-            rows = run_stage(
-                stage,
-                job,
-                recipe,
-                corpus,
-                run.folder / "models",
-                lambda n, j=job, s=stage: _messages.put((j.name, s, n)),
-            )
-            write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance))
+            rows = run_stage(stage, job, recipe, corpus, run.folder / "models", progress)
+            write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance), checked=True)
         _messages.put((job.name, None, 0))
 
 
@@ -272,11 +300,24 @@ def failures(where: str) -> Iterator[None]:
     """Turn whatever goes wrong in a stage into one line for people: UserError or RunFailed."""
     try:
         yield
-    except (UserError, RunFailed) as error:
-        raise type(error)(f"{where}{error}") from None
     except Exception as error:  # a worker's traceback helps nobody; what is finished is kept
-        reason = getattr(error, "strerror", None) or textwrap.shorten(f"{type(error).__name__}: {error}", 400)
-        raise RunFailed(f"{where}{reason}; finished stages are kept, the same command continues") from error
+        told = explained(error)
+        if isinstance(told, (UserError, RunFailed)):
+            raise type(told)(f"{where}{told}") from error
+        raise RunFailed(f"{where}{_reason(error)}; finished stages are kept, the same command continues") from error
+
+
+def _reason(error):
+    words = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if any(sign in words for sign in NO_SPACE):
+        return "No space left on device"
+    return textwrap.shorten(f"{type(error).__name__}: {words}", 400)
+
+
+# As safetensors and torch.save word a full disk.
+NO_SPACE = ("os error 28", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 def _stamped(rows, provenance):
@@ -289,9 +330,7 @@ def _provenance(recipe, corpus):
         "recipe": recipe.name,
         "corpus": corpus,
         "commit": _commit(),
-        "ssmax": ssmax.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
     }

@@ -1,8 +1,10 @@
 """Data order, optimizer and the training loop: the paper's Tables 2 and 3 by transformers' Trainer, on any number of ranks."""
 
 import copy
+import json
 import math
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ssmax.errors import RunFailed, UserError
+from ssmax import signals
+from ssmax.errors import RunFailed, Stopped, UserError
 from ssmax.hf import parameter_groups
-from ssmax.lab import checkpoints
+from ssmax.lab import checkpoints, finite
 from ssmax.lab.models import switch_at, turn_on
+from ssmax.lab.ranks import any_of
 from ssmax.lab.recipes import Recipe
 
 __all__ = ["Examples", "Setup", "Trained", "Windows", "finetune", "pretrain", "world_size"]
@@ -180,7 +184,8 @@ def _train(model, recipe, data, batch_size, optimizer, arguments, seed, folder, 
         if hasattr(model, "learned_p"):
             raise UserError("variant p shares one parameter among all layers and cannot be sharded; leave out --shard")
         arguments |= {"fsdp": True, "fsdp_config": FSDP}
-    watch = _Watch(recipe, progress, recipe.train_length * batch_size)
+    whose = checkpoints.owner(folder, recipe)
+    watch = _Watch(recipe, progress, recipe.train_length * batch_size, whose)
     whole = copy.deepcopy(model) if sharded else model
     trainer = _InOrder(
         model=model,
@@ -205,11 +210,17 @@ def _train(model, recipe, data, batch_size, optimizer, arguments, seed, folder, 
         train_dataset=data,
         callbacks=[watch],
     )
-    trainer.wanted = optimizer
+    trainer.wanted, watch.trainer = optimizer, trainer
     # The Trainer prints its log as dictionaries; progress and rows say it better.
     trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
-    newest = checkpoints.newest(folder)
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    newest = checkpoints.newest(folder, whose)
+    watch.resumed = newest
+    with signals.deferred():
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    signals.check()
+    if watch.stopped:  # by a signal that reached another rank
+        raise Stopped(signal.SIGTERM)
+    finite.check_weights(trainer.weights, trainer.state.global_step)
     if sharded:
         trained: Any = trainer.model
         state = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -237,9 +248,14 @@ def batch_arguments(batch_size: int, device_batch_size: int) -> dict[str, Any]:
 
 
 class _InOrder(Trainer):
-    """The Trainer with the data in order and the paper's parameter groups."""
+    """The Trainer with the data in order, the paper's parameter groups, and a look at each step's numbers."""
 
     wanted: dict[str, Any]
+
+    @property
+    def weights(self) -> Any:
+        """The model, without what wraps it."""
+        return self.model
 
     def _get_train_sampler(self, train_dataset=None):
         data: Any = self.train_dataset
@@ -264,28 +280,60 @@ class _InOrder(Trainer):
             self.optimizer = torch.optim.AdamW(groups, betas=self.wanted["betas"], fused=True)
         return self.optimizer
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Keep the batch for a diagnosis."""
+        self.batch = inputs
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model):
+        """Stop before a step that is not finite: a NaN anywhere before, loss included, ends in the gradients' norm."""
+        norm: Any = super()._clip_grad_norm(model)
+        if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
+            with self.compute_loss_context_manager():
+                where = finite.first_not_finite(self.weights, self._prepare_inputs(self.batch))
+            raise RunFailed(f"step {self.state.global_step + 1}: {where}; {ADVICE}")
+        return norm
+
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer does, with the losses since the last log entry, which it forgets."""
+        finite.check_weights(self.weights, self.state.global_step)
+        super()._save_checkpoint(model, trial)
+        since = [float(self._tr_loss), self._globalstep_last_logged]
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        (folder / f"loss-{self.args.process_index}.json").write_text(json.dumps(since))
+
+
+ADVICE = "lower --learning-rate or raise --warmup-steps with another --out. Finished stages and the last good checkpoint are kept"
+
 
 class _Watch(TrainerCallback):
-    """Progress, the switch of (f), losses that are not finite, and the seal of a whole checkpoint."""
+    """Progress, the switch of (f), the wish to stop, and the seal of a whole checkpoint."""
 
-    def __init__(self, recipe, progress, tokens_per_step):
-        self.recipe, self.progress, self.tokens_per_step = recipe, progress, tokens_per_step
+    trainer: Any
+    resumed: Path | None = None
+    stopped = False
+
+    def __init__(self, recipe, progress, tokens_per_step, whose):
+        self.recipe, self.progress, self.tokens_per_step, self.whose = recipe, progress, tokens_per_step, whose
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.progress(state.global_step * self.tokens_per_step)
+        if self.resumed is not None:  # the mean over ranks: they may have been another number
+            kept = [json.loads(path.read_text()) for path in self.resumed.glob("loss-*.json")]
+            self.trainer._tr_loss += sum(loss for loss, _ in kept) / len(kept)
+            self.trainer._globalstep_last_logged = kept[0][1]
 
     def on_step_begin(self, args, state, control, **kwargs):
         turn_on(kwargs["model"], state.global_step >= switch_at(self.recipe))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress(self.tokens_per_step)
+        if any_of(signals.asked_to_stop()):
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.is_world_process_zero)
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.whose)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs and not math.isfinite(logs["loss"]):
-            raise RunFailed(
-                f"the training loss became {logs['loss']} by step {state.global_step}; "
-                "lower --learning-rate or raise --warmup-steps"
-            )
+            raise RunFailed(f"the training loss became {logs['loss']} by step {state.global_step}; {ADVICE}")

@@ -50,7 +50,8 @@ def scales(rows: Sequence[Row], kind: str) -> bytes:
             axis.set_yticks(range(0, len(layers), every), layers[::every])
             axis.set(title=f"{metric}: mean {np.nanmean(grid):.4f}", xlabel="head", ylabel="layer")
             axis.grid(False)
-        title(figure, f"{rows[0].variant}: multiplier s log n{' + b' if 'b' in metrics else ''} of each head")
+        name = rows[0].variant.replace("$", r"\$")  # a folder's name is no formula
+        title(figure, f"{name}: multiplier s log n{' + b' if 'b' in metrics else ''} of each head")
         content = io.BytesIO()
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()

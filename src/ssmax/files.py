@@ -1,0 +1,129 @@
+"""Files and folders written whole or not at all, and read only as they were written. Leaf: no torch."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ssmax.errors import Damaged
+
+__all__ = ["check_file", "check_folder", "seal_folder", "sha256", "write_atomically", "write_checked", "written_whole"]
+
+SEAL = "seal.json"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, sync it and rename it: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(folder: Path, owner: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder to write in; then sync all of it and rename it to folder, in place of an older one.
+
+    Args:
+        folder: to be written; nothing of it is left where the writing fails.
+        owner: seal it as the property of this owner, see check_folder.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if owner is not None:
+            seal_folder(temporary, owner)
+        else:
+            _sync_all(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal_folder(folder: Path, owner: str) -> None:
+    """Sync all files of a folder, then write seal.json: whose they are, and the SHA-256 of each."""
+    _sync_all(folder)
+    write_atomically(folder / SEAL, json.dumps({"owner": owner, "files": _hashes(folder)}, indent=1) + "\n")
+
+
+def check_folder(folder: Path, owner: str | None = None) -> None:
+    """Raise Damaged, naming the file, where a folder is not as it was sealed, or is not sealed, or not for this owner."""
+    try:
+        seal = json.loads((folder / SEAL).read_bytes())
+        wanted, whose = dict(seal["files"]), seal["owner"]
+    except FileNotFoundError:
+        raise Damaged(f"{folder} has no {SEAL}; it was not written to its end") from None
+    except (ValueError, KeyError, TypeError):
+        raise Damaged(f"{folder / SEAL} is damaged") from None
+    if owner is not None and whose != owner:
+        raise Damaged(f"{folder} is that of {whose}, not of {owner}")
+    found = _hashes(folder)
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            state = "missing" if name not in found else "not from here" if name not in wanted else "damaged or changed"
+            raise Damaged(f"{folder / name} is {state}: {SEAL} beside it says otherwise")
+
+
+def write_checked(path: Path, content: str) -> None:
+    """Write a file, and its SHA-256 beside it as PATH.sha256, as sha256sum -c reads it."""
+    # The sum first: a file whose sum is older would count as damaged, a sum without its file is only rewritten.
+    write_atomically(_sum_file(path), f"{hashlib.sha256(content.encode()).hexdigest()}  {path.name}\n")
+    write_atomically(path, content)
+
+
+def check_file(path: Path) -> None:
+    """Raise Damaged where a file is not what its PATH.sha256 says; without such a file there is nothing to say."""
+    try:
+        wanted = _sum_file(path).read_bytes()
+    except FileNotFoundError:
+        return
+    if wanted != f"{sha256(path)}  {path.name}\n".encode():
+        raise Damaged(f"{path} is damaged: {_sum_file(path).name} beside it says otherwise; delete it to make it anew")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sum_file(path):
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL and p.suffix != ".tmp")
+
+
+def _hashes(folder):
+    return {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
+
+
+def _sync_all(folder):
+    for path in [*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _sync(path)
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

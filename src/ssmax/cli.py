@@ -457,7 +457,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(command: Any) -> int:
-    resumes = isinstance(command, (Reproduce, Train))
+    resumes = isinstance(command, (Reproduce, Train, Prepare, Evaluate))
     again = "the same command continues, finished stages are kept" if resumes else "nothing was written"
     try:
         command.run()

@@ -264,11 +264,18 @@ def _scale_gradients(q, k, v, upstream, dtype):
     return torch.autograd.grad((output * upstream).sum(), [s, b])
 
 
+def _measurements() -> Iterator[Comparison]:
+    from ssmax.bench.evaluation import measurements  # loads transformers
+
+    return measurements()
+
+
 CASES = {
     "attention": Case("attention() over plain attention, 1,024 to 8,192 causal tokens, and back", 6, causal_attention),
     "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
     "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),
+    "evaluation": Case("loss by position over a plain forward; grids with shared prefixes", 4, _measurements),
     "gradient": Case("error of the gradients of s and b in bfloat16", 2, gradient),
     "scale": Case("the formulae of cost and memory against what can be measured", 1, scale.check),
 }

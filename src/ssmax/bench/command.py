@@ -20,6 +20,7 @@ __all__ = ["bench", "figure", "table"]
 NEEDS = {
     "peer": "scalable_softmax",
     "model": "transformers",
+    "evaluation": "transformers",
     "scale": "transformers",
 }  # packages that a case cannot do without
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ssmax.errors import RunFailed, UserError
 from ssmax.evaluation import rope_scaling, rope_theta
-from ssmax.lab.corpus import documents
+from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.lab.folder import RunFolder
-from ssmax.lab.reproduce import _provenance, _quiet, _stamped, failures, progress_bar
+from ssmax.lab.progress import progress_bar
+from ssmax.lab.reproduce import _provenance, _quiet, _stamped, failures
+from ssmax.lab.sources import documents
 from ssmax.results import read_rows, write_rows
 from ssmax.suite.settings import Contender, Settings
 from ssmax.suite.stages import Material, finetune, run_stage, stage_tokens
@@ -76,7 +77,7 @@ def filled_in(settings: Settings) -> Settings:
 
 
 def _context(contender):
-    config = _from_pretrained(AutoConfig, contender.source, "config")
+    config = load_config(contender.source)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -101,7 +102,7 @@ def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Ma
 
     Args:
         settings: what to measure, filled in.
-        source: the texts, see ssmax.lab.corpus.documents.
+        source: the texts, see ssmax.lab.sources.documents.
         run: the folder, opened by this process.
         machine: how.
 
@@ -167,24 +168,14 @@ def _for_people(contender: Contender, machine: Machine, stage: str) -> Iterator[
 
 
 def _load(source: str, settings: Settings, machine: Machine) -> PreTrainedModel:
-    model = _from_pretrained(AutoModelForCausalLM, source, "causal language model", dtype=settings.dtype)
-    return model.to(machine.torch_device).eval()
+    return load_model(source, dtype=settings.dtype).to(machine.torch_device).eval()
 
 
 def _tokenizer(source: str) -> Any:
-    tokenizer = _from_pretrained(AutoTokenizer, source, "tokenizer")
+    tokenizer = load_tokenizer(source)
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without files
         raise UserError(f"{source} has no tokenizer; save the model's own into that folder")
     return tokenizer
-
-
-def _from_pretrained(kind: Any, source: str, words: str, **options: Any) -> Any:
-    _quiet()
-    try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source} has no {words} that can be loaded: {reason[:300]}") from error
 
 
 def _texts(source: str | None, settings: Settings) -> tuple[list[str], str]:

@@ -1,0 +1,71 @@
+"""What measuring a model costs: loss by position over a plain forward, grids with shared prefixes over cell by cell."""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ssmax.bench.measure import PLAIN, Comparison, largest_error
+from ssmax.evaluation import ABCDigits, NeedleTask, loss_by_position, retrieve, retrieve_grid
+from ssmax.evaluation.retrieval import grid_tokens
+from ssmax.evaluation.tasks import depth_grid
+
+__all__ = ["measurements"]
+
+VOCABULARY = 32_768
+SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+STEPS, DOUBLED = (300, 600, 900, 1200, 1500), (128, 256, 512, 1024, 2048)
+
+
+def measurements() -> Iterator[Comparison]:
+    """A random Llama of 6 layers: loss by position, then each task's grid of sizes x depths."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=8192, **SHAPE)
+    model = LlamaForCausalLM(config).eval()
+    for length, repeats in ((2048, 10), (4096, 6)):
+        tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=torch.Generator().manual_seed(0))
+        calls = {
+            PLAIN: functools.partial(_plain_loss, model, tokens),
+            "loss by position": functools.partial(loss_by_position, model, tokens),
+        }
+        errors = {"loss by position": functools.partial(_difference, *calls.values())}
+        yield Comparison({"length": length}, calls, repeats, errors, memory=True)
+    haystack = np.random.default_rng(0).integers(32, 126, 8192)
+    grids = {
+        "needle": (NeedleTask(_encode, haystack), STEPS),
+        "needle, sizes doubled": (NeedleTask(_encode, haystack), DOUBLED),
+        "several needles": (NeedleTask(_encode, haystack, several=True), STEPS),
+        "needle, 3 distractors": (NeedleTask(_encode, haystack, distractors=3), STEPS),
+        "26 letters": (ABCDigits(_encode), STEPS),
+    }
+    for name, (task, lengths) in grids.items():
+        grid = task.grid(depth_grid(lengths, DEPTHS), np.random.default_rng(0))
+        calls = {
+            "shared prefixes": functools.partial(retrieve_grid, model, [grid], chunk=1024),
+            "cell by cell": functools.partial(_cell_by_cell, model, grid),
+        }
+        tokens_of = sum(len(example.prompt) - 1 for example in grid.values()) / grid_tokens([grid])
+        at = {"grid": name, "cells": len(grid), "tokens": round(tokens_of, 2)}
+        yield Comparison(at, calls, 4, base="shared prefixes")
+
+
+@torch.inference_mode()
+def _plain_loss(model, tokens):
+    logits = model(tokens[:, :-1], use_cache=False).logits
+    return cross_entropy(logits[0], tokens[0, 1:], reduction="none")[None]
+
+
+def _difference(plain, ours):
+    return largest_error(ours(), plain())
+
+
+def _cell_by_cell(model, grid):
+    return [retrieve(model, [example], chunk=1024) for example in grid.values()]
+
+
+def _encode(text):
+    return [ord(character) for character in text]

@@ -66,6 +66,7 @@ def filled_in(settings: Settings) -> Settings:
     Raises:
         UserError: a model cannot be loaded, or no config says how long its context is.
     """
+    _quiet()
     length = settings.length
     if not length:
         known = [_context(contender) for contender in settings.jobs]
@@ -83,6 +84,7 @@ def _context(contender):
 
 def plan(settings: Settings, source: str | None) -> list[str]:
     """Return lines that say what would be done, from texts and tokenizers alone."""
+    _quiet()
     texts, description = _texts(source, settings)
     lines = [f"text: {description}, {len(texts):,} documents"]
     for contender in settings.jobs:

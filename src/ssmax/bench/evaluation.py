@@ -1,7 +1,8 @@
 """What measuring a model costs: loss by position over a plain forward, grids with shared prefixes over cell by cell."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +29,11 @@ def measurements() -> Iterator[Comparison]:
     model = LlamaForCausalLM(config).eval()
     for length, repeats in ((2048, 10), (4096, 6)):
         tokens = torch.randint(0, VOCABULARY, (1, length + 1), generator=torch.Generator().manual_seed(0))
-        calls = {
-            PLAIN: functools.partial(_plain_loss, model, tokens),
-            "loss by position": functools.partial(loss_by_position, model, tokens),
+        plain, ours = (functools.partial(call, model, tokens) for call in (_plain_loss, loss_by_position))
+        calls: dict[str, Callable[[], Any]] = {PLAIN: plain, "loss by position": ours}
+        errors: dict[str, Callable[[], float]] = {
+            "loss by position": lambda plain=plain, ours=ours: largest_error(ours(), plain())
         }
-        errors = {"loss by position": functools.partial(_difference, *calls.values())}
         yield Comparison({"length": length}, calls, repeats, errors, memory=True)
     haystack = np.random.default_rng(0).integers(32, 126, 8192)
     grids = {
@@ -44,7 +45,7 @@ def measurements() -> Iterator[Comparison]:
     }
     for name, (task, lengths) in grids.items():
         grid = task.grid(depth_grid(lengths, DEPTHS), np.random.default_rng(0))
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             "shared prefixes": functools.partial(retrieve_grid, model, [grid], chunk=1024),
             "cell by cell": functools.partial(_cell_by_cell, model, grid),
         }
@@ -57,10 +58,6 @@ def measurements() -> Iterator[Comparison]:
 def _plain_loss(model, tokens):
     logits = model(tokens[:, :-1], use_cache=False).logits
     return cross_entropy(logits[0], tokens[0, 1:], reduction="none")[None]
-
-
-def _difference(plain, ours):
-    return largest_error(ours(), plain())
 
 
 def _cell_by_cell(model, grid):

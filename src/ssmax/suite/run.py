@@ -170,7 +170,8 @@ def _for_people(contender: Contender, machine: Machine, stage: str) -> Iterator[
 
 
 def _load(source: str, settings: Settings, machine: Machine) -> PreTrainedModel:
-    return load_model(source, dtype=settings.dtype).to(machine.torch_device).eval()
+    model: Any = load_model(source, dtype=settings.dtype)
+    return model.to(machine.torch_device).eval()
 
 
 def _tokenizer(source: str) -> Any:

@@ -158,7 +158,9 @@ def test_keys_far_outside_are_never_read(options):
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{"window": 20}, {"cu_seqlens": torch.arange(0, 257, 32)}], ids=["window", "packed"])
+@pytest.mark.parametrize(
+    "options", [{"window": 20}, {"cu_seqlens": torch.arange(0, 257, 32)}], ids=["window", "packed"]
+)
 def test_tiles_outside_are_skipped(options, monkeypatch):
     """Twice the tokens are twice the tiles: forward, rows and keys; four times would be all of them."""
     loads = {"total": 0}

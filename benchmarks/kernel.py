@@ -1,6 +1,6 @@
 """impl="triton": on a GPU its errors and times beside the best plain flash kernel there; anywhere its gradient of s.
 
-    python benchmarks/kernel.py gpu                              needs an NVIDIA or AMD GPU; benchmarks/results/kernel.jsonl
+    python benchmarks/kernel.py gpu                              needs a GPU; benchmarks/results/kernel.jsonl
     TRITON_INTERPRET=1 python benchmarks/kernel.py gradient      float16, on any CPU; benchmarks/results/kernel-gradient.jsonl
 
 Times are bfloat16, causal, in alternation in one process, medians and quartiles of the rounds' ratios. Errors are relative

@@ -8,11 +8,16 @@ import pytest
 import ssmax
 
 ROOT = Path(__file__).parent.parent
+ATTEND = """
+import torch, ssmax
+q = torch.ones(1, 1, 4, 16, requires_grad=True)
+ssmax.attention(q, q, q, 0.4, is_causal=True, window=2).sum().backward()
+"""
 HEAVY = ("torch", "transformers", "triton", "matplotlib", "datasets")
 
 
 def loaded_after(statement):
-    code = f"{statement}; import sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    code = f"{statement}\nimport sys; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
@@ -23,6 +28,7 @@ def loaded_after(statement):
         ("import ssmax.cli", set()),
         ("from ssmax import attention, SSMaxScale, visible_keys, scalable_softmax", {"torch"}),
         ("import ssmax.report", set()),
+        (ATTEND, {"torch"}),
     ],
 )
 def test_imports_stay_light(statement, allowed):

@@ -128,7 +128,9 @@ def _attention_checks():
         yield "one more query in training, bytes", {"length": length}, more - plain, one.query_bytes(length)
     with torch.no_grad():
         inputs = {length: [torch.randn(1, 8, length, 64) for _ in range(3)] for length in (4096, 8192)}
-        short, long = _quickest([lambda x=x: attention(*x, 0.43, is_causal=True) for x in inputs.values()], 8)
+        short, long = _quickest(
+            [lambda q=q, k=k, v=v: attention(q, k, v, 0.43, is_causal=True) for q, k, v in inputs.values()], 8
+        )
         yield "growth of attention's time, 4,096 to 8,192", {}, long / short, (8192 * 8193) / (4096 * 4097)
         caches = {keys: [torch.randn(1, 4, keys, 64) for _ in range(2)] for keys in (65536, 262144)}
         short, long = _quickest([lambda k=k, v=v: attention(k[:, :, :1], k, v, 0.43) for k, v in caches.values()], 40)

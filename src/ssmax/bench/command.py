@@ -121,12 +121,10 @@ def figure(name: str, rows: list[Row]) -> Figure:
         ends = [row.value for _, _, row in ratios]
         ticks = [x for x in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(ends) / 2 <= x <= max(ends) * 2]
         axis.set_xticks(ticks)
-        axis.set(xlabel="time over the base of the comparison, median and quartiles of the rounds' ratios")
+        axis.set(xlabel="time / time of the base")
         axis.invert_yaxis()
-        best, worst = (pick(ratios, key=lambda x: x[2].value) for pick in (min, max))
         drawn.suptitle(
-            f"{name}: from {best[2].value:.2f} ({best[1]}) to {worst[2].value:.2f} ({worst[1]}) of the base's time",
-            fontsize=10,
+            f"{name}: {min(ends):.2f} to {max(ends):.2f} of the base's time (medians, quartiles)", fontsize=10
         )
     return drawn
 

@@ -179,6 +179,12 @@ def _run_together(run, recipe, tokens, provenance, setup):
             state.wait_for_everyone()
 
 
+def keep_freed_memory() -> None:
+    """For processes started from here: glibc returns large freed blocks to the kernel, and each step asks for them anew."""
+    for name, size in (("MALLOC_MMAP_THRESHOLD_", 2**25), ("MALLOC_TRIM_THRESHOLD_", 2**31)):
+        os.environ.setdefault(name, str(size))
+
+
 def _run_jobs(run, recipe, tokens, provenance):
     units = [[(job, stage) for job in jobs for stage in run.todo(job)] for jobs in _units(recipe.jobs)]
     units = [unit for unit in units if unit]
@@ -187,6 +193,7 @@ def _run_jobs(run, recipe, tokens, provenance):
     on_gpu = torch.cuda.is_available()
     workers = 1 if on_gpu else min(len(units), os.cpu_count() or 1, MAX_WORKERS)
     threads = (os.cpu_count() or 1) // workers
+    keep_freed_memory()
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     total = sum(stage_tokens(stage, recipe) for unit in units for _, stage in unit)

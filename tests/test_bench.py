@@ -1,0 +1,108 @@
+"""ssmax bench: what is wrong gets no speed, ratios are those of the rounds, the formulae hold, the command teaches."""
+
+import itertools
+import math
+import time
+
+import pytest
+import torch
+from test_cli import run
+
+from ssmax import SSMaxScale, attention
+from ssmax.bench import cases, command, measure
+from ssmax.bench.measure import PLAIN, Case, Comparison, compare
+from ssmax.bench.scale import Shape
+from ssmax.errors import UserError
+from ssmax.results import read_rows
+
+
+def metrics(rows, contender):
+    return {row.metric: row for row in rows if row.variant == contender}
+
+
+def test_a_wrong_contender_gets_an_error_and_no_speed():
+    calls = []
+    comparison = Comparison(
+        {"length": 8},
+        {PLAIN: lambda: None, "right": lambda: None, "wrong": lambda: calls.append(1), "nan": lambda: calls.append(1)},
+        4,
+        {"right": lambda: 1e-7, "wrong": lambda: 0.5, "nan": lambda: math.inf},
+    )
+    rows = list(compare(comparison))
+    assert not calls
+    assert metrics(rows, "right").keys() == {"error", "seconds", "time_ratio"}
+    assert metrics(rows, "wrong").keys() == metrics(rows, "nan").keys() == {"error"}
+    shown = command.table(rows)
+    assert "wrong                     WRONG: error 5.0e-01, allowed 1.0e-05; no speed" in shown
+    assert "right" in shown
+    assert not list(compare(Comparison({}, {PLAIN: lambda: None, "a": lambda: None}, 3, {PLAIN: lambda: 1.0})))[1:]
+
+
+def test_times_are_those_of_the_calls_and_ratios_those_of_the_rounds(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    turn = itertools.count()
+
+    def takes(seconds):
+        def call():
+            clock[0] += seconds * (10 if next(turn) // 2 == 2 else 1)  # one round is slowed down as a whole
+
+        return call
+
+    rows = list(compare(Comparison({}, {PLAIN: takes(2.0), "half": takes(1.0)}, 5)))
+    assert metrics(rows, PLAIN)["seconds"].value == 2.0
+    assert metrics(rows, "half")["seconds"].value == 1.0
+    ratio = metrics(rows, "half")["time_ratio"]
+    assert (ratio.value, ratio.at["low"], ratio.at["high"], ratio.samples) == (0.5, 0.5, 0.5, 5)
+
+
+def test_memory_is_what_a_call_holds_at_its_peak():
+    comparison = Comparison(
+        {}, {PLAIN: lambda: torch.empty(2**20), "more": lambda: torch.empty(3, 2**20)}, 2, memory=True
+    )
+    rows = list(compare(comparison))
+    assert metrics(rows, PLAIN)["peak_bytes"].value == 2**22
+    assert metrics(rows, "more")["peak_bytes"].value == 3 * 2**22
+
+
+def test_the_cases_compare_what_they_time(monkeypatch):
+    """Every contender of a case is right here except where it is put wrong, and then it is caught."""
+    first = next(cases.causal_attention())
+    assert set(first.contenders) >= {PLAIN, "ssmax", "materialised"}
+    for name, error in first.errors.items():
+        if name != "ssmax, flex":  # seconds of compiling
+            assert 0 < error() <= first.allowed
+    monkeypatch.setattr(cases, "attention", lambda q, k, v, s, **options: attention(q, k, v, 1.01 * s, **options))
+    one_percent = next(cases.causal_attention()).errors["materialised"]
+    assert one_percent() > first.allowed
+
+
+def test_the_command_lists_refuses_and_measures(tmp_path, monkeypatch, capsys):
+    assert run("bench", "nonsense").stderr.startswith("ssmax: there is no case 'nonsense'; cases are attention, decode")
+    listed = run("bench", "decode", "--dry-run", "--out", tmp_path / "x")
+    assert listed.returncode == 0
+    assert "about 3 min" in listed.stdout
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setitem(command.NEEDS, "model", "no_such_package")
+    with pytest.raises(UserError, match="needs the package 'no_such_package': pip install no-such-package"):
+        command.bench(["model"], tmp_path, dry_run=False)
+    scale = SSMaxScale(2)
+    call = {PLAIN: lambda: None, "ssmax": lambda: scale(torch.ones(1, 2, 3, 4), 3)}
+    tiny = Case(
+        "a scale", 0.1, lambda: iter([Comparison({"length": 3}, call, 3), measure.row("x", "ssmax", {}, 1.0, 1)])
+    )
+    monkeypatch.setitem(command.CASES, "tiny", tiny)
+    command.bench(["tiny"], tmp_path, dry_run=False)
+    assert "tiny: a scale; about 0.1 min\nlength 3\n    plain" in capsys.readouterr().out
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert {row.metric for row in read_rows(tmp_path / "tiny.jsonl")} == {"seconds", "time_ratio", "x"}
+
+
+def test_formulae_by_hand():
+    one = Shape(layers=1, width=4, heads=2, key_heads=1, size=2, hidden=3, vocabulary=5, number=2)
+    assert one.multiplied == 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 3 + 4 * 5  # q, k and v, o, feed-forward, output
+    assert one.forward_flops(3) == 2 * one.multiplied * 3 + 4 * 2 * 2 * (1 + 2 + 3)
+    assert one.training_flops(3) == 3 * 2 * one.multiplied * 3 + 3.5 * 4 * 2 * 2 * 6
+    assert one.cache_bytes(7) == 2 * 2 * 7 * 2
+    assert one.sharp_decode_bytes(7, 0.5) == one.multiplied * 2 + 2 * 7 + one.cache_bytes(7) // 2
+    assert 8.0e9 < Shape().parameters < 8.1e9  # Llama 3's own figure

@@ -313,12 +313,23 @@ def test_a_checkpoint_that_lost_its_scale_is_refused(model, tmp_path, change):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_config_without_its_recipe_is_refused(model, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("ssmax"), "config.ssmax is missing"),
+        (lambda c: c.update(ssmax="matched"), "config.ssmax must hold"),
+        (lambda c: c["ssmax"].pop("layers"), "config.ssmax must hold"),
+        (lambda c: c["ssmax"].update(layers=[0, 7]), r"names layers \[7\]"),
+        (lambda c: c.update(model_type="llama"), "would drop its scales"),
+    ],
+    ids=["missing", "no recipe", "no layers", "other layers", "renamed to softmax"],
+)
+def test_a_config_with_a_damaged_recipe_is_refused(model, tmp_path, change, words):
     ssmax.convert(model).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["ssmax"]
+    change(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config.ssmax is missing"):
+    with pytest.raises(ValueError, match=words):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import random
 import subprocess
 
@@ -14,6 +15,8 @@ from ssmax.lab.experiments import _examples, count_task, run_stage
 from ssmax.lab.models import SwitchedScale, build_model, switch_at, turn_on
 from ssmax.lab.plan import plan
 from ssmax.lab.recipes import Job, Recipe, paper, small, smoke, tiny
+from ssmax.lab.sources import documents
+from ssmax.lab.tokenizer import END_OF_TEXT
 
 WORDS = [
     "alpha",
@@ -62,7 +65,7 @@ def loaded(folder):
 
 def test_held_out_texts_are_not_trained_on(loaded, folder):
     held = [loaded.tokenizer.decode(row.tolist()) for row in loaded.held_out]
-    train = loaded.tokenizer.decode(loaded.train.tolist())
+    train = loaded.tokenizer.decode(loaded.train[:].tolist())
     everything = "".join(path.read_text() for path in folder.glob("*.txt"))
     assert loaded.held_out.shape == (3, 200)
     assert all(piece[:80] in everything and piece[:80] not in train for piece in held)
@@ -70,10 +73,11 @@ def test_held_out_texts_are_not_trained_on(loaded, folder):
 
 
 def test_documents_are_separated_and_digits_are_tokens(loaded):
-    end = loaded.tokenizer.encode(corpus.END_OF_TEXT).ids
+    end = loaded.encode(END_OF_TEXT)
     assert len(end) == 1
-    assert (loaded.train == end[0]).sum() >= 50
-    assert loaded.train[0] == end[0]
+    assert end == [loaded.end]
+    assert (loaded.train[:] == loaded.end).sum() >= 50
+    assert loaded.train[:1].tolist() == end
     assert loaded.tokenizer.encode("The special magic Tokyo number is: 48").tokens == [
         "The", " special", " magic", " Tokyo", " number", " is:", " 4", "8",
     ]  # fmt: skip
@@ -82,9 +86,9 @@ def test_documents_are_separated_and_digits_are_tokens(loaded):
 def test_the_cache_is_used_and_follows_the_text(folder, tmp_path):
     options = {"limit_bytes": 10**9, "vocab_size": 280, "held_out": (3, 200), "cache": tmp_path}
     first, name = corpus.prepare(str(folder), **options)
-    stamp = (first / "tokens.safetensors").stat().st_mtime_ns
+    stamp = (first / "train-00000.bin").stat().st_mtime_ns
     assert corpus.prepare(str(folder), **options) == (first, name)
-    assert (first / "tokens.safetensors").stat().st_mtime_ns == stamp
+    assert (first / "train-00000.bin").stat().st_mtime_ns == stamp
     assert corpus.prepare(str(folder), **options | {"vocab_size": 290})[0] != first
     other = tmp_path / "other"
     other.mkdir()
@@ -103,13 +107,11 @@ def test_one_file_is_cut_into_training_and_held_out_text(tmp_path):
     assert len(corpus.load(tokens).held_out) >= 1
 
 
-def test_a_local_data_set_is_read_like_one_on_a_hub(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    pages = [{"text": text(i, 300)} for i in range(3)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: iter(pages))
-    texts, name = corpus.documents("org/name", 10**9)
-    assert texts == [page["text"] for page in pages]
-    assert name == "org/name"
+def test_rows_on_disk_are_read_like_files(tmp_path):
+    pages = [text(i, 300) for i in range(3)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps({"id": 1, "text": page}) + "\n" for page in pages))
+    assert documents(str(tmp_path / "pages.jsonl"), 10**9) == (pages, "pages.jsonl")
+    assert documents(str(tmp_path), 100)[0] == pages[:1]
 
 
 @pytest.mark.parametrize(
@@ -127,9 +129,15 @@ def test_windows_follow_the_seed_alone_and_repeat_only_after_all():
     tokens = np.arange(100, dtype=np.int32)
     first, again, other = (training.Windows(tokens, 10, 25, seed) for seed in (1, 1, 2))
     assert [w["input_ids"][0].item() for w in first] == [w["input_ids"][0].item() for w in again]
-    assert first.order.tolist() != other.order.tolist()
-    assert sorted(first.order[:10]) == list(range(10))
-    assert first[0]["input_ids"].tolist() == list(range(int(first.order[0]) * 10, int(first.order[0]) * 10 + 10))
+    starts, others = ([w["input_ids"][0].item() for w in windows] for windows in (first, other))
+    assert starts != others
+    assert sorted(starts[:10]) == sorted(starts[10:20]) == list(range(0, 100, 10))
+    assert starts[:10] != starts[10:20]
+    assert first[0]["input_ids"].tolist() == list(range(starts[0], starts[0] + 10))
+    assert [first[i]["input_ids"][0].item() for i in (24, 3, 12)] == [starts[i] for i in (24, 3, 12)]
+    # the order of one seed, written down: checkpoints continue in it
+    rng = np.random.default_rng(1)
+    assert starts == [10 * i for _ in range(3) for i in rng.permutation(10)][:25]
     with pytest.raises(UserError, match="less than one window"):
         training.Windows(tokens, 101, 1, 0)
 
@@ -228,9 +236,12 @@ def test_the_late_switch_is_softmax_for_seven_eighths_and_ssmax_then(loaded, tmp
         losses[variant] = dict(trained.losses)
         scales[variant] = [m.weight for m in model.modules() if isinstance(m, SwitchedScale)]
     assert switch_at(recipe) == 14
+    # The norm that gradients are clipped by sums the zeros of s in between, which may move its last bit.
+    last_bits = 2 * float(np.spacing(np.float32(losses["a"][1])))
     for step in range(1, 15):
-        assert losses["f"][step] == losses["a"][step]
-    assert losses["f"][15] != losses["a"][15]
+        assert losses["f"][step] == pytest.approx(losses["a"][step], abs=last_bits)
+    assert max(abs(losses["b"][step] - losses["a"][step]) for step in range(1, 15)) > 10 * last_bits
+    assert abs(losses["f"][15] - losses["a"][15]) > 10 * last_bits
     assert all((scale != ssmax.matched_scale(recipe.train_length)).all() for scale in scales["f"])  # trained since
 
 

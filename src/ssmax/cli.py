@@ -1,4 +1,4 @@
-"""The command line: ssmax reproduce, train, evaluate, convert, calibrate, inspect."""
+"""The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,12 @@ RECIPE_HELP = (
     "tiny: 2 CPU cores, a quarter of an hour. smoke: a minute, shows nothing. small: one GPU, about an hour. paper: the "
     "paper's own size, a cluster."
 )
-CORPUS_HELP = "A text file, a folder of text files, or a data set on a hub. Default: Python's own standard library."
+TEXTS_HELP = (
+    "A text file, a folder of text files, .parquet, .jsonl or .csv files, a data set saved on disk, or one on a hub as "
+    "NAME:SUBSET#COLUMN (each but the name may be left out); several with their shares as A=0.7,B=0.3. "
+    "Default: Python's own standard library."
+)
+CORPUS_HELP = f"{TEXTS_HELP} Or the folder that ssmax prepare left."
 SHARD_HELP = "Under torchrun, shard weights and optimizer over the ranks (FSDP2). Default: each rank holds all (DDP)."
 
 
@@ -162,6 +167,35 @@ class Train:
         if main:
             print(f"Model: {model.resolve()}")
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Tokenise a corpus ahead, so that no accelerator waits for it; give the folder to train or reproduce as --corpus.
+
+    With --tokenizer the text passes as a stream of any size, into shards on disk; the same command continues an
+    interrupted preparation behind its last whole shard. Without it the text is held in memory.
+    """
+
+    recipe: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="{tiny,smoke,small,paper}", help=RECIPE_HELP)
+    ] = "tiny"
+    corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
+    cache: Annotated[Path, tyro.conf.arg(help="Folder of all prepared corpora.")] = Path("runs/cache")
+    of_the_recipe: Annotated[Options, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Options)
+
+    def run(self) -> None:
+        """Run it."""
+        recipe = _recipe(self.recipe, self.of_the_recipe)
+        from ssmax.lab.reproduce import prepared  # loads torch and transformers
+        from ssmax.lab.shards import check
+
+        folder, _ = prepared(recipe, self.corpus, self.cache)
+        found = check(folder)
+        print(
+            f"{found.source}: {found.documents:,} documents, {found.tokens:,} training tokens in {len(found.shards)} shards, "
+            f"{found.held_out['texts']} held-out texts of {found.held_out['length']:,} tokens\nCorpus: {folder.resolve()}"
+        )
 
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets it
@@ -293,7 +327,7 @@ class Calibrate:
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="New folder.")]
     texts: Annotated[
         str | None,
-        tyro.conf.arg(help=CORPUS_HELP),
+        tyro.conf.arg(help=TEXTS_HELP),
     ] = None
     length: Annotated[
         int | None,
@@ -371,6 +405,7 @@ def main(arguments: list[str] | None = None) -> None:
         {
             "reproduce": Reproduce,
             "train": Train,
+            "prepare": Prepare,
             "evaluate": Evaluate,
             "convert": Convert,
             "calibrate": Calibrate,

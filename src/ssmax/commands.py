@@ -19,7 +19,7 @@ from ssmax.calibration import Calibration, calibrate, piece_length
 from ssmax.errors import RunFailed, UserError
 from ssmax.hf import convert
 from ssmax.hf.layers import Layer, language_layers
-from ssmax.lab.corpus import documents
+from ssmax.lab.sources import documents
 from ssmax.nn import SSMaxScale
 from ssmax.results import Row, write_atomically
 

@@ -103,12 +103,8 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def attach(model: PreTrainedModel) -> None:
     """Give the layers named in config.ssmax their scale, at its starting value."""
-    recipe = getattr(model.config, "ssmax", None)
-    if recipe is None:
-        raise ValueError(
-            f"config.ssmax is missing: {type(model).__name__} cannot know its scales; convert the model anew"
-        )
     layers = language_layers(model)
+    recipe = _checked_recipe(model, layers)
     for index in recipe["layers"]:
         layer = layers[index]
         learned = "s" in recipe
@@ -118,6 +114,22 @@ def attach(model: PreTrainedModel) -> None:
             else LawScale(recipe["law"], **recipe["parameters"])
         )
         layer.module.ssmax = scale.to(owner_device(layer.module))
+
+
+def _checked_recipe(model, layers):
+    """Return config.ssmax, or raise ValueError where it is missing or damaged."""
+    recipe = getattr(model.config, "ssmax", None)
+    if recipe is None:
+        raise ValueError(
+            f"config.ssmax is missing: {type(model).__name__} cannot know its scales; convert the model anew"
+        )
+    fields = {"law", "layers", "version", *(("s", "b", "bias") if "s" in recipe else ("parameters",))}
+    if not isinstance(recipe, dict) or not fields <= set(recipe):
+        raise ValueError(f"config.ssmax must hold {', '.join(sorted(fields))}; got {recipe!r}; convert the model anew")
+    unknown = [index for index in recipe["layers"] if index not in layers]
+    if unknown:
+        raise ValueError(f"config.ssmax names layers {unknown}; {type(model).__name__} has {sorted(layers)}")
+    return recipe
 
 
 def _scoped(forward: Callable) -> Callable:
@@ -153,8 +165,9 @@ class _SavedTypes(dict):
         base = CONFIG_MAPPING[_base_type(model_type) or model_type]
         self[model_type] = config = config_class(base)
         for auto in AUTO_CLASSES:
-            base_model = auto._model_mapping.get(base, None)
-            if isinstance(base_model, type):
+            base_model: Any = auto._model_mapping.get(base, None)
+            # Mllama's CausalLM class is found by the whole config, and takes the text config alone.
+            if getattr(base_model, "config_class", None) is base:
                 auto.register(config, model_class(base_model), exist_ok=True)
         return config
 
@@ -175,9 +188,9 @@ def _refuse_plain_configs() -> None:
     @functools.wraps(original)
     def from_dict(cls, config_dict, **kwargs):
         saved, wanted = str(config_dict.get("model_type", "")), getattr(cls, "model_type", "")
-        if saved.startswith("ssmax_") and not wanted.startswith("ssmax_"):
+        if (saved.startswith("ssmax_") or "ssmax" in config_dict) and not wanted.startswith("ssmax_"):
             raise ValueError(
-                f"the checkpoint is a converted model ({saved}); {cls.__name__} would drop its scales and compute plain "
+                f"the checkpoint is a converted model (model_type {saved!r}); {cls.__name__} would drop its scales and compute plain "
                 "softmax. Load it with an Auto class such as AutoModelForCausalLM, then ssmax.revert(model) where softmax is meant"
             )
         return original(cls, config_dict, **kwargs)

@@ -137,13 +137,18 @@ def _start(init, bias, train_length, config):
             raise ValueError("init='identity' is s = 0 and b = 1; bias=False contradicts it")
         return {"s": 0.0, "b": 1.0, "bias": True}
     if init == "matched":
-        length = getattr(config, "max_position_embeddings", None) if train_length is None else train_length
+        length = _train_length(train_length, config)
         if length is None:
             raise ValueError("init='matched' needs train_length: the config has no max_position_embeddings")
         return {"s": matched_scale(length), "b": 0.0, "bias": _has_bias(init, bias)}
     if isinstance(init, bool) or not isinstance(init, (int, float)):
         raise ValueError(f"init must be 'matched', 'identity' or a number, got {init!r}")
     return {"s": float(init), "b": 0.0, "bias": _has_bias(init, bias)}
+
+
+def _train_length(given, config):
+    # The text config's own, where it is part of a larger one.
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if given is None else given
 
 
 FIXED_LAWS = ("ssmax-fixed", "qwen-1", "yarn", "llama-4", "ministral-3")
@@ -156,7 +161,7 @@ def _law_parameters(law, given, kinds, train_length, config):
     if LAWS[law].of == "p" and set(kinds) != {FULL}:
         raise ValueError(f"law {law!r} is one of the position, which a windowed layer does not know; leave those out")
     parameters = {**LAWS[law].defaults}
-    length = getattr(config, "max_position_embeddings", None) if train_length is None else train_length
+    length = _train_length(train_length, config)
     parameters |= {name: length for name in ("train_length", "length") if name in parameters and length is not None}
     parameters |= given
     LawScale(law, **parameters)

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 __all__ = ["FULL", "Layer", "language_layers", "owner_device"]
 
 FULL = "full_attention"
+# Layers that hold a recurrent part beside their attention: what counts here is how the attention sees.
+HYBRID = {"hybrid": FULL, "hybrid_sliding": "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Layer:
     Attributes:
         module: its attention module.
         heads: query heads.
-        kind: "full_attention", "sliding_attention" or "chunked_attention".
+        kind: as in the config's layer_types: "full_attention", "sliding_attention", "chunked_attention" or a sparse kind.
     """
 
     module: Any
@@ -37,13 +39,16 @@ def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{family} is an encoder-decoder model; only decoder-only language models can be converted")
     text_config = model.config.get_text_config(decoder=True)
-    candidates: list[Any] = [module for module in model.modules() if _is_attention(module, type(text_config))]
+    # The language model inside a larger one may see its prompt whole (PaliGemma), and is causal all the same.
+    prompted = model.config is not text_config and model.can_generate()
+    candidates: list[Any] = [
+        module
+        for module in model.modules()
+        if _is_attention(module, type(text_config)) and (prompted or getattr(module, "is_causal", False) is True)
+    ]
     dispatched = [module for module in candidates if _dispatches(module)]
     if not dispatched:
-        reason = (
-            "its attention does not pass through transformers' attention interface" if candidates else "it has none"
-        )
-        raise ValueError(f"no causal self-attention of {family} can be converted: {reason}")
+        raise ValueError(f"no causal self-attention of {family} can be converted: {_reason(model)}")
     layers: dict[int, Layer] = {}
     for module in dispatched:
         if module.layer_idx in layers:
@@ -55,11 +60,20 @@ def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
     return layers
 
 
+def _reason(model):
+    attention = {type(module): module for module in model.modules() if "Attention" in type(module).__name__}
+    if not attention:
+        return "it has no attention"
+    names = ", ".join(sorted(kind.__name__ for kind in attention))
+    if any(_dispatches(module) for module in attention.values()):
+        return f"its attention ({names}) is not that of a causal decoder"
+    return f"its attention ({names}) does not pass through transformers' attention interface"
+
+
 def _is_attention(module, text_config_type):
     return (
         isinstance(getattr(module, "layer_idx", None), int)
         and type(getattr(module, "config", None)) is text_config_type
-        and getattr(module, "is_causal", False) is True
         and not getattr(module, "is_cross_attention", _takes_other_keys(module))
     )
 
@@ -86,7 +100,7 @@ def _heads(module):
 def _kind(module, text_config):
     kinds = getattr(text_config, "layer_types", None)
     if kinds is not None:
-        return kinds[module.layer_idx]
+        return HYBRID.get(kinds[module.layer_idx], kinds[module.layer_idx])
     if getattr(module, "sliding_window", None) or getattr(text_config, "sliding_window", None):
         return "sliding_attention"
     return FULL

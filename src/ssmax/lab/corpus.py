@@ -1,28 +1,19 @@
-"""Text to tokens: documents, a byte-pair tokenizer trained on them, a training stream and held-out long texts."""
+"""Text to tokens: a training stream and held-out long texts in a folder, by a given tokenizer or one trained on the text."""
 
 import hashlib
-import os
-import shutil
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from ssmax.errors import UserError
-from ssmax.evaluation.tasks import CITIES
-from ssmax.results import write_atomically
+from ssmax.lab.preparation import prepare_stream
+from ssmax.lab.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, is_prepared, locked, token_type
+from ssmax.lab.sources import documents
+from ssmax.lab.tokenizer import END_OF_TEXT, NEEDLE_WORDS, trained, vocabulary, wrapped
 
-__all__ = ["END_OF_TEXT", "Corpus", "documents", "load", "prepare"]
-
-END_OF_TEXT = "<|endoftext|>"
-# Whole tokens: a small vocabulary would split the sentence into more tokens than a small window has room for.
-NEEDLE_WORDS = ("The", " special", " magic", " number", " is:", *(f" {x}" for x in (*CITIES, *range(10))))
-# Tests of the standard library repeat themselves and are not shipped with every Python.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+__all__ = ["Corpus", "load", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -30,117 +21,125 @@ class Corpus:
     """A tokenised corpus.
 
     Attributes:
-        tokenizer: byte-pair, each digit a token, the needle's words whole.
-        train: (T,) int32, documents in a fixed shuffled order, each behind an end-of-text token.
-        held_out: (K, L) int32, texts cut from the starts of documents that train does not contain.
+        tokenizer: ids of text.
+        end: id of the end-of-text token, which stands in front of each document.
+        train: (T,) integers, by slices; documents one behind another.
+        held_out: (K, L), texts that train does not contain.
     """
 
     tokenizer: Tokenizer
-    train: np.ndarray
+    end: int
+    train: Shards
     held_out: np.ndarray
 
+    @property
+    def vocab_size(self) -> int:
+        """How many ids a model must know."""
+        return vocabulary(self.tokenizer)
 
-def documents(source: str | None, limit_bytes: int) -> tuple[list[str], str]:
-    """Read the documents of a source, and describe it.
-
-    Args:
-        source: None for Python's own standard library without its tests; a text file; a folder of text files; or the
-            name of a data set on a hub with a column "text".
-        limit_bytes: read no more than so much text.
-
-    Raises:
-        UserError: nothing there, or nothing readable.
-    """
-    if source is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
-        found, name = _read_files(sorted(paths)), "Python's standard library"
-    elif Path(source).is_file():
-        found, name = _read_files([Path(source)]), Path(source).name
-    elif Path(source).is_dir():
-        found, name = _read_files(sorted(p for p in Path(source).rglob("*") if p.is_file())), Path(source).name
-    elif source.startswith((".", "/", "~")) or os.sep * 2 in source or source.count("/") > 1 or Path(source).suffix:
-        raise UserError(f"corpus {source!r} does not exist; give a text file, a folder, or the name of a data set")
-    else:
-        found, name = _read_dataset(source), source
-    texts, total = [], 0
-    for text in found:
-        texts.append(text)
-        total += len(text.encode())
-        if total >= limit_bytes:
-            break
-    if not total:
-        raise UserError(f"corpus {name!r} holds no text; give UTF-8 text files or a data set with a column 'text'")
-    return texts, name
+    def encode(self, text: str) -> list[int]:
+        """Return ids without special tokens around them."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def prepare(
-    source: str | None, *, limit_bytes: int, vocab_size: int, held_out: tuple[int, int], cache: Path
+    source: str | None,
+    *,
+    limit_bytes: int,
+    vocab_size: int,
+    held_out: tuple[int, int],
+    cache: Path,
+    tokenizer: str = "",
+    tokens: int = 0,
 ) -> tuple[Path, str]:
-    """Read, split and tokenise a corpus into a folder of the cache, unless it is there; return folder and description.
+    """Tokenise a corpus into a folder of the cache, unless it is there; return folder and description.
 
-    The folder's name is a hash of the documents and of how they were tokenised.
+    With a tokenizer the documents pass as a stream, see prepare_stream. Without one they are held in memory, a byte-pair
+    tokenizer is trained on them, and the folder's name is a hash of them and of how they were tokenised.
 
     Args:
-        source, limit_bytes: as for documents.
-        vocab_size: of the byte-pair tokenizer, the needle's words not counted.
+        source: as for ssmax.lab.sources.Documents, or a folder that was prepared before.
+        limit_bytes: of text held in memory.
+        vocab_size: of the trained tokenizer, the needle's words not counted.
         held_out: (K, L), how many held-out texts of how many tokens.
         cache: folder for tokenised corpora.
+        tokenizer: a given one, see ssmax.lab.tokenizer.given; empty: train one.
+        tokens: training tokens that are enough, with a given one.
 
     Raises:
-        UserError: the text is too short for what is asked.
+        UserError: the text is too short for what is asked, or the prepared folder does not fit.
     """
+    if source is not None and is_prepared(folder := Path(source).expanduser()):
+        _check_prepared(folder, tokenizer, held_out[1])
+    elif tokenizer:
+        folder = prepare_stream(source, tokenizer=tokenizer, tokens=tokens, held_out=held_out, cache=cache)
+    else:
+        folder = _prepare_in_memory(source, limit_bytes, vocab_size, held_out, cache)
+    return folder, check(folder).source
+
+
+def load(folder: Path) -> Corpus:
+    """Load a tokenised corpus that prepare left in folder: held-out texts are read, training tokens mapped.
+
+    Raises:
+        UserError: a file is missing or of another size.
+    """
+    manifest = check(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Corpus(tokenizer, manifest.tokenizer["end"], Shards(folder, manifest), np.load(folder / HELD_OUT))
+
+
+def _check_prepared(folder, tokenizer, length):
+    manifest = check(folder)
+    if tokenizer and tokenizer != manifest.tokenizer["name"]:
+        raise UserError(
+            f"{folder} was prepared with the tokenizer {manifest.tokenizer['name']!r}, and the recipe asks for {tokenizer!r}; "
+            "give the same --tokenizer, or prepare it again"
+        )
+    if manifest.held_out["length"] < length:
+        raise UserError(
+            f"{folder} has held-out texts of {manifest.held_out['length']:,} tokens, and the recipe needs {length:,} "
+            "(--length-factor times --train-length, and one); prepare it again with these"
+        )
+
+
+def _prepare_in_memory(source, limit_bytes, vocab_size, held_out, cache):
     texts, name = documents(source, limit_bytes)
     recipe = f"1 {vocab_size} {held_out} {NEEDLE_WORDS}"
     digest = hashlib.sha256(recipe.encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     folder = cache / digest.hexdigest()[:16]
-    if not folder.exists():
-        _build(texts, vocab_size, held_out, folder)
-    return folder, name
+    if Manifest.read(folder) is None:
+        tokenizer, train, held = _tokenised(texts, vocab_size, held_out)
+        with locked(folder):
+            wrapped(tokenizer).save_pretrained(folder / "tokenizer")
+            saved = (folder / "tokenizer" / "tokenizer.json").read_bytes()
+            made = {"name": "", "end": tokenizer.token_to_id(END_OF_TEXT), "vocabulary": vocabulary(tokenizer)}
+            made["sha256"] = hashlib.sha256(saved).hexdigest()
+            size = sum(len(text.encode()) for text in texts)
+            manifest = Manifest(name, made, token_type(made["vocabulary"]), len(texts), size, fingerprint=folder.name)
+            writer = ShardWriter(folder, manifest)
+            while len(train):
+                train = train[writer.add(train) :]
+                writer.finish_shard()
+            manifest.write(folder, held.astype(manifest.dtype))
+    return folder
 
 
-def load(folder: Path) -> Corpus:
-    """Load a tokenised corpus that prepare left in folder."""
-    arrays = load_file(folder / "tokens.safetensors")
-    return Corpus(Tokenizer.from_file(str(folder / "tokenizer.json")), arrays["train"], arrays["held_out"])
-
-
-def _build(texts, vocab_size, held_out, folder):
+def _tokenised(texts, vocab_size, held_out):
     order = np.random.default_rng(0).permutation(len(texts))
     texts = [texts[i] for i in order]
     if len(texts) == 1:  # one long text: its last tenth is held out
         cut = len(texts[0]) * 9 // 10
         texts = [texts[0][:cut], texts[0][cut:]]
-    tokenizer = _train_tokenizer(texts, vocab_size)
+    tokenizer = trained(texts, vocab_size)
     encoded = [np.array(e.ids, dtype=np.int32) for e in tokenizer.encode_batch(texts)]
     end = tokenizer.encode(END_OF_TEXT).ids[0]
     held, kept = _split(encoded, end, *held_out)
-    train = np.concatenate([np.concatenate([[end], ids]).astype(np.int32) for ids in kept])
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tokenizer.save(str(temporary / "tokenizer.json"))
-    write_atomically(temporary / "tokens.safetensors", save({"train": train, "held_out": held}))
-    temporary.rename(folder)
-
-
-def _train_tokenizer(texts, vocab_size):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens(list(NEEDLE_WORDS))
-    return tokenizer
+    return tokenizer, np.concatenate([np.concatenate([[end], ids]).astype(np.int32) for ids in kept]), held
 
 
 def _split(encoded, end, count, length):
@@ -167,28 +166,3 @@ def _split(encoded, end, count, length):
             f"document has {longest}; give a longer corpus, or lower --train-length"
         )
     return np.stack(held[:count]), kept
-
-
-def _read_files(paths) -> Iterator[str]:
-    for path in paths:
-        try:
-            text = path.read_text("utf-8")
-        except (UnicodeDecodeError, PermissionError):
-            continue
-        if text.strip():
-            yield text
-
-
-def _read_dataset(name) -> Iterator[str]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, split="train", streaming=True)
-        yield from (row["text"] for row in rows)
-    except KeyError:
-        raise UserError(f"data set {name!r} has no column 'text'") from None
-    except Exception as error:  # whatever the hub's client raises, the user needs one line
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name!r} is no file or folder here, and could not be loaded as a data set: {reason}"
-        ) from error

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssmax.hf
+from ssmax.errors import UserError
 from ssmax.evaluation import NeedleTask, log_edges, loss_by_position, retrieve, rope_theta
 from ssmax.lab import training
 from ssmax.lab.corpus import Corpus
@@ -36,6 +37,11 @@ def check_fit(recipe: Recipe, corpus: Corpus) -> None:
     for stage, asked in (("finetune", recipe.retrieval), ("count", recipe.counting)):
         if asked:
             _examples(stage, corpus, recipe, seed=0)
+    if recipe.counting and (shortest := count_task(corpus, corpus.train).shortest) > min(count_lengths(recipe)):
+        raise UserError(
+            f"a text to count in has up to {shortest} tokens in marks and question, and the shortest that is asked about has "
+            f"{min(count_lengths(recipe))}, half of the training window; raise --train-length"
+        )
 
 
 def stage_tokens(stage: str, recipe: Recipe) -> int:
@@ -95,7 +101,7 @@ def formula_rows() -> list[Row]:
 
 def _pretrain(job, recipe, corpus, models, progress, setup):
     folder = models / job.name
-    model = build_model(recipe, job.form, job.variant, job.seed, corpus.tokenizer.get_vocab_size())
+    model = build_model(recipe, job.form, job.variant, job.seed, corpus.vocab_size, corpus.end)
     scratch = folder / "pretrain-checkpoints"
     trained = training.pretrain(model, recipe, corpus.train, job.seed, scratch, progress, setup)
     rows = _loss_rows(job, trained.losses, "pretrain")
@@ -208,14 +214,20 @@ def count_lengths(recipe: Recipe) -> list[int]:
     return [recipe.train_length // 2, *recipe.lengths]
 
 
-def count_task(corpus: Corpus, haystack: np.ndarray) -> CountTask:
-    """Return the counting task in tokens of the corpus."""
-    return CountTask(lambda text: corpus.tokenizer.encode(text).ids, haystack)
+def count_task(corpus: Corpus, haystack: Any) -> CountTask:
+    """Return the counting task in tokens of the corpus, or raise UserError where a number is not one token."""
+    split = [count for count in range(10) if len(corpus.encode(f" {count}")) != 1]
+    if split:
+        raise UserError(
+            f"the tokenizer makes more than one token of ' {split[0]}', and counting asks for numbers of one token; leave "
+            "counting out with an empty --counting, or give another --tokenizer"
+        )
+    return CountTask(corpus.encode, haystack)
 
 
-def needle_task(corpus: Corpus, recipe: Recipe, haystack: np.ndarray) -> NeedleTask:
+def needle_task(corpus: Corpus, recipe: Recipe, haystack: Any) -> NeedleTask:
     """Return the needle task in tokens of the corpus."""
-    return NeedleTask(lambda text: corpus.tokenizer.encode(text).ids, haystack, recipe.needle_digits)
+    return NeedleTask(corpus.encode, haystack, recipe.needle_digits)
 
 
 def _trials(model, task, length, depth, count, progress):
@@ -224,7 +236,10 @@ def _trials(model, task, length, depth, count, progress):
     examples = [task.example(length, depth, rng) for _ in range(count)]
     trials, batch = [], max(1, BATCH_TOKENS // length)
     for start in range(0, count, batch):
-        trials += retrieve(model, examples[start : start + batch])
+        # With digits that share tokens numbers differ in length; those of one length are asked together.
+        for size in sorted({len(example.answer) for example in examples[start : start + batch]}):
+            same = [example for example in examples[start : start + batch] if len(example.answer) == size]
+            trials += retrieve(model, same)
         progress(length * len(examples[start : start + batch]) // 3)
     return trials
 

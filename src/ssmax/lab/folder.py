@@ -75,6 +75,11 @@ class RunFolder:
                 shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
             yield
 
+    @property
+    def claimed(self) -> bool:
+        """Whether it belongs to a configuration already."""
+        return self._file.exists()
+
     def claim(self, fingerprint: str) -> None:
         """Write down the configuration with the hash of its corpus, or raise UserError where another one is kept."""
         if not self._check(fingerprint):

@@ -67,8 +67,8 @@ class LearnedLaw(nn.Module):
         return scale_query(query, self.weight[:, None] * p_BHN + self.bias[:, None])
 
 
-def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: int) -> PreTrainedModel:
-    """Return a new model of the paper's shape; all variants of a seed have the same weights."""
+def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: int, end: int = 0) -> PreTrainedModel:
+    """Return a new model of the paper's shape; all variants of a seed have the same weights. A text ends with the id end."""
     config_type, model_type, options = FORMS[form]
     rope = {"rope_type": "default", "rope_theta": 10_000.0, **options}
     config = config_type(
@@ -85,8 +85,8 @@ def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: 
         attention_dropout=0.0,
         tie_word_embeddings=False,
         attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=0,
+        bos_token_id=end,
+        eos_token_id=end,
         pad_token_id=None,
     )
     torch.manual_seed(seed)

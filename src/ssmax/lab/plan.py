@@ -3,10 +3,14 @@
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
+from ssmax.errors import UserError
 from ssmax.lab.models import build_model
 from ssmax.lab.recipes import Recipe
+from ssmax.lab.shards import SHARD_TOKENS, token_type
+from ssmax.lab.tokenizer import given, vocabulary
 from ssmax.lab.training import batch_arguments, world_size
 
 __all__ = ["plan"]
@@ -21,24 +25,24 @@ def plan(recipe: Recipe) -> list[str]:
     Raises:
         UserError: the ranks cannot share the batch.
     """
-    vocabulary = recipe.vocab_size
+    size = _vocabulary(recipe)
     with torch.device("meta"):
-        model = build_model(recipe, recipe.jobs[0].form, "b", 0, vocabulary)
+        model = build_model(recipe, recipe.jobs[0].form, "b", 0, size)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    scales = sum(size for name, size in sizes.items() if ".ssmax." in name)
-    norms = sum(size for name, size in sizes.items() if "norm" in name)
+    scales = sum(count for name, count in sizes.items() if ".ssmax." in name)
+    norms = sum(count for name, count in sizes.items() if "norm" in name)
     matrices = sum(sizes.values()) - scales - norms
     trained = [job for job in recipe.jobs if job.variant != "e"]
     step_tokens = recipe.batch_size * recipe.train_length
-    flops = _training_flops(recipe, matrices, recipe.steps * step_tokens, vocabulary)
+    flops = _training_flops(recipe, matrices, recipe.steps * step_tokens, size)
     asked = sum("finetune" in recipe.stages(job) for job in recipe.jobs)
     counting = sum("count" in recipe.stages(job) for job in recipe.jobs)
     tuned = recipe.finetune_batch_size * recipe.train_length
     tuned_tokens = (asked * recipe.finetune_steps + counting * recipe.count_steps) * tuned
-    whole = len(trained) * flops + _training_flops(recipe, matrices, tuned_tokens, vocabulary)
+    whole = len(trained) * flops + _training_flops(recipe, matrices, tuned_tokens, size)
     ranks, rounds = world_size(), batch_arguments(recipe.batch_size, recipe.device_batch_size)
     windows = rounds["per_device_train_batch_size"]
-    seconds, device = _measured_step(recipe, vocabulary)
+    seconds, device = _measured_step(recipe, size)
     rate = recipe.train_length / seconds
     kept = len(recipe.jobs) + asked + counting
     return [
@@ -46,10 +50,11 @@ def plan(recipe: Recipe) -> list[str]:
         f"parameters: {matrices:,} in matrices, {norms:,} in norms, {scales:,} scales s",
         f"tokens: {step_tokens:,} a step, {recipe.steps * step_tokens:,} for each of {len(trained)} pretrainings; "
         f"{tuned_tokens:,} in {asked + counting} fine-tunings",
+        _data(recipe, size),
         f"a step on {ranks} device{'s' * (ranks > 1)}: {windows} windows of {recipe.train_length:,} tokens at once, "
         f"{rounds['gradient_accumulation_steps']} rounds",
         f"memory of a device: {_gib(16 * sum(sizes.values()))} weights, gradients and Adam (with --shard over {ranks}: "
-        f"{_gib(16 * sum(sizes.values()) / ranks)}); activations about {_gib(_activations(recipe, windows, vocabulary))} (estimate)",
+        f"{_gib(16 * sum(sizes.values()) / ranks)}); activations about {_gib(_activations(recipe, windows, size))} (estimate)",
         f"disk: {kept} models of {_gib(4 * sum(sizes.values()))}"
         + (
             f", and up to 2 checkpoints of {_gib(12 * sum(sizes.values()))} at a time, every {recipe.checkpoint_steps:,} steps"
@@ -61,6 +66,28 @@ def plan(recipe: Recipe) -> list[str]:
         f"{_hours(whole / (flops / (recipe.steps * step_tokens) * rate))} for all trainings on this one device",
         f"assumed, not measured, an H100 at 40 % of its bfloat16 peak: {_hours(whole / H100)} on one",
     ]
+
+
+def _vocabulary(recipe):
+    """Of the given tokenizer, where it is on this machine; otherwise the recipe's."""
+    if not recipe.tokenizer:
+        return recipe.vocab_size
+    try:
+        return vocabulary(given(recipe.tokenizer, cached_only=True).core)
+    except UserError:
+        return recipe.vocab_size
+
+
+def _data(recipe, size):
+    if not recipe.tokenizer:
+        return f"data: up to {recipe.corpus_bytes:,} bytes of text, held in memory while a tokenizer is trained on it"
+    tokens, width = recipe.prepared_tokens, np.dtype(token_type(size)).itemsize
+    shards = -(-tokens // SHARD_TOKENS)
+    windows = min(tokens // recipe.train_length, recipe.steps * recipe.batch_size)
+    return (
+        f"data: {tokens:,} tokens by the tokenizer {recipe.tokenizer}, {shards:,} shard{'s' * (shards > 1)} of "
+        f"{_gib(min(tokens, SHARD_TOKENS) * width)}, {_gib(tokens * width)} on disk; a rank holds {_gib(4 * windows)} for their order"
+    )
 
 
 def _training_flops(recipe, matrices, tokens, vocabulary):

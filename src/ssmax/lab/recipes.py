@@ -130,6 +130,11 @@ class Recipe:
         return named
 
     @property
+    def prepared_tokens(self) -> int:
+        """Training tokens that are prepared, with a given tokenizer."""
+        return self.corpus_tokens or self.steps * self.batch_size * self.train_length
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Context sizes of the retrieval test: the training length, doubled up to length_factor times it."""
         return tuple(self.train_length * 2**k for k in range(self.length_factor.bit_length()))

@@ -7,11 +7,10 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -20,20 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import PartialState
-from tqdm import tqdm
 
 import ssmax
 from ssmax.errors import RunFailed, UserError
 from ssmax.lab import corpus as corpora
 from ssmax.lab.experiments import check_fit, formula_rows, run_stage, stage_tokens
 from ssmax.lab.folder import RunFolder
+from ssmax.lab.progress import progress_bar
 from ssmax.lab.recipes import TOGETHER, Recipe
+from ssmax.lab.shards import check, verify
 from ssmax.lab.training import Setup, world_size
 from ssmax.results import read_rows, write_rows
 
-__all__ = ["reproduce", "start_ranks", "train"]
+__all__ = ["prepared", "reproduce", "start_ranks", "train"]
 
 # Of the whole run; a model that cannot get so much of a core per worker is slower on two.
 MAX_WORKERS = 8
@@ -46,7 +47,7 @@ def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, s
 
     Args:
         recipe: what to train and measure.
-        source: the corpus, see ssmax.lab.corpus.documents.
+        source: the corpus, see ssmax.lab.corpus.prepare.
         run: the folder, opened by this process (the main one of several).
         cache: for tokenised corpora.
         setup: how trainings run.
@@ -83,36 +84,57 @@ def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup
         if state.is_main_process:
             write_rows(rows, _stamped(found, provenance))
     if state.is_main_process and not model.exists():
-        _publish(run.folder / "models" / job.name / "pretrained", corpus, model)
+        _publish(run.folder / "models" / job.name / "pretrained", tokens / "tokenizer", model)
         write_rows(run.rows_file, read_rows(rows))
     return model
 
 
-def _publish(source, corpus, target):
+def _publish(source, tokenizer, target):
     """The trained model with its tokenizer, as a folder that transformers loads."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.copytree(source, temporary)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=corpus.tokenizer, bos_token=corpora.END_OF_TEXT, eos_token=corpora.END_OF_TEXT
-    )
-    tokenizer.save_pretrained(temporary)
+    shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
     temporary.rename(target)
 
 
 def prepare(recipe: Recipe, source: str | None, run: RunFolder, cache: Path) -> tuple[Path, dict]:
-    """Tokenise the corpus, claim the folder, and return the corpus's folder and the provenance of rows."""
-    with PartialState().main_process_first():
-        tokens, description = corpora.prepare(
-            source,
-            limit_bytes=recipe.corpus_bytes,
-            vocab_size=recipe.vocab_size,
-            held_out=(recipe.loss_texts, recipe.length_factor * recipe.train_length + 1),
-            cache=cache,
-        )
+    """Tokenise the corpus, claim the folder, and return the corpus's folder and the provenance of rows; on all ranks."""
+
+    def once():
+        tokens, description = prepared(recipe, source, cache)
         check_fit(recipe, corpora.load(tokens))
-    if PartialState().is_main_process:
-        run.claim(tokens.name)
-    return tokens, _provenance(recipe, f"{description} {tokens.name}")
+        if not run.claimed:
+            verify(tokens)
+        fingerprint = check(tokens).fingerprint
+        run.claim(fingerprint)
+        return tokens, f"{description} {fingerprint}"
+
+    tokens, description = _from_main(once)
+    return tokens, _provenance(recipe, description)
+
+
+def prepared(recipe: Recipe, source: str | None, cache: Path) -> tuple[Path, str]:
+    """Tokenise the corpus as the recipe asks; return folder and description."""
+    return corpora.prepare(
+        source,
+        limit_bytes=recipe.corpus_bytes,
+        vocab_size=recipe.vocab_size,
+        held_out=(recipe.loss_texts, recipe.length_factor * recipe.train_length + 1),
+        cache=cache,
+        tokenizer=recipe.tokenizer,
+        tokens=recipe.prepared_tokens,
+    )
+
+
+def _from_main(make: Callable[[], Any]) -> Any:
+    """Return on all ranks what make returns on the main one, however long that takes."""
+    if world_size() == 1:
+        return make()
+    # A group of its own: a preparation may take days, and the time-out of the others is for ranks that hang.
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    found = [make() if PartialState().is_main_process else None]
+    dist.broadcast_object_list(found, src=0, group=patient)
+    return found[0]
 
 
 def start_ranks() -> bool:
@@ -143,19 +165,6 @@ def _run_together(run, recipe, tokens, provenance, setup):
             if stage not in TOGETHER or state.is_main_process:
                 write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance))
     state.wait_for_everyone()
-
-
-def progress_bar(total: int, description: str, shown: bool = True) -> tqdm:
-    """Return a bar in tokens that shows the time left; a log file gets few lines."""
-    return tqdm(
-        total=total,
-        desc=description,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left",
-        smoothing=0.02,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        dynamic_ncols=True,
-        disable=not shown,
-    )
 
 
 def _run_jobs(run, recipe, tokens, provenance):

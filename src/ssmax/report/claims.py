@@ -54,6 +54,7 @@ def law_fits(n: Sequence[int], p: np.ndarray) -> dict[str, Fit]:
         curve = design @ solution
         scatter = float(((p - p.mean()) ** 2).sum())
         r2 = 1 - float(((p - curve) ** 2).sum()) / scatter if scatter else float("nan")
+        r2 = 0.0 if x is None and scatter else r2  # exactly, where rounding leaves -0.000
         fits[name] = Fit(formula.format(*solution), curve, r2)
     return fits
 

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ssmax.errors import RunFailed, UserError
 from ssmax.evaluation import rope_scaling, rope_theta
-from ssmax.lab.corpus import documents
 from ssmax.lab.folder import RunFolder
-from ssmax.lab.reproduce import _provenance, _quiet, _stamped, failures, progress_bar
+from ssmax.lab.progress import progress_bar
+from ssmax.lab.reproduce import _provenance, _quiet, _stamped, failures
+from ssmax.lab.sources import documents
 from ssmax.results import read_rows, write_rows
 from ssmax.suite.settings import Contender, Settings
 from ssmax.suite.stages import Material, finetune, run_stage, stage_tokens

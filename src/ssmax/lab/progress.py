@@ -1,0 +1,35 @@
+"""Progress bars with the time left; no torch."""
+
+import sys
+
+from tqdm import tqdm
+
+__all__ = ["progress_bar"]
+
+
+def progress_bar(
+    total: int, description: str, shown: bool = True, *, unit: str = "", initial: int = 0, delay: float = 0
+) -> tqdm:
+    """Return a bar that shows the time left, and with a unit how much of it is done; a log file gets few lines.
+
+    Args:
+        total: of the work.
+        description: what is done.
+        shown: False for a bar that is not there.
+        unit: of total, counted beside the bar.
+        initial: how much an earlier process did.
+        delay: seconds before it appears; what ends sooner shows none.
+    """
+    counted = "{n_fmt}/{total_fmt}" + f" {unit}, " if unit else ""
+    return tqdm(
+        total=total,
+        desc=description,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| " + counted + "{elapsed} elapsed, {remaining} left",
+        smoothing=0.02,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        dynamic_ncols=True,
+        disable=not shown,
+        unit_scale=bool(unit),
+        initial=initial,
+        delay=delay,
+    )

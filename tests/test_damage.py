@@ -206,7 +206,7 @@ def test_another_version_is_said_before_anything_is_written(root, capsys, record
     recipe = root / "run" / "recipe.json"
     settings = json.loads(recipe.read_text())
     assert set(settings["versions"]) == {"ssmax", "torch", "transformers"}
-    settings["versions"]["torch"] = "2.7.0"
+    settings["versions"]["torch"] = "2.0.1"
     recipe.write_text(json.dumps(settings))
     assert RunFolder(root / "run", smoke(), None).rows_file.exists()
     assert train(root) == 0  # finished: nothing is mixed
@@ -216,7 +216,7 @@ def test_another_version_is_said_before_anything_is_written(root, capsys, record
     capsys.readouterr()
     assert train(root) == 2
     told = capsys.readouterr().err
-    assert f"was begun with torch 2.7.0, this is {torch.__version__}" in told
+    assert f"was begun with torch 2.0.1, this is {torch.__version__}" in told
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != ".lock"} == kept
     record("a run that another version began", 1)
 

@@ -155,7 +155,7 @@ def scalable_softmax(
     alive = visible.any(dim, keepdim=True) & (n_row > 0)
     # Dead rows get finite logits first and zeros after, so that no NaN reaches the gradient.
     weights = scaled.masked_fill(~visible & alive, -math.inf).softmax(dim)
-    return weights.masked_fill(~alive, 0.0).to(z.dtype)
+    return weights.masked_fill(~(visible & alive), 0.0).to(z.dtype)
 
 
 def visible_keys(

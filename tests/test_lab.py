@@ -9,7 +9,7 @@ import torch
 
 import ssmax
 from ssmax.errors import RunFailed, UserError
-from ssmax.lab import corpus, reproduce, training
+from ssmax.lab import corpus, provenance, training
 from ssmax.lab.counting import counted
 from ssmax.lab.experiments import _examples, count_task, run_stage
 from ssmax.lab.models import SwitchedScale, build_model, switch_at, turn_on
@@ -316,13 +316,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(loaded, tmp_path):
 
 def test_rows_say_when_the_code_was_changed(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    file = tmp_path / "src" / "ssmax" / "lab" / "reproduce.py"
+    file = tmp_path / "src" / "ssmax" / "lab" / "provenance.py"
     file.parent.mkdir(parents=True)
     file.write_text("1\n")
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *arguments], check=True)
-    monkeypatch.setattr(reproduce, "__file__", str(file))
+    monkeypatch.setattr(provenance, "__file__", str(file))
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert reproduce._commit() == head
+    assert provenance.commit() == head
     file.write_text("2\n")
-    assert reproduce._commit() == head + "+"
+    assert provenance.commit() == head + "+"

@@ -3,10 +3,8 @@
 import dataclasses
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import textwrap
 import threading
 import warnings
@@ -14,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,14 @@ from ssmax.lab import corpus as corpora
 from ssmax.lab.experiments import check_fit, formula_rows, run_stage, stage_tokens
 from ssmax.lab.folder import RunFolder, versions
 from ssmax.lab.progress import progress_bar
+from ssmax.lab.provenance import provenance_of, stamped
 from ssmax.lab.ranks import agree, explained, join
 from ssmax.lab.recipes import TOGETHER, Recipe
 from ssmax.lab.shards import check, verify
 from ssmax.lab.training import Setup, world_size
 from ssmax.results import read_rows, write_rows
 
-__all__ = ["prepared", "reproduce", "start_ranks", "train"]
+__all__ = ["failures", "prepared", "quiet", "reproduce", "start_ranks", "train"]
 
 # Of the whole run; a model that cannot get so much of a core per worker is slower on two.
 MAX_WORKERS = 8
@@ -61,7 +60,7 @@ def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, s
     tokens, provenance = prepare(recipe, source, run, cache)
     with failures(""):
         if PartialState().is_main_process and not run.stage_file("formula").exists():
-            write_rows(run.stage_file("formula"), _stamped(formula_rows(), provenance), checked=True)
+            write_rows(run.stage_file("formula"), stamped(formula_rows(), provenance), checked=True)
     if world_size() > 1:
         _run_together(run, recipe, tokens, provenance, setup)
     else:
@@ -88,7 +87,7 @@ def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup
             with progress_bar(total, job.name, state.is_main_process) as bar:
                 found = run_stage("pretrain", job, recipe, corpus, run.folder / "models", bar.update, setup)
             if state.is_main_process:
-                write_rows(rows, _stamped(found, provenance), checked=True)
+                write_rows(rows, stamped(found, provenance), checked=True)
         if state.is_main_process:
             if not model.exists():
                 _publish(run.folder / "models" / job.name / "pretrained", tokens / "tokenizer", model)
@@ -121,7 +120,7 @@ def prepare(recipe: Recipe, source: str | None, run: RunFolder, cache: Path) -> 
         agree(facts)
         if PartialState().is_main_process:
             run.claim(fingerprint)
-    return tokens, _provenance(recipe, f"{description} {fingerprint}")
+    return tokens, provenance_of(recipe, f"{description} {fingerprint}")
 
 
 def prepared(recipe: Recipe, source: str | None, cache: Path) -> tuple[Path, str]:
@@ -155,7 +154,7 @@ def start_ranks(timeout_minutes: float) -> bool:
         timeout_minutes: how long one waits for another: a rank that hangs must not hold the others for ever.
     """
     state = join(timedelta(minutes=timeout_minutes))
-    _quiet()
+    quiet()
     return state.is_main_process
 
 
@@ -174,7 +173,7 @@ def _run_together(run, recipe, tokens, provenance, setup):
             with failures(f"{job.name}: "):
                 rows = run_stage(stage, job, recipe, corpus, run.folder / "models", bar.update, setup)
                 if stage not in TOGETHER or state.is_main_process:
-                    write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance), checked=True)
+                    write_rows(run.stage_file(f"{job.name}.{stage}"), stamped(rows, provenance), checked=True)
         with failures(""):
             state.wait_for_everyone()
 
@@ -275,10 +274,11 @@ def _start_worker(messages, threads):
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
-    _quiet()
+    quiet()
 
 
-def _quiet():
+def quiet() -> None:
+    """Silence transformers' own messages, which are for programmers."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
@@ -298,7 +298,7 @@ def _work(unit, recipe, tokens, run, provenance):
 
         with failures(f"{job.name}: "):
             rows = run_stage(stage, job, recipe, corpus, run.folder / "models", progress)
-            write_rows(run.stage_file(f"{job.name}.{stage}"), _stamped(rows, provenance), checked=True)
+            write_rows(run.stage_file(f"{job.name}.{stage}"), stamped(rows, provenance), checked=True)
         _messages.put((job.name, None, 0))
 
 
@@ -325,34 +325,3 @@ def _reason(error):
 
 # As safetensors and torch.save word a full disk.
 NO_SPACE = ("os error 28", "PytorchStreamWriter failed writing", "unexpected pos")
-
-
-def _stamped(rows, provenance):
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return [dataclasses.replace(row, provenance=provenance | {"time": now}) for row in rows]
-
-
-def _provenance(recipe, corpus):
-    return {
-        "recipe": recipe.name,
-        "corpus": corpus,
-        "commit": _commit(),
-        **versions(),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
-    }
-
-
-def _commit():
-    """Return the commit of the checkout that this package lies in, with + where it was changed; None outside one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", ":/src"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed.strip() else "")

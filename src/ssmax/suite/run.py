@@ -16,7 +16,8 @@ from ssmax.evaluation import rope_scaling, rope_theta
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.lab.folder import RunFolder
 from ssmax.lab.progress import progress_bar
-from ssmax.lab.reproduce import _provenance, _quiet, _stamped, failures
+from ssmax.lab.provenance import provenance_of, stamped
+from ssmax.lab.reproduce import failures, quiet
 from ssmax.lab.sources import documents
 from ssmax.results import read_rows, write_rows
 from ssmax.suite.settings import Contender, Settings
@@ -66,7 +67,7 @@ def filled_in(settings: Settings) -> Settings:
     Raises:
         UserError: a model cannot be loaded, or no config says how long its context is.
     """
-    _quiet()
+    quiet()
     length = settings.length
     if not length:
         known = [_context(contender) for contender in settings.jobs]
@@ -84,7 +85,7 @@ def _context(contender):
 
 def plan(settings: Settings, source: str | None) -> list[str]:
     """Return lines that say what would be done, from texts and tokenizers alone."""
-    _quiet()
+    quiet()
     texts, description = _texts(source, settings)
     lines = [f"text: {description}, {len(texts):,} documents"]
     for contender in settings.jobs:
@@ -112,10 +113,10 @@ def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Ma
         UserError: bad models or texts, or a folder that belongs to another configuration.
         RunFailed: a stage failed, or memory ran out; all finished ones are kept.
     """
-    _quiet()
+    quiet()
     texts, description = _texts(source, settings)
     run.claim(_fingerprint(texts, settings))
-    provenance = _provenance(settings, description) | {"device": str(machine.torch_device)}
+    provenance = provenance_of(settings, description) | {"device": str(machine.torch_device)}
     for contender in settings.jobs:
         _measure(contender, settings, texts, run, machine, provenance)
     write_rows(run.rows_file, [row for name in run.stages for row in read_rows(run.stage_file(name))])
@@ -150,7 +151,7 @@ def _measure(contender, settings, texts, run, machine, provenance):
                     rope.enter_context(rope_scaling(chosen, settings.rope_parameters))
                     rope.enter_context(rope_theta(chosen, settings.theta_factor))
                     rows = run_stage(stage, contender.name, chosen, material, machine.chunk, bar.update)
-            write_rows(run.stage_file(f"{contender.name}.{stage}"), _stamped(rows, provenance))
+            write_rows(run.stage_file(f"{contender.name}.{stage}"), stamped(rows, provenance))
 
 
 @contextmanager

@@ -1,0 +1,50 @@
+"""Where a number comes from: recipe, text, commit, versions and machine, in every row."""
+
+import dataclasses
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmax.lab.folder import versions
+from ssmax.results import Row
+
+__all__ = ["commit", "provenance_of", "stamped"]
+
+
+def stamped(rows: Sequence[Row], provenance: dict[str, Any]) -> list[Row]:
+    """Return the rows with their provenance and the present time."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return [dataclasses.replace(row, provenance=provenance | {"time": now}) for row in rows]
+
+
+def provenance_of(recipe: Any, corpus: str) -> dict[str, Any]:
+    """Return what rows of a recipe (or of other settings with a name) on a corpus carry."""
+    return {
+        "recipe": recipe.name,
+        "corpus": corpus,
+        "commit": commit(),
+        **versions(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that this package lies in, with + where it was changed; None outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", ":/src"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.strip() else "")

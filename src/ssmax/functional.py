@@ -93,6 +93,7 @@ def attention(
         _check_sharp(attn_mask, is_bias, cu_seqlens, tolerance)
         more = {"tolerance": tolerance, "screen": screen, "plain": sdpa.forward}
     if 0 in (query.shape[2], key.shape[2]):
+        head_multiplier(0 if n is None else n, s, b, query)  # refuses what does not fit
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     if isinstance(attn_mask, Tensor):
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)

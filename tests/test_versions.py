@@ -7,14 +7,20 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from ssmax.versions import SUPPORTED, require
+from ssmax.versions import SUPPORTED, TORCH_OF_TRANSFORMERS, require
 
 tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 
 
 def test_the_ranges_are_those_of_the_package():
-    named = {r.name: r for r in map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["hf"]])}
+    base, hf = (
+        {r.name: r for r in map(Requirement, names)}
+        for names in (PROJECT["dependencies"], PROJECT["optional-dependencies"]["hf"])
+    )
+    assert not hf["torch"].specifier.contains("2.6.9")
+    assert hf["torch"].specifier.contains(".".join(map(str, TORCH_OF_TRANSFORMERS)))
+    named = {**hf, **base}
     for package, (lowest, above) in SUPPORTED.items():
         dotted = ".".join(map(str, lowest))
         assert named[package].specifier.contains(dotted)
@@ -26,8 +32,9 @@ def test_the_ranges_are_those_of_the_package():
 @pytest.mark.parametrize(
     ("package", "version", "module", "words"),
     [
-        ("torch", "2.6.9+cu118", "ssmax.scaling", "ssmax needs torch>=2.7, found torch 2.6.9+cu118"),
-        ("torch", "1.13.1", "ssmax.nn", "torch>=2.7"),
+        ("torch", "2.5.1+cu118", "ssmax.scaling", "ssmax needs torch>=2.6, found torch 2.5.1+cu118"),
+        ("torch", "1.13.1", "ssmax.nn", "torch>=2.6"),
+        ("torch", "2.6.0", "ssmax.hf", "ssmax needs torch>=2.7, found torch 2.6.0"),
         ("transformers", "5.9.0", "ssmax.hf", "ssmax needs transformers>=5.10,<6, found transformers 5.9.0"),
         ("transformers", "4.57.6", "ssmax.hf", "transformers>=5.10,<6"),
         ("transformers", "6.0.0.dev0", "ssmax.lab.reproduce", "transformers>=5.10,<6"),
@@ -59,6 +66,6 @@ def test_on_the_command_line_it_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("version", ["2.7.0", "2.13.0+cpu", "3.0.0a0"])
+@pytest.mark.parametrize("version", ["2.6.0", "2.13.0+cpu", "3.0.0a0"])
 def test_supported_versions_pass(version):
     require("torch", version)

@@ -2,15 +2,18 @@
 
 import re
 
-__all__ = ["SUPPORTED", "require"]
+__all__ = ["SUPPORTED", "TORCH_OF_TRANSFORMERS", "require"]
 
 # Lowest, and the first that is not supported; pyproject.toml says the same.
-SUPPORTED = {"torch": ((2, 7), None), "transformers": ((5, 10), (6, 0))}
+SUPPORTED = {"torch": ((2, 6), None), "transformers": ((5, 10), (6, 0))}
+# transformers 5.10 does not load with torch 2.6.
+TORCH_OF_TRANSFORMERS = (2, 7)
 
 
-def require(package: str, version: str) -> None:
-    """Raise ImportError, with the supported range, where a package's version is outside of it."""
-    lowest, above = SUPPORTED[package]
+def require(package: str, version: str, lowest: tuple[int, int] | None = None) -> None:
+    """Raise ImportError, with the supported range, where a package's version is outside of it (or below a higher lowest)."""
+    least, above = SUPPORTED[package]
+    lowest = least if lowest is None else lowest
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if found < lowest or (above is not None and found >= above):
         wanted = f">={_dotted(lowest)}" + ("" if above is None else f",<{above[0]}")

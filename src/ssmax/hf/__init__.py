@@ -1,10 +1,14 @@
 """SSMax in Hugging Face models. Importing this makes saved models known to transformers' Auto classes."""
 
-import transformers
+import torch
 
-from ssmax.versions import require
+from ssmax.versions import TORCH_OF_TRANSFORMERS, require
 
-require("transformers", transformers.__version__)  # first: an older one lacks what is imported below
+require("torch", torch.__version__, TORCH_OF_TRANSFORMERS)  # first: an older one lacks what is imported below
+
+import transformers  # noqa: E402
+
+require("transformers", transformers.__version__)
 
 from ssmax.hf import checkpoint, dispatch, training  # noqa: E402
 from ssmax.hf.conversion import convert, converted, revert  # noqa: E402

@@ -1,0 +1,9 @@
+"""How a source of text is spelled, for every command that takes one."""
+
+__all__ = ["TEXTS_HELP"]
+
+TEXTS_HELP = (
+    "A text file, a folder of text files, .parquet, .jsonl or .csv files, a data set saved on disk, or one on a hub as "
+    "NAME:SUBSET#COLUMN (each but the name may be left out); several with their shares as A=0.7,B=0.3. "
+    "Default: Python's own standard library."
+)

@@ -19,7 +19,7 @@ __all__ = ["measurements"]
 VOCABULARY = 32_768
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-STEPS, DOUBLED = (300, 600, 900, 1200, 1500), (128, 256, 512, 1024, 2048)
+STEPS, DOUBLED = (800, 1600, 2400, 3200, 4000), (256, 512, 1024, 2048, 4096)
 
 
 def measurements() -> Iterator[Comparison]:
@@ -51,7 +51,7 @@ def measurements() -> Iterator[Comparison]:
         }
         tokens_of = sum(len(example.prompt) - 1 for example in grid.values()) / grid_tokens([grid])
         at = {"grid": name, "cells": len(grid), "tokens": round(tokens_of, 2)}
-        yield Comparison(at, calls, 4, base="shared prefixes")
+        yield Comparison(at, calls, 3, base="shared prefixes")
 
 
 @torch.inference_mode()

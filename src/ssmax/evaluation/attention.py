@@ -116,15 +116,16 @@ def _largest(weights):
 
 
 def attend(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> tuple[Tensor, list[Tensor]]:
-    """Append one token for each row to the cache; return its logits (B, V) and each layer's weights (B, heads, keys).
+    """Append tokens (B, T) to the cache; return their logits (B, T, V) and what the first of them attends to.
 
-    The token runs on eager attention, whose weights can be read, whatever implementation filled the cache. Layers
-    without attention weights (a state space) are left out.
+    That is each layer's weights (B, heads, keys up to that token). The tokens run on eager attention, whose weights can be
+    read, whatever implementation filled the cache. Layers without attention weights (a state space) are left out.
     """
     with _eager(model):
         output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, output_attentions=True)
-    layers = [layer for layer in output.attentions or () if layer is not None]
-    return output.logits[:, -1], [layer[:, :, 0].float() for layer in layers]
+    later = token_ids.shape[1] - 1
+    layers = [layer[:, :, 0].float() for layer in output.attentions or () if layer is not None]
+    return output.logits, [layer[..., : layer.shape[-1] - later] for layer in layers]
 
 
 def span_scores(weights: Sequence[Tensor], spans: Sequence[tuple[int, int]], length: int) -> Tensor:

@@ -96,12 +96,9 @@ def _batches(trials) -> list[tuple[list[int], dict[Any, list[NeedleExample]], li
 
 def _answer(model, prompts, cache, examples):
     answers = torch.tensor([example.answer for example in examples], device=model.device)
-    logits, weights = attend(model, prompts[:, -1:], cache)
-    chosen = [logits[:, None]]
-    if answers.shape[1] > 1:
-        # Feeding the true answer and comparing each next choice is exact match of greedy decoding, in one pass.
-        chosen.append(model(input_ids=answers[:, :-1], past_key_values=cache, use_cache=True).logits)
-    right = torch.cat(chosen, 1).argmax(-1) == answers
+    # Feeding the true answer and comparing each next choice is exact match of greedy decoding, in one pass.
+    logits, weights = attend(model, torch.cat([prompts[:, -1:], answers[:, :-1]], 1), cache)
+    right = logits.argmax(-1) == answers
     if weights:
         scores = span_scores(weights, [example.span for example in examples], prompts.shape[1])
     else:

@@ -119,7 +119,7 @@ def test_reproduce_killed_at_20_moments_in_every_stage(forks, corpus, reproduced
         pid = forks.start(*command)
         hit = wait_until(
             {
-                "tokenising": lambda home=home: any(home.glob("cache/.*")),
+                "tokenising": lambda home=home: any(home.glob("cache/*/.lock")),
                 "start": lambda: True,
                 "checkpoint": lambda run=run, left=left: half_written(run) - left,
                 "report": lambda run=run: (run / "rows.jsonl").exists(),
@@ -308,9 +308,9 @@ def test_a_corpus_that_vanishes(forks, corpus, reproduced, tmp_path, record):
     shutil.rmtree(tmp_path / "cache")
     status, told = forks.end()
     gone(pid)
-    if status:
-        assert status == 1
-        assert "the same command continues" in one_line(told)
+    if status:  # what is missing is named, or the disk's own words are told
+        assert status in (1, 2)
+        assert str(tmp_path / "cache") in one_line(told)
     kept = {path: path.read_bytes() for path in run.glob("stages/*.jsonl")}
     if not (run / "rows.jsonl").exists():
         status, told = forks.run(*command)

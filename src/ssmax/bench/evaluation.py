@@ -19,7 +19,7 @@ __all__ = ["measurements"]
 VOCABULARY = 32_768
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-STEPS, DOUBLED = (800, 1600, 2400, 3200, 4000), (256, 512, 1024, 2048, 4096)
+STEPS, DOUBLED = (500, 1000, 1500, 2000, 2500), (160, 320, 640, 1280, 2560)
 
 
 def measurements() -> Iterator[Comparison]:

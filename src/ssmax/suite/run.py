@@ -119,7 +119,7 @@ def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Ma
     provenance = provenance_of(settings, description) | {"device": str(machine.torch_device)}
     for contender in settings.jobs:
         _measure(contender, settings, texts, run, machine, provenance)
-    write_rows(run.rows_file, [row for name in run.stages for row in read_rows(run.stage_file(name))])
+    write_rows(run.rows_file, [row for name in run.stages for row in read_rows(run.stage_file(name))], checked=True)
 
 
 def _measure(contender, settings, texts, run, machine, provenance):
@@ -151,7 +151,7 @@ def _measure(contender, settings, texts, run, machine, provenance):
                     rope.enter_context(rope_scaling(chosen, settings.rope_parameters))
                     rope.enter_context(rope_theta(chosen, settings.theta_factor))
                     rows = run_stage(stage, contender.name, chosen, material, machine.chunk, bar.update)
-            write_rows(run.stage_file(f"{contender.name}.{stage}"), stamped(rows, provenance))
+            write_rows(run.stage_file(f"{contender.name}.{stage}"), stamped(rows, provenance), checked=True)
 
 
 @contextmanager

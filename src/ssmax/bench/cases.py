@@ -275,7 +275,7 @@ CASES = {
     "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
     "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),
-    "evaluation": Case("loss by position over a plain forward; grids with shared prefixes", 8, _measurements),
+    "evaluation": Case("loss by position over a plain forward; grids with shared prefixes", 12, _measurements),
     "gradient": Case("error of the gradients of s and b in bfloat16", 2, gradient),
     "scale": Case("the formulae of cost and memory against what can be measured", 1, scale.check),
 }

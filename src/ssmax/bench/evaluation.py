@@ -16,8 +16,16 @@ from ssmax.evaluation.tasks import depth_grid
 
 __all__ = ["measurements"]
 
-VOCABULARY = 32_768
-SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+# 6 of the 30 layers of SmolLM2-135M, with its vocabulary.
+VOCABULARY = 49_152
+SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS, DOUBLED = (500, 1000, 1500, 2000, 2500), (160, 320, 640, 1280, 2560)
 

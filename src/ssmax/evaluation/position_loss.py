@@ -1,7 +1,6 @@
 """Loss at each position of long texts, in memory that does not grow with length x vocabulary (the paper's Fig. 5)."""
 
 import copy
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
+from ssmax.evaluation.chunks import backbone_states, has_backbone
 from ssmax.evaluation.mode import eval_mode
-from ssmax.hf.visibility import forward_scope
 
 __all__ = ["Bin", "binned", "log_edges", "loss_by_position"]
 
@@ -53,7 +52,7 @@ def loss_by_position(
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     token_ids = token_ids.to(model.device)
     losses_of = _losses_sliced
-    if not _has_backbone(model):
+    if not has_backbone(model):
         losses_of, chunk = _losses_whole, min(chunk, LOGIT_ROWS)
     cache, losses = DynamicCache(config=model.config), []
     with eval_mode(model):
@@ -65,20 +64,13 @@ def loss_by_position(
     return torch.cat(losses, 1)
 
 
-def _has_backbone(model):
-    """Whether the model is a backbone and what transformers puts behind it; of code from elsewhere nothing is known."""
-    code = inspect.unwrap(type(model).forward).__module__
-    return model.base_model is not model and code.partition(".")[0] == "transformers"
-
-
 def _losses_whole(model, rows, wanted, cache):
     logits = model(input_ids=rows, past_key_values=cache, use_cache=True).logits
     return cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
 
 
 def _losses_sliced(model, rows, wanted, cache):
-    with forward_scope():
-        output = model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
+    output = backbone_states(model, rows, cache)
     states, losses = output.last_hidden_state.flatten(0, 1), []
     for slice_RD, wanted_R in zip(states.split(LOGIT_ROWS), wanted.flatten().split(LOGIT_ROWS), strict=True):
         with _answering(model.base_model, output, slice_RD[None]):

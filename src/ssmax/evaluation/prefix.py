@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ssmax.evaluation.chunks import backbone_states, has_backbone
+
 __all__ = ["Node", "feed", "prefill", "prefix_tree", "size"]
 
 
@@ -93,11 +95,17 @@ def feed(
     model: PreTrainedModel, token_ids: Tensor, cache: Cache, chunk: int, progress: Callable[[int], Any] = lambda _: None
 ) -> None:
     """Append (B, T) tokens to the cache in chunks; T may be 0."""
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    if not token_ids.shape[1]:
+        return
+    append = backbone_states if has_backbone(model) else _whole
     for rows in token_ids.split(chunk, 1):
-        if rows.shape[1]:
-            model(input_ids=rows, past_key_values=cache, use_cache=True, **({"logits_to_keep": 1} if keeps else {}))
-            progress(rows.numel())
+        append(model, rows, cache)
+        progress(rows.numel())
+
+
+def _whole(model, token_ids, cache):
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    model(input_ids=token_ids, past_key_values=cache, use_cache=True, **({"logits_to_keep": 1} if keeps else {}))
 
 
 def _branch(cache: Cache) -> Cache:

@@ -1,0 +1,71 @@
+"""A chunk of positions behind a cache: through the backbone alone, and without the mask that stands for 'causal'."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from ssmax.hf.visibility import forward_scope
+
+__all__ = ["backbone_states", "has_backbone"]
+
+# Fewer queries gain nothing: their rectangle of keys is hardly larger than what they see.
+FEWEST = 128
+
+
+def has_backbone(model: PreTrainedModel) -> bool:
+    """Whether the model is a backbone and what transformers puts behind it; of code from elsewhere nothing is known."""
+    code = inspect.unwrap(type(model).forward).__module__
+    return model.base_model is not model and code.partition(".")[0] == "transformers"
+
+
+def backbone_states(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> ModelOutput:
+    """Append tokens (B, T) to the cache; return the backbone's output, without what stands behind it."""
+    with forward_scope(), CausalBehindCache():
+        return model.base_model(input_ids=token_ids, past_key_values=cache, use_cache=True)
+
+
+class CausalBehindCache(TorchFunctionMode):
+    """Let scaled_dot_product_attention on a CPU read only what a causal mask leaves of T new and S - T earlier keys.
+
+    Its kernel has a causal form for as many queries as keys alone; behind a cache a mask of T x S makes it compute every
+    pair. Here the earlier keys are read without a mask and the new ones causally, and the two outputs are joined by the
+    log-sum-exp of their logits: softmax over both.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace the one function, where its mask is that of a causal chunk."""
+        call = func if func is not scaled_dot_product_attention else _attend
+        return call(*args, **(kwargs or {}))
+
+
+def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    num_queries, past = query.shape[-2], key.shape[-2] - query.shape[-2]
+    if (
+        query.device.type != "cpu"
+        or (num_queries < FEWEST or past < 1)
+        or (dropout_p > 0 or query.shape[-1] != value.shape[-1])
+        or not (_is_causal(attn_mask, num_queries, past) and query.ndim == 4)
+    ):
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    (earlier, of_earlier), (new, of_new) = (
+        flash(query, key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
+        for keys, causal in ((slice(past), False), (slice(past, None), True))
+    )
+    return torch.lerp(new, earlier, torch.sigmoid(of_earlier - of_new).to(new.dtype)[..., None])
+
+
+def _is_causal(mask, num_queries, past):
+    if mask is None or mask.dtype != torch.bool or mask.shape[-2:] != (num_queries, past + num_queries):
+        return False
+    earlier, new = mask[..., :past], mask[..., past:]
+    return bool(earlier.all()) and bool((new == torch.ones_like(new).tril()).all())

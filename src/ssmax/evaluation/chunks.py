@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
 from ssmax.hf.visibility import forward_scope
 
@@ -24,7 +23,7 @@ def has_backbone(model: PreTrainedModel) -> bool:
     return model.base_model is not model and code.partition(".")[0] == "transformers"
 
 
-def backbone_states(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> ModelOutput:
+def backbone_states(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> Any:
     """Append tokens (B, T) to the cache; return the backbone's output, without what stands behind it."""
     with forward_scope(), CausalBehindCache():
         return model.base_model(input_ids=token_ids, past_key_values=cache, use_cache=True)

@@ -335,3 +335,14 @@ def test_refusals():
         screened.append(k.double())
     with pytest.raises(ValueError, match="length must be 0 to 10"):
         screened.crop(11)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_query_that_is_not_finite_is_not_hidden(poison):
+    q, k, v, s = draw("needle", 0)
+    q[0, 0, 0, 3] = poison
+    for mask in (None, (torch.arange(S) > 10)[None, None, None]):
+        for key in (ScreenedKeys(k), k):
+            got = attention(q, key, v, s, attn_mask=mask, impl="sharp")
+            assert got[:, 0].isnan().all()
+            assert worst(got[:, 1:], exact(q, k, v, s, attn_mask=mask)[:, 1:]) <= allowed(got, None, v, 1e-3)

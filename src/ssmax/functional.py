@@ -126,6 +126,8 @@ def _derive_n(query, key, attn_mask, cu_seqlens, is_causal, window):
     num_queries, num_keys = query.shape[2], key.shape[2]
     if cu_seqlens is not None:
         return visible_keys(cu_seqlens=cu_seqlens, num_queries=num_queries, window=window, causal=is_causal)
+    if attn_mask is None and num_queries == 1 and not torch.compiler.is_compiling():
+        return num_keys if window is None else min(num_keys, window)
     if attn_mask is None:
         position = torch.arange(num_keys - num_queries, num_keys, device=query.device)
         n = position.clamp(min=-1) + 1 if is_causal else torch.full_like(position, num_keys)

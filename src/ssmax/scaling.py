@@ -55,13 +55,17 @@ def head_multiplier(n: Tensor | int, s: Tensor | float, b: Tensor | float | None
     Raises:
         ValueError: n, s or b does not have such a shape, or n is negative.
     """
-    m_BHN = multiplier(
-        rows_of(n, query),
-        _per_head(s, query, "s"),
-        None if b is None else _per_head(b, query, "b"),
-        dtype=torch.float64 if query.dtype == torch.float64 else torch.float32,
-    )
-    return m_BHN.expand(-1, -1, query.shape[2])
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    # One n for all rows, as in a decode step, which pays for each small operation: its log is python's.
+    one = isinstance(n, int) and not torch.compiler.is_compiling()
+    if one and not isinstance(s, Tensor) and not isinstance(b, Tensor):
+        m = _finite(s, "s") * math.log(max(_number(n), 1)) + (0.0 if b is None else _finite(b, "b"))
+        return torch.full((1, 1, query.shape[2]), m, dtype=wide, device=query.device)
+    s, b = _per_head(s, query, "s"), None if b is None else _per_head(b, query, "b")
+    if one:
+        m_H1 = s.to(wide) * math.log(max(_number(n), 1))
+        return (m_H1 if b is None else m_H1 + b.to(wide)).expand(1, -1, query.shape[2])
+    return multiplier(rows_of(n, query), s, b, dtype=wide).expand(-1, -1, query.shape[2])
 
 
 def log_visible(n_BHN: Tensor, query: Tensor) -> Tensor:
@@ -374,24 +378,34 @@ def _check_last(num_queries: int, available: int, name: str) -> None:
 def _real(value: Tensor | float, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return _moved(value, name, device)
+    return torch.full((), _finite(value, name), dtype=dtype, device=device)
+
+
+def _finite(value: float, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a tensor or a number, got {type(value).__name__}")
     if not torch.compiler.is_compiling() and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    return torch.full((), float(value), dtype=dtype, device=device)
+    return float(value)
 
 
 def _count(n: Tensor | int, device: torch.device) -> Tensor:
-    if isinstance(n, bool) or not isinstance(n, (Tensor, int, float, np.integer, np.floating)):
-        raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
-    if isinstance(n, int) and n >= 2**63:
-        raise ValueError(f"n counts visible keys, got {n}")
-    # torch.full takes a symbolic size as it is; as_tensor would compile anew for each number.
-    n = _moved(n, "n", device) if isinstance(n, Tensor) else torch.full((), n, device=device)
+    if not isinstance(n, Tensor):
+        # torch.full takes a symbolic size as it is; as_tensor would compile anew for each number.
+        return torch.full((), _number(n), device=device)
+    n = _moved(n, "n", device)
     if is_readable(n) and not ((n >= 0) & (n < math.inf)).all():
         raise ValueError(
             f"n counts visible keys and must be finite and not negative, got {n.min().item()} to {n.max().item()}"
         )
+    return n
+
+
+def _number(n):
+    if isinstance(n, bool) or not isinstance(n, (int, float, np.integer, np.floating)):
+        raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
+    if not torch.compiler.is_compiling() and not 0 <= n < 2**63:
+        raise ValueError(f"n counts visible keys and must be finite and not negative, got {n}")
     return n
 
 

@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ MIN_KEYS = 4096
 BLOCK = 256  # keys whose bounds are looked at together
 RANGE = 5.0  # root mean squares of a channel that int8 covers; a key that lies beyond survives every screen
 ROWS = 4  # rows of one int8 product: with more of them the kernel stops streaming
+MOST_OPEN = 0.5  # of a head's blocks; with more it is looked at a few of them first
 HIDDEN = torch.iinfo(torch.int32).min  # the product of a key that no query may see
 
 
@@ -111,9 +113,10 @@ class ScreenedKeys:
             torch.nn.functional.pad(lost, (0, -lost.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).amax(-1), first
         )
 
+    @np.errstate(all="ignore")  # a head whose query is not finite keeps no key, and is computed in full
     def candidates(
         self, query: Tensor, heads: list[tuple[int, int]], visible: Tensor | None, tolerance: float, most_kept: float
-    ) -> list[Tensor | None]:
+    ) -> list[np.ndarray | None]:
         """Return for each head the keys that hold all but a tolerance of every row's weight. Only when ready().
 
         Args:
@@ -124,13 +127,12 @@ class ScreenedKeys:
             most_kept: fraction of the keys; None stands for a head that needs more of them.
         """
         size, room = len(self), -(-len(self) // BLOCK) * BLOCK
-        everyone = len(heads) == self._width.shape[0] * self._width.shape[1]
-        at = slice(None) if everyone else torch.tensor(heads) @ torch.tensor([self._width.shape[1], 1])
-        wide = query * self._width.flatten(0, 1)[at]
-        step = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).clamp_(min=1e-250) / 127
-        codes = (wide / step).round_()
+        at = tuple(np.array(heads).T)
+        wide = query.numpy() * self._width.numpy()[at]
+        step = np.maximum(np.abs(wide).max(-1, keepdims=True), 1e-250) / 127
+        codes = np.rint(wide / step)
         products = torch.empty(*query.shape[:2], room, dtype=torch.int32)
-        narrow, keys = codes.to(torch.int8), self._codes.room(room)
+        narrow, keys = torch.from_numpy(codes.astype(np.int8)), self._codes.room(room)
         for rows, (batch, head), out in zip(narrow, heads, products, strict=True):
             int8_product(rows, keys[batch, head], out)
         if size < room:
@@ -138,11 +140,12 @@ class ScreenedKeys:
         if visible is not None:
             products[:, :, :size].masked_fill_(~visible, HIDDEN)
         # What the keys' rounding, the query's, and six roundings of float32 in the bounds of single keys can lose.
-        reach = wide.norm(dim=-1).mul_(1 + 1e-6)
-        margin = (codes.mul_(-step).add_(wide).norm(dim=-1) + 2**-20 * reach) * self._longest.flatten(0, 1)[at][:, None]
-        lost = self._lost.room(room).flatten(0, 1)[at].unflatten(-1, (-1, BLOCK))
-        most = self._most.filled.flatten(0, 1)[at]
-        return _candidates(products, step[..., 0], reach, margin, lost, most, size, tolerance, most_kept)
+        reach = _norm(wide) * (1 + 1e-6)
+        margin = (_norm(wide - codes * step) + 2**-20 * reach) * self._longest.numpy()[at][:, None]
+        by_block = products.unflatten(-1, (-1, BLOCK))
+        lost = self._lost.room(room).unflatten(-1, (-1, BLOCK)).numpy()
+        most = self._most.filled.numpy()[at]
+        return _candidates(by_block, step[..., 0], reach, margin, lost, most, at, size, tolerance, most_kept)
 
     def worth_trying(self, batch: int, head: int) -> bool:
         """Whether the screen of this head let little through lately; a head that stays flat is asked ever more rarely."""
@@ -157,35 +160,51 @@ class ScreenedKeys:
         self._patience[batch, head] = (pause, pause)
 
 
-def _candidates(products, step, reach, margin, lost, most, size, tolerance, most_kept):
-    """Keys by head from bounds: a score is step * product +- (reach * lost + margin), the largest of a row >= lowest."""
-    by_block = products.unflatten(-1, (-1, BLOCK))
-    largest, spread = step[..., None] * by_block.amax(-1), reach[..., None] * most[:, None] + margin[..., None]
-    lowest = (largest - spread).amax(-1, keepdim=True)
+def _candidates(by_block, step, reach, margin, lost, most, at, size, tolerance, most_kept):
+    """Keys by head from bounds: a score is step * product +- (reach * lost + margin), the largest of a row >= lowest.
+
+    In numpy, whose calls on a few numbers cost a fifth of torch's.
+    """
+    largest, products = step[..., None] * by_block.amax(-1).numpy(), by_block.numpy()
+    spread = reach[..., None] * most[:, None] + margin[..., None]
+    lowest = (largest - spread).max(-1, keepdims=True)
     # Half the tolerance goes to keys that weigh less than it even all together, each beside the largest alone.
     floor = math.log(tolerance / 2 / size) - 1e-4
     open_blocks = (largest + spread >= lowest + floor).any(1)
-    step, reach, shift = torch.stack([step, reach, margin - lowest[..., 0]]).float()[..., None, None]
-    if open_blocks.sum() * BLOCK > most_kept * size:  # look at one block in thirty before all of them
-        few = slice(None, None, max(1, by_block.shape[2] // 30))
-        bounds = by_block[:, :, few] * step + (reach * lost[:, None, few] + shift)
-        open_blocks &= (bounds >= floor).any(1).float().mean((-2, -1))[:, None] <= 3 * most_kept
-    head, block = open_blocks.nonzero().unbind(-1)
-    bounds = by_block[head, :, block] * step[head, ..., 0]
-    bounds += reach[head, ..., 0] * lost[head, block][:, None] + shift[head, ..., 0]
+    step, reach, shift = (x.astype(np.float32)[..., None] for x in (step, reach, margin - lowest[..., 0]))
+
+    def bounds_of(heads, blocks):
+        """(heads, R, BLOCK) upper bounds of scores, less lowest."""
+        bounds = products[heads, :, blocks].astype(np.float32)
+        bounds *= step[heads]
+        bounds += reach[heads] * lost[(*(x[heads] for x in at), blocks)][:, None] + shift[heads]
+        return bounds
+
+    crowded = np.flatnonzero(open_blocks.mean(1) > MOST_OPEN)
+    if len(crowded):  # look at eight blocks before all of them
+        few = np.arange(0, products.shape[2], max(1, products.shape[2] // 8))
+        heads = crowded.repeat(len(few))
+        looked = (bounds_of(heads, np.tile(few, len(crowded))) >= floor).any(1)
+        open_blocks[crowded] &= (looked.reshape(len(crowded), -1).mean(1) <= 3 * most_kept)[:, None]
+    head, block = open_blocks.nonzero()
+    bounds = bounds_of(head, block)
     kept = (bounds >= floor).any(1)
     if size % BLOCK:
-        kept &= (block * BLOCK)[:, None] + torch.arange(BLOCK) < size
-    found, key = kept.nonzero().unbind(-1)
-    counts = torch.bincount(head[found], minlength=len(products)).tolist()
-    result: list[Tensor | None] = []
-    parts = zip(found.split(counts), key.split(counts), strict=True)
-    for i, (mine, key) in enumerate(parts):
+        kept[block == size // BLOCK, size % BLOCK :] = False
+    found, key = kept.nonzero()
+    stops = np.bincount(head[found], minlength=len(products)).cumsum()
+    result: list[np.ndarray | None] = []
+    for i, (mine, of_block) in enumerate(zip(np.split(found, stops[:-1]), np.split(key, stops[:-1]), strict=True)):
         if len(mine) > size / 64:
-            needed = _by_mass(bounds[mine, :, key].T, spread[i].amax(-1, keepdim=True), tolerance / 2)
-            mine, key = mine[needed], key[needed]
-        result.append(block[mine] * BLOCK + key if 0 < len(mine) <= most_kept * size else None)
+            upper = torch.from_numpy(bounds[mine, :, of_block].T)
+            needed = _by_mass(upper, torch.from_numpy(spread[i].max(-1, keepdims=True)), tolerance / 2).numpy()
+            mine, of_block = mine[needed], of_block[needed]
+        result.append(block[mine] * BLOCK + of_block if 0 < len(mine) <= most_kept * size else None)
     return result
+
+
+def _norm(rows):
+    return np.sqrt(np.einsum("trd,trd->tr", rows, rows))
 
 
 def _by_mass(upper, spread, tolerance):

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ssmax.screen import MIN_KEYS, ScreenedKeys
 
@@ -59,20 +59,20 @@ def forward(
     if not screened and key.dtype not in (torch.float32, torch.float64):
         return plain(query, key, value, multiplier, mask=mask, **options)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    everyone = [(batch, head) for batch in range(query.shape[0]) for head in range(heads)]
+    tried = [who for who in everyone if not screened or screen.worth_trying(*who)]
+    if not tried:
+        return plain(query, key, value, multiplier, mask=mask, **options)
     rows = (query.double() * (multiplier * scale).double()[..., None]).unflatten(1, (heads, groups)).flatten(2, 3)
     seen = _visible(mask, is_causal, query, num_keys)
     seen = None if seen is None else seen.unflatten(1, (heads, groups)).flatten(2, 3)
-    everyone = [(batch, head) for batch in range(query.shape[0]) for head in range(heads)]
     if not screened:
         return _skip_values(everyone, rows, key, value, seen, tolerance).view(*query.shape[:3], -1)
-    found = _keys_that_matter(screen, everyone, rows, seen, tolerance)
+    found = _keys_that_matter(screen, tried, rows, seen, tolerance)
     flat = [who for who in everyone if who not in found]
-    if len(flat) == query.shape[0] * heads:
+    if not found:
         return plain(query, key, value, multiplier, mask=mask, **options)
-    output = query.new_empty(*query.shape[:3], value.shape[-1])
-    by_head = output.unflatten(1, (heads, groups))
-    for who, got in _attend(rows, key, value, seen, found):
-        by_head[who] = got.unflatten(0, (groups, num_queries))
+    output = _attend(rows, key, value, seen, found).to(query.dtype).view(*query.shape[:3], -1)
     m = multiplier.expand(query.shape[:3])
     for batch, first, last in _runs(flat):
         ours, mine = (batch, slice(first, last)), (batch, slice(first * groups, last * groups))
@@ -90,17 +90,14 @@ def _visible(mask, is_causal, query, num_keys):
     return None if mask is None else mask.expand(*query.shape[:3], num_keys)
 
 
-def _keys_that_matter(screen, everyone, rows, seen, tolerance):
+def _keys_that_matter(screen, tried, rows, seen, tolerance):
     """The keys to read, by head; heads are missing where reading all of them costs no more."""
-    heads = [who for who in everyone if screen.worth_trying(*who)]
-    if not heads:
-        return {}
-    at = slice(None) if len(heads) == len(everyone) else [i for i, who in enumerate(everyone) if who in heads]
-    visible = None if seen is None else seen.flatten(0, 1)[at]
-    found = screen.candidates(rows.flatten(0, 1)[at], heads, visible, tolerance, MOST_KEPT)
-    for who, keys in zip(heads, found, strict=True):
+    at = tuple(np.array(tried).T)
+    visible = None if seen is None else torch.from_numpy(seen.numpy()[at])
+    found = screen.candidates(torch.from_numpy(rows.numpy()[at]), tried, visible, tolerance, MOST_KEPT)
+    for who, keys in zip(tried, found, strict=True):
         screen.remember(*who, paid=keys is not None)
-    return {who: keys for who, keys in zip(heads, found, strict=True) if keys is not None}
+    return {who: keys for who, keys in zip(tried, found, strict=True) if keys is not None}
 
 
 def _skip_values(everyone, rows, key, value, seen, tolerance):
@@ -108,56 +105,69 @@ def _skip_values(everyone, rows, key, value, seen, tolerance):
     scores = rows.to(key.dtype) @ key.mT
     if seen is not None:
         scores.masked_fill_(~seen, -torch.inf)
-    weights = scores.softmax(-1)
+    weights = scores.softmax(-1) if seen is None else _softmax(scores)
     needed = weights.amax(2) > tolerance / key.shape[2]
     few = needed.sum(-1, keepdim=True) <= MOST_KEPT * key.shape[2]
-    if seen is not None:
-        weights.nan_to_num_(0.0)
     if not few.any():
         return weights @ value
-    needed = (needed & few).flatten(0, 1).nonzero()
-    counts = torch.bincount(needed[:, 0], minlength=len(everyone)).tolist()
-    found = {who: keys for who, keys in zip(everyone, needed[:, 1].split(counts), strict=True) if len(keys)}
-    output = value.new_empty(*rows.shape[:3], value.shape[-1])
-    for who, got in _attend(rows, key, value, seen, found):
-        output[who] = got
+    index, kept = (needed & few).flatten(0, 1).nonzero().numpy().T
+    stops = np.bincount(index, minlength=len(everyone)).cumsum()
+    found = {who: keys for who, keys in zip(everyone, np.split(kept, stops[:-1]), strict=True) if len(keys)}
+    output = _attend(rows, key, value, seen, found).to(value.dtype)
     for who in everyone:
         if who not in found:
             output[who] = weights[who] @ value[who]
     return output
 
 
+@np.errstate(all="ignore")  # what is not finite is the caller's, as in any kernel
 def _attend(rows, key, value, seen, found):
-    """Yield each head and its attention over the keys found, (R, V); scores in float64: a rounded one of thousands is none."""
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    few = [who for who in found if len(found[who]) <= FEW]
-    if few:  # all of them at once, padded
-        kept = pad_sequence([found[who] for who in few], batch_first=True, padding_value=-1)
-        batch, head = torch.tensor(few).T[..., None].unbind()
-        at = (batch, head, kept.clamp(min=0))
-        hidden = (kept < 0)[:, None]
-        if seen is not None:
-            hidden = hidden | ~seen.transpose(2, 3)[at].mT
-        scores = rows[batch[:, 0], head[:, 0]] @ key[at].double().mT
-        weights = _softmax(scores.masked_fill_(hidden, -torch.inf), seen)
-        yield from zip(few, weights.to(wide) @ value[at].to(wide), strict=True)
+    """Attention over the keys found, (B, K, R, V), float64, zeros for other heads: a rounded score of thousands is none."""
+    output = rows.new_zeros(*rows.shape[:3], value.shape[-1])
     for who in found:
         if len(found[who]) > FEW:
-            parts = found[who].split(PART)
-            scores = torch.cat([rows[who] @ key[who].index_select(0, part).double().T for part in parts], -1)
-            if seen is not None:
-                scores.masked_fill_(~seen[who].index_select(1, found[who]), -torch.inf)
-            weights = _softmax(scores, seen).to(wide)
-            output = weights.new_zeros(weights.shape[0], value.shape[-1])
-            for part, mine in zip(parts, weights.split(PART, -1), strict=True):
-                output.addmm_(mine, value[who].index_select(0, part).to(wide))
-            yield who, output
+            output[who] = _attend_many(rows[who], key[who], value[who], None if seen is None else seen[who], found[who])
+    few = [who for who in found if len(found[who]) <= FEW]
+    if not few:
+        return output
+    counts = [len(found[who]) for who in few]
+    kept = np.concatenate([found[who] for who in few])
+    at = (*np.repeat(np.array(few), counts, 0).T, kept)
+    keys, values, of_rows, outputs = _gather(key, at), _gather(value, at), rows.numpy(), output.numpy()
+    stops = np.cumsum(counts)
+    for who, start, stop in zip(few, stops - counts, stops, strict=True):
+        scores = of_rows[who] @ keys[start:stop].T
+        if seen is not None:
+            scores[~seen[who][:, kept[start:stop]].numpy()] = -np.inf
+        outputs[who] = _softmax(torch.from_numpy(scores)).numpy() @ values[start:stop]
+    return output
 
 
-def _softmax(scores, seen):
-    """A row that sees nothing gets zeros; where every row sees something, what is not a number stays to be seen."""
-    weights = scores.softmax(-1)
-    return weights if seen is None else weights.nan_to_num_(0.0)
+def _gather(tensor, at):
+    """tensor[at], float64: numpy takes rows in a third of torch's time, and knows no bfloat16."""
+    if tensor.dtype == torch.bfloat16:
+        return torch.from_numpy(tensor.detach().view(torch.int16).numpy()[at]).view(torch.bfloat16).double().numpy()
+    return tensor.detach().numpy()[at].astype(np.float64)
+
+
+def _attend_many(rows, key, value, seen, kept):
+    """The same of one head, in parts."""
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    kept = torch.from_numpy(kept)
+    parts = kept.split(PART)
+    scores = torch.cat([rows @ key.index_select(0, part).double().T for part in parts], -1)
+    if seen is not None:
+        scores.masked_fill_(~seen.index_select(1, kept), -torch.inf)
+    weights = _softmax(scores).to(wide)
+    output = weights.new_zeros(weights.shape[0], value.shape[-1])
+    for part, mine in zip(parts, weights.split(PART, -1), strict=True):
+        output.addmm_(mine, value.index_select(0, part).to(wide))
+    return output
+
+
+def _softmax(scores):
+    """A row that sees nothing gets zeros; what is not a number stays to be seen."""
+    return scores.softmax(-1).masked_fill_((scores == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def _runs(flat):

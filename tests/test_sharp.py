@@ -346,3 +346,11 @@ def test_a_query_that_is_not_finite_is_not_hidden(poison):
             got = attention(q, key, v, s, attn_mask=mask, impl="sharp")
             assert got[:, 0].isnan().all()
             assert worst(got[:, 1:], exact(q, k, v, s, attn_mask=mask)[:, 1:]) <= allowed(got, None, v, 1e-3)
+
+
+def test_under_torch_compile_it_is_the_same():
+    q, k, v, s = draw("needle", 0)
+    screened = ScreenedKeys(k)
+    for key in (screened, k):
+        compiled = torch.compile(lambda q, v, key=key: 2 * attention(q + 0, key, v, s, impl="sharp"))
+        assert worst(compiled(q, v) / 2, exact(q, k, v, s)) <= allowed(q, None, v, 1e-3)

@@ -1,6 +1,8 @@
 """Sharp decoding: a query reads only the keys and values whose weight can matter, within a certified bound."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,40 +46,39 @@ def forward(
         screen: bounds for key. Without it all keys are read, and only values left out.
         plain: the kernel for what does not pay: short caches, many queries, windows, flat heads.
     """
-    options = {
-        "cu_seqlens": None,
-        "is_causal": is_causal,
-        "window": window,
-        "softcap": None,
-        "scale": scale,
-        "dropout_p": 0.0,
-    }
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if num_queries > MAX_QUERIES or num_keys < MIN_KEYS or window is not None or key.device.type != "cpu":
-        return plain(query, key, value, multiplier, mask=mask, **options)
+    options: Any = {"cu_seqlens": None, "window": window, "softcap": None, "dropout_p": 0.0}
+    plain = functools.partial(plain, **options, is_causal=is_causal, scale=scale)
+    if query.shape[2] > MAX_QUERIES or key.shape[2] < MIN_KEYS or window is not None or key.device.type != "cpu":
+        return plain(query, key, value, multiplier, mask=mask)
+    # What is read depends on values, which is nothing for a compiler.
+    read = torch.compiler.disable(_read) if torch.compiler.is_compiling() else _read
+    return read(query, key, value, multiplier, mask, is_causal, scale, tolerance, screen, plain)
+
+
+def _read(query, key, value, multiplier, mask, is_causal, scale, tolerance, screen, plain):
     screened = screen is not None and screen.ready()
     if not screened and key.dtype not in (torch.float32, torch.float64):
-        return plain(query, key, value, multiplier, mask=mask, **options)
+        return plain(query, key, value, multiplier, mask=mask)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     everyone = [(batch, head) for batch in range(query.shape[0]) for head in range(heads)]
     tried = [who for who in everyone if not screened or screen.worth_trying(*who)]
     if not tried:
-        return plain(query, key, value, multiplier, mask=mask, **options)
+        return plain(query, key, value, multiplier, mask=mask)
     rows = (query.double() * (multiplier * scale).double()[..., None]).unflatten(1, (heads, groups)).flatten(2, 3)
-    seen = _visible(mask, is_causal, query, num_keys)
+    seen = _visible(mask, is_causal, query, key.shape[2])
     seen = None if seen is None else seen.unflatten(1, (heads, groups)).flatten(2, 3)
     if not screened:
         return _skip_values(everyone, rows, key, value, seen, tolerance).view(*query.shape[:3], -1)
     found = _keys_that_matter(screen, tried, rows, seen, tolerance)
     flat = [who for who in everyone if who not in found]
     if not found:
-        return plain(query, key, value, multiplier, mask=mask, **options)
+        return plain(query, key, value, multiplier, mask=mask)
     output = _attend(rows, key, value, seen, found).to(query.dtype).view(*query.shape[:3], -1)
     m = multiplier.expand(query.shape[:3])
     for batch, first, last in _runs(flat):
         ours, mine = (batch, slice(first, last)), (batch, slice(first * groups, last * groups))
         masked = None if mask is None else mask.expand(*query.shape[:2], -1, -1)[mine]
-        output[mine] = plain(query[mine], key[ours], value[ours], m[mine], mask=masked, **options)
+        output[mine] = plain(query[mine], key[ours], value[ours], m[mine], mask=masked)
     return output
 
 

@@ -105,7 +105,7 @@ def scale_query(query: Tensor, m: Tensor) -> Tensor:
         query: (B, H, N, D).
         m: (B or 1, H or 1, N), float32 or float64.
     """
-    return (query * m[..., None]).to(query.dtype)
+    return (query * m.unsqueeze(-1)).to(query.dtype)
 
 
 def scalable_softmax(

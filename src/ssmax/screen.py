@@ -82,7 +82,7 @@ class ScreenedKeys:
 
     def ready(self) -> bool:
         """Bring the screen up to date; return False where there is none, for too few keys or no exact int8 product."""
-        if len(self) < MIN_KEYS or self.keys.device.type != "cpu" or not int8_is_exact():
+        if len(self) < MIN_KEYS or self._keys.device.type != "cpu" or not int8_is_exact():
             return False
         if self._screened < len(self):
             self._round(self._screened)
@@ -115,25 +115,25 @@ class ScreenedKeys:
 
     @np.errstate(all="ignore")  # a head whose query is not finite keeps no key, and is computed in full
     def candidates(
-        self, query: Tensor, heads: list[tuple[int, int]], visible: Tensor | None, tolerance: float, most_kept: float
+        self, query: Tensor, heads: np.ndarray, visible: Tensor | None, tolerance: float, most_kept: float
     ) -> list[np.ndarray | None]:
         """Return for each head the keys that hold all but a tolerance of every row's weight. Only when ready().
 
         Args:
             query: (T, R, D), float64: T heads of R rows that share a key head.
-            heads: their batch and key head.
+            heads: (T, 2), their batch and key head.
             visible: (T, R, S), bool, or None = all.
             tolerance: of a row's weight.
             most_kept: fraction of the keys; None stands for a head that needs more of them.
         """
         size, room = len(self), -(-len(self) // BLOCK) * BLOCK
-        at = tuple(np.array(heads).T)
+        at = heads[:, 0], heads[:, 1]
         wide = query.numpy() * self._width.numpy()[at]
         step = np.maximum(np.abs(wide).max(-1, keepdims=True), 1e-250) / 127
         codes = np.rint(wide / step)
         products = torch.empty(*query.shape[:2], room, dtype=torch.int32)
         narrow, keys = torch.from_numpy(codes.astype(np.int8)), self._codes.room(room)
-        for rows, (batch, head), out in zip(narrow, heads, products, strict=True):
+        for rows, (batch, head), out in zip(narrow, heads.tolist(), products, strict=True):
             int8_product(rows, keys[batch, head], out)
         if size < room:
             products[:, :, size:] = HIDDEN
@@ -180,7 +180,7 @@ def _candidates(by_block, step, reach, margin, lost, most, at, size, tolerance, 
         bounds += reach[heads] * lost[(*(x[heads] for x in at), blocks)][:, None] + shift[heads]
         return bounds
 
-    crowded = np.flatnonzero(open_blocks.mean(1) > MOST_OPEN)
+    crowded = np.flatnonzero(open_blocks.sum(1) > MOST_OPEN * products.shape[2])
     if len(crowded):  # look at eight blocks before all of them
         few = np.arange(0, products.shape[2], max(1, products.shape[2] // 8))
         heads = crowded.repeat(len(few))
@@ -225,13 +225,18 @@ class Grown:
         self._room, self.length = first, first.shape[2]
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._room.device
+
+    @property
     def filled(self) -> Tensor:
         """What has been put so far: a view."""
-        return self._room[:, :, : self.length]
+        return self._room.narrow(2, 0, self.length)
 
     def room(self, length: int) -> Tensor:
         """The first length places, filled or not."""
-        return self._room[:, :, :length]
+        return self._room.narrow(2, 0, length)
 
     def put(self, new: Tensor, start: int) -> None:
         """Write new from start on, and end there."""
@@ -248,6 +253,9 @@ class Grown:
 def int8_product(query: Tensor, codes: Tensor, out: Tensor) -> None:
     """Write query (R, D) times codes (S, D) transposed into out, (R, S) int32."""
     product: Any = torch._int_mm  # torch's one int8 product; private, so int8_is_exact asks before it is used
+    if len(query) <= ROWS:
+        product(query, codes.t(), out=out)
+        return
     for rows, products in zip(query.split(ROWS), out.split(ROWS), strict=True):
         product(rows, codes.t(), out=products)
 

@@ -93,9 +93,9 @@ def _visible(mask, is_causal, query, num_keys):
 
 def _keys_that_matter(screen, tried, rows, seen, tolerance):
     """The keys to read, by head; heads are missing where reading all of them costs no more."""
-    at = tuple(np.array(tried).T)
-    visible = None if seen is None else torch.from_numpy(seen.numpy()[at])
-    found = screen.candidates(torch.from_numpy(rows.numpy()[at]), tried, visible, tolerance, MOST_KEPT)
+    heads = np.array(tried)
+    mine, visible = (None if x is None else torch.from_numpy(x.numpy()[heads[:, 0], heads[:, 1]]) for x in (rows, seen))
+    found = screen.candidates(mine, heads, visible, tolerance, MOST_KEPT)
     for who, keys in zip(tried, found, strict=True):
         screen.remember(*who, paid=keys is not None)
     return {who: keys for who, keys in zip(tried, found, strict=True) if keys is not None}
@@ -140,7 +140,10 @@ def _attend(rows, key, value, seen, found):
         scores = of_rows[who] @ keys[start:stop].T
         if seen is not None:
             scores[~seen[who][:, kept[start:stop]].numpy()] = -np.inf
-        outputs[who] = _softmax(torch.from_numpy(scores)).numpy() @ values[start:stop]
+        top = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - top)
+        outputs[who] = weights @ values[start:stop] / weights.sum(-1, keepdims=True)
+        outputs[who][top[:, 0] == -np.inf] = 0.0  # a row that sees nothing
     return output
 
 

@@ -9,11 +9,11 @@ reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest $(if $(FAULTS),--faults $(FAULTS))
+	$(BIN)/python -m pytest $(if $(FAULTS),--faults=$(FAULTS))
 
 # Kills, full disks, lost ranks, random calls; renews the rows of docs/faults.md with FAULTS=docs/results/faults.jsonl
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(if $(FAULTS),--faults $(FAULTS))
+	$(BIN)/python -m pytest -m slow $(if $(FAULTS),--faults=$(FAULTS))
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/calls.py 10000 $(or $(SEED),1)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -274,10 +275,9 @@ def _scale_gradients(q, k, v, upstream, dtype):
     return torch.autograd.grad((output * upstream).sum(), [s, b])
 
 
-def _measurements() -> Iterator[Comparison]:
-    from ssmax.bench.evaluation import measurements  # loads transformers
-
-    return measurements()
+def _of(module: str) -> Callable[[], Iterator[Comparison]]:
+    """The measurements of a module that loads transformers."""
+    return lambda: importlib.import_module(f"ssmax.bench.{module}").measurements()
 
 
 CASES = {
@@ -285,7 +285,10 @@ CASES = {
     "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
     "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),
-    "evaluation": Case("loss by position over a plain forward; grids with shared prefixes", 12, _measurements),
+    "evaluation": Case("loss by position over a plain forward; grids with shared prefixes", 12, _of("evaluation")),
+    "training": Case(
+        "pretraining of the recipe tiny over a bare loop, AdamW not fused, torch.compile", 3, _of("training")
+    ),
     "gradient": Case("error of the gradients of s and b in bfloat16", 2, gradient),
     "scale": Case("the formulae of cost and memory against what can be measured", 1, scale.check),
 }

@@ -21,6 +21,7 @@ NEEDS = {
     "peer": "scalable_softmax",
     "model": "transformers",
     "evaluation": "transformers",
+    "training": "transformers",
     "scale": "transformers",
 }  # packages that a case cannot do without
 

@@ -218,7 +218,8 @@ class Bench:
         tyro.conf.arg(
             metavar="CASE",
             help="attention: forward and backward by length. decode: sharp decoding behind long caches. model: a converted "
-            "model. evaluation: measuring a model, over a plain forward. peer: beside the package scalable-softmax. gradient: error of ds in bfloat16. scale: cost and memory "
+            "model. evaluation: measuring a model, over a plain forward. training: the recipe tiny over a bare loop, and that "
+            "compiled. peer: beside the package scalable-softmax. gradient: error of ds in bfloat16. scale: cost and memory "
             "from formulae, and how far they hold here. Default: all that run here.",
         ),
     ] = ()

@@ -12,7 +12,7 @@ from torch import distributed
 from ssmax import signals
 from ssmax.errors import RunFailed, UserError
 
-__all__ = ["agree", "any_of", "explained", "join"]
+__all__ = ["agree", "any_of", "explained", "join", "leave"]
 
 # How long a rank that failed waits for the word of the others.
 LAST_WORDS = timedelta(seconds=5)
@@ -21,6 +21,14 @@ LAST_WORDS = timedelta(seconds=5)
 def join(timeout: timedelta) -> PartialState:
     """Join the other ranks where torchrun started some; whoever waits longer than timeout for another one fails."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
+
+
+def leave() -> None:
+    """Wait for the other ranks and part from them: who exits inside of a group may be aborted by the group's own threads."""
+    state = PartialState()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
 
 
 def agree(facts: Mapping[str, Any]) -> None:

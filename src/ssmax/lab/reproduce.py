@@ -29,7 +29,7 @@ from ssmax.lab.experiments import check_fit, formula_rows, run_stage, stage_toke
 from ssmax.lab.folder import RunFolder, versions
 from ssmax.lab.progress import progress_bar
 from ssmax.lab.provenance import provenance_of, stamped
-from ssmax.lab.ranks import agree, explained, join
+from ssmax.lab.ranks import agree, explained, join, leave
 from ssmax.lab.recipes import TOGETHER, Recipe
 from ssmax.lab.shards import check, verify
 from ssmax.lab.training import Setup, world_size
@@ -69,6 +69,8 @@ def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, s
         with failures(""):
             rows = [row for name in run.stages for row in read_rows(run.stage_file(name))]
             write_rows(run.rows_file, rows, checked=True)
+    with failures(""):
+        leave()
 
 
 def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup) -> Path:
@@ -92,6 +94,7 @@ def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup
             if not model.exists():
                 _publish(run.folder / "models" / job.name / "pretrained", tokens / "tokenizer", model)
             write_rows(run.rows_file, read_rows(rows), checked=True)
+        leave()
     return model
 
 

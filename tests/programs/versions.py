@@ -9,7 +9,7 @@ VENVS = {
     "oldest": ["torch==2.7.0", "transformers==5.10.1"],
     "newest": ["torch", "transformers>=5.10,<6"],
 }
-TESTS = ["scaling", "functional", "nn", "laws", "hf", "damage", "versions"]
+TESTS = ["scaling", "functional", "sharp", "chunks", "nn", "laws", "hf", "damage", "versions"]
 
 
 def main():

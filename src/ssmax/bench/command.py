@@ -21,7 +21,7 @@ NEEDS = {
     "peer": "scalable_softmax",
     "model": "transformers",
     "evaluation": "transformers",
-    "training": "transformers",
+    "training": "accelerate",
     "scale": "transformers",
 }  # packages that a case cannot do without
 

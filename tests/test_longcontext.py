@@ -299,7 +299,7 @@ def test_a_real_tokenizers_chat_template():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     form = PromptForm.of(tokenizer, "chat")
-    assert [tokenizer.decode(list(part)) for part in (form.head, form.tail)] == ["<|user|>", "<|assistant|>"]
+    assert (tokenizer.decode(list(form.head)), form.opening, form.tail) == ("<|user|>", "<|user|>", "<|assistant|>")
     assert PromptForm.of(tokenizer, "base") == PromptForm()
 
 

@@ -13,6 +13,7 @@ CITIES = ("Tokyo", "Paris", "London", "Berlin", "Madrid", "Rome", "Cairo", "Lima
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Cell = tuple[int, float]  # length and depth
+Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -38,39 +39,104 @@ class PromptForm:
 
     Attributes:
         head: token ids before the context: what the tokenizer puts first, and a chat's opening.
-        tail: a chat's token ids from the end of the question to the start of the reply; None for a base model, which
+        opening: a chat's opening as text, which head holds; "" for a base model.
+        tail: a chat's text from the end of the question to the start of the reply; None for a base model, which
             has no question and just continues.
     """
 
     head: tuple[int, ...] = ()
-    tail: tuple[int, ...] | None = None
+    opening: str = ""
+    tail: str | None = None
 
     @classmethod
     def of(cls, tokenizer: Any, style: Literal["base", "chat"]) -> "PromptForm":
         """Return the form for a tokenizer: "base", or "chat" by its chat template.
 
         Raises:
-            ValueError: "chat", and the tokenizer has no chat template, or one that changes the message.
+            ValueError: "chat", and the tokenizer has no chat template, or one that changes the message; or the
+                tokenizer cannot write a plain word.
         """
         if style == "base":
             with_special, bare = (tokenizer("a", add_special_tokens=x)["input_ids"] for x in (True, False))
-            return cls(tuple(with_special[: with_special.index(bare[0])]))
+            for start in range(len(with_special) - len(bare) + 1):
+                if bare and with_special[start : start + len(bare)] == bare:
+                    return cls(tuple(with_special[:start]))
+            raise ValueError("the tokenizer writes a text's first word otherwise where special tokens stand around it")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template; use the prompt for base models")
         marker = "\u241fcontext\u241f"
         whole = tokenizer.apply_chat_template(
             [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
         )
-        head, found, tail = whole.partition(marker)
+        opening, found, tail = whole.partition(marker)
         if not found:
             raise ValueError("the tokenizer's chat template changes the message; use the prompt for base models")
-        return cls(*(tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (head, tail)))
+        return cls(tuple(tokenizer(opening, add_special_tokens=False)["input_ids"]), opening, tail)
 
-    def ending(self, encode: Callable[[str], list[int]], question: str, lead: str) -> list[int]:
+    def ending(self, question: str, lead: str) -> str:
         """Return what follows the context: a chat asks the question and begins the reply with lead; a base model reads lead."""
-        if self.tail is None:
-            return encode(lead)
-        return encode(f"\n\n{question}") + list(self.tail) + encode(lead.lstrip("\n"))
+        return lead if self.tail is None else f"\n\n{question}{self.tail}" + lead.lstrip("\n")
+
+    def encoded(self, encode: Encode, text: str) -> list[int]:
+        """Return the tokens of a prompt that begins with text."""
+        return encode(self.opening + text) if self.opening else [*self.head, *encode(text)]
+
+
+# A tokenizer may treat the start of a text as it treats no other place (SentencePiece puts a space there), and join
+# what two pieces are into one token. So a piece is never encoded alone: it is what stands behind one of these words.
+BEFORE = ("x", ".", "text.", "1")
+
+
+def _inside(encode: Encode, text: str) -> list[int]:
+    """Return the tokens of text as it stands in the middle of a longer one."""
+    for word in BEFORE:
+        alone, joint = encode(word), encode(word + text)
+        if alone and joint[: len(alone)] == alone:
+            return joint[len(alone) :]
+    raise ValueError(
+        f"the tokenizer joins {text[:20]!r} with whatever stands before it into one token, so that a needle has no tokens of its own"
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt's end and its answer, cut from the tokens of one text: what a user's prompt and its continuation are.
+
+    Where the prompt's last characters share a token with the answer's first, that token is the answer's; so is one that the
+    answer's last digit shares with what follows, since a model that goes on with the text says that one.
+
+    Attributes:
+        prompt: tokens before the answer.
+        answer: its tokens.
+        first: how many of them there are up to and with the first digit.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    first: int
+
+    @classmethod
+    def of(cls, encode: Encode, prompt: str, space: str, number: str, stop: str) -> "_Asked":
+        """Cut prompt + space + number + stop, where the answer is space + number."""
+        whole = encode(f"{prompt}{space}{number}{stop}")
+        # The same text with every digit another: what differs holds digits.
+        other = encode(f"{prompt}{space}{number.translate(OTHER_DIGITS)}{stop}")
+        first, stop_at = _shared(whole, other), len(whole) - _shared(whole[::-1], other[::-1])
+        start = min(first, _shared(whole, encode(prompt)))
+        if first >= stop_at:
+            raise ValueError(
+                f"the tokenizer writes the number {number} as it writes another; its vocabulary lacks digits"
+            )
+        return cls(whole[:start], whole[start:stop_at], first - start + 1)
+
+
+OTHER_DIGITS = str.maketrans("0123456789", "5678901234")
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return sum(1 for _ in alike)
 
 
 def depth_grid(lengths: Sequence[int], depths: Sequence[float]) -> list[Cell]:
@@ -91,7 +157,7 @@ class NeedleTask:
         form: how the prompt is made.
     """
 
-    encode: Callable[[str], list[int]]
+    encode: Encode
     haystack: np.ndarray
     digits: int = 7
     distractors: int = 0
@@ -102,13 +168,13 @@ class NeedleTask:
     def shortest(self) -> int:
         """Length of an example without any text around the needle; the longest of some, where digits share tokens."""
         numbers = np.random.default_rng(0).integers(0, 10, (16, self.digits))
-        return max(sum(map(len, self._parts(city, "".join(map(str, n))))) for city in CITIES for n in numbers)
+        return max(self._parts(city, "".join(map(str, n))).size for city in CITIES for n in numbers)
 
-    def _parts(self, city: str, number: str) -> list[list[int]]:
-        """Return needle, what follows the context, and answer in tokens."""
+    def _parts(self, city: str, number: str) -> "_Parts":
         lead = f"\nThe special magic {city} number is:"
-        ending = self.form.ending(self.encode, f"What is the special magic {city} number?", lead)
-        return [self.encode(f"{lead} {number}.\n"), ending, self.encode(f" {number}")]
+        ending = self.form.ending(f"What is the special magic {city} number?", lead)
+        asked = _Asked.of(lambda text: _inside(self.encode, text), ending, " ", number, ".\n")
+        return _Parts(_inside(self.encode, f"{lead} {number}.\n"), asked)
 
     def example(self, length: int, depth: float, rng: np.random.Generator) -> NeedleExample:
         """Draw an example whose prompt and answer have length tokens, the needle at depth in [0, 1] of the text.
@@ -133,8 +199,8 @@ class NeedleTask:
         first_city = rng.integers(len(CITIES))
         numbers = [self._number(rng)]
         longest = max(length for length, _ in cells)
-        needs = self._parts(CITIES[first_city], numbers[0])
-        start = int(rng.integers(0, max(1, len(self.haystack) - (longest - sum(map(len, needs))) + 1)))
+        needs = self._parts(CITIES[first_city], numbers[0]).size
+        start = int(rng.integers(0, max(1, len(self.haystack) - (longest - needs) + 1)))
         # Drawn last: a single needle's examples do not depend on what other tasks draw.
         others = [c for c in rng.permutation(len(CITIES)).tolist() if c != first_city][:extra] if extra else []
         numbers += [self._number(rng) for _ in others]
@@ -153,10 +219,14 @@ class NeedleTask:
 
     def _place(self, length, depths, parts, asked, start):
         """The context with every needle at its depth, and the question for one of them."""
-        _, ending, answer = parts[asked]
         # One room for all questions about a context, so that it is the same context.
-        questions = [len(ending) + len(answer) for _, ending, answer in (parts if self.several else [parts[asked]])]
-        room = length - len(self.form.head) - sum(len(needle) for needle, _, _ in parts) - max(questions)
+        needles = sum(len(part.needle) for part in parts)
+        room = (
+            length
+            - len(self.form.head)
+            - needles
+            - max(part.size - len(part.needle) for part in (parts if self.several else [parts[asked]]))
+        )
         if room < 0 or len(self.haystack) - start < room:
             raise ValueError(
                 f"a needle example of {length} tokens needs {length - room} tokens for needle, question and answer and "
@@ -168,11 +238,24 @@ class NeedleTask:
             at = round(depth * room)
             context += text[done:at]
             done = at
-            needle = parts[index][0]
+            needle = parts[index].needle
             if index == asked:
                 span = (len(context), len(context) + len(needle))
             context += needle
-        return NeedleExample(context + text[done:] + ending, answer, span, _until_digit(self.encode, answer))
+        end = parts[asked].asked
+        return NeedleExample(context + text[done:] + end.prompt, end.answer, span, end.first)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A needle's tokens, and those that ask for its number."""
+
+    needle: list[int]
+    asked: _Asked
+
+    @property
+    def size(self) -> int:
+        return len(self.needle) + len(self.asked.prompt) + len(self.asked.answer)
 
 
 @dataclass(frozen=True)
@@ -188,7 +271,7 @@ class ABCDigits:
         form: how the prompt is made.
     """
 
-    encode: Callable[[str], list[int]]
+    encode: Encode
     digits: int = 6
     form: PromptForm = PromptForm()
 
@@ -200,28 +283,36 @@ class ABCDigits:
         """
         letters = [LETTERS[i] for i in rng.permutation(len(LETTERS))]
         numbers = ["".join(map(str, rng.integers(0, 10, self.digits))) for _ in letters]
-        lines = [self.encode(f"{x}={number}\n") for x, number in zip(letters, numbers, strict=True)]
+        lines = [f"{x}={number}\n" for x, number in zip(letters, numbers, strict=True)]
         needle, others = lines[0], lines[1:]
-        ending = self.form.ending(self.encode, f"Which number does {letters[0]} have?", f"{letters[0]}=")
-        answer = self.encode(numbers[0])
-        fixed = len(self.form.head) + len(needle) + len(ending) + len(answer)
+        ending = self.form.ending(f"Which number does {letters[0]} have?", f"{letters[0]}=")
+        sizes = [len(self.encode(line + line)) - len(self.encode(line)) for line in others]
         longest = max(length for length, _ in cells)
-        order = rng.integers(0, len(others), max(1, longest // min(map(len, others)))).tolist()
+        order = rng.integers(0, len(others), max(1, longest // min(sizes))).tolist()
+        total = np.cumsum([sizes[i] for i in order])
+        shortest = self._example("", needle, "", ending, numbers[0])
+        fixed = len(shortest.prompt) + len(shortest.answer)
         found = {}
         for length, depth in cells:
             if length < fixed:
                 raise ValueError(f"an example of {length} tokens needs {fixed} for one line, question and answer")
-            sizes = np.cumsum([len(others[i]) for i in order])
-            count = int(np.searchsorted(sizes, length - fixed, side="right"))
-            at = round(depth * count)
-            before, after = ([t for i in part for t in others[i]] for part in (order[:at], order[at:count]))
-            head = [*self.form.head, *before]
-            span = (len(head), len(head) + len(needle))
-            found[length, depth] = NeedleExample(head + needle + after + ending, answer, span)
+            count = int(np.searchsorted(total, length - fixed, side="right"))
+            # Lines take no more tokens together than apart, in any tokenizer known; what is promised is checked.
+            for kept in range(count, -1, -1):
+                at = round(depth * kept)
+                before, after = ("".join(others[i] for i in part) for part in (order[:at], order[at:kept]))
+                example = self._example(before, needle, after, ending, numbers[0])
+                if len(example.prompt) + len(example.answer) <= length:
+                    break
+            found[length, depth] = example
         return found
 
+    def _example(self, before: str, needle: str, after: str, ending: str, number: str) -> NeedleExample:
+        """The tokens of one text, and where the needle stands in them."""
 
-def _until_digit(encode, answer):
-    """Tokens of " 8106422" up to and with the one that holds its first digit: the space may be a token of its own."""
-    space = encode(" ")
-    return len(space) + 1 if answer[: len(space)] == space else 1
+        def encode(text):
+            return self.form.encoded(self.encode, text)
+
+        asked = _Asked.of(encode, before + needle + after + ending, "", number, "\n")
+        first, stop = (_shared(asked.prompt, encode(text)) for text in (before, before + needle))
+        return NeedleExample(asked.prompt, asked.answer, (first, stop), asked.first)

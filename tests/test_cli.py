@@ -63,14 +63,14 @@ def test_it_leaves_rows_figures_a_report_and_a_table(finished):
     assert seconds < 60
     metrics = {row.metric for row in read_rows(folder / "rows.jsonl")}
     assert metrics == {
-        "max_weight", "focus_weight", "learned_p", "train_loss", "loss_by_position", "retrieval_accuracy", "needle_score",
-        "top_needle_score", "counting_accuracy",
+        "max_weight", "focus_weight", "learned_p", "train_loss", "loss_by_position", "text_loss", "retrieval_accuracy",
+        "needle_score", "top_needle_score", "counting_accuracy",
     }  # fmt: skip
     for row in read_rows(folder / "rows.jsonl"):
         assert {"recipe", "commit", "torch", "transformers", "time"} <= row.provenance.keys()
         assert (row.seed is None) == (row.metric in ("max_weight", "focus_weight"))
     assert len(list((folder / "figures").glob("*.png"))) == len(list((folder / "figures").glob("*.svg"))) == 9
-    assert done.stdout.count("Fig. ") == 13
+    assert done.stdout.count("Fig. ") == 14
     assert str(folder / "report.html") in done.stdout
     assert "Traceback" not in done.stderr
 

@@ -1,5 +1,7 @@
 import dataclasses
+import hashlib
 import json
+import math
 import random
 import subprocess
 
@@ -9,12 +11,13 @@ import torch
 
 import ssmax
 from ssmax.errors import RunFailed, UserError
-from ssmax.lab import corpus, provenance, training
+from ssmax.lab import checkpoints, corpus, provenance, training
 from ssmax.lab.counting import counted
 from ssmax.lab.experiments import _examples, count_task, run_stage
+from ssmax.lab.folder import RunFolder
 from ssmax.lab.models import SwitchedScale, build_model, switch_at, turn_on
 from ssmax.lab.plan import plan
-from ssmax.lab.recipes import Job, Recipe, paper, small, smoke, tiny
+from ssmax.lab.recipes import LATER, Job, Recipe, laptop, paper, small, smoke, tiny, turns
 from ssmax.lab.sources import documents
 from ssmax.lab.tokenizer import END_OF_TEXT
 
@@ -269,6 +272,58 @@ def test_the_paper_size_has_the_papers_parameters(capsys):
     assert recipe.batch_size * recipe.train_length == 2_097_152
 
 
+def test_theta_follows_the_training_length():
+    def complete(recipe):
+        """Frequencies of a head whose wavelength is no longer than the training window, counted one by one."""
+        model = build_model(recipe, "paper", "a", 0, 300)
+        wavelengths = 2 * math.pi / model.model.rotary_emb.inv_freq
+        return (wavelengths <= recipe.train_length).double().mean().item()
+
+    small_paper = dataclasses.replace(paper(), num_layers=1, hidden_size=128, num_heads=2, vocab_size=300)
+    assert complete(small_paper) == 18 / 32
+    assert complete(tiny()) == 9 / 16
+    assert complete(dataclasses.replace(tiny(), theta=10_000.0)) == 6 / 16
+    assert dataclasses.replace(tiny(), train_length=1024).rope_theta == pytest.approx(10_000)
+    for length in (64, 128, 4096):
+        assert turns(dataclasses.replace(tiny(), train_length=length).rope_theta, length) == pytest.approx(
+            0.553, abs=1e-3
+        )
+    assert turns(dataclasses.replace(tiny(), full_turns=0.8).rope_theta, 128) == pytest.approx(0.8)
+
+
+def test_a_run_of_0_1_0_is_continued(tmp_path):
+    recipe = smoke()
+    run = RunFolder(tmp_path, recipe, None)
+    run.claim("hash")
+    kept = json.loads((tmp_path / "recipe.json").read_text())
+    for later in LATER:
+        del kept["recipe"][later]
+    (tmp_path / "recipe.json").write_text(json.dumps(kept))
+    with run.opened():
+        pass
+    with (
+        pytest.raises(UserError, match=r"theta was 10000.0, is 233.0"),
+        dataclasses.replace(run, recipe=dataclasses.replace(recipe, theta=233.0)).opened(),
+    ):
+        pass
+    # 0.1.0 named the owner of a checkpoint by a hash of its own fields
+    own = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in LATER}
+    digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
+    assert checkpoints.owner(tmp_path / "paper-a-0" / "pretrained", recipe).endswith(digest)
+
+
+def test_only_the_answer_is_projected_and_the_loss_is_the_same(loaded, tmp_path):
+    recipe = dataclasses.replace(smoke(), finetune_steps=1)
+    batch = [_examples("finetune", loaded, recipe, 0)[i] for i in range(recipe.finetune_batch_size)]
+    inputs = {name: torch.stack([item[name] for item in batch]) for name in batch[0]}
+    model = build_model(recipe, "paper", "b", 0, loaded.tokenizer.get_vocab_size())
+    wanted, projected = model(**inputs).loss.item(), []
+    model.lm_head.register_forward_hook(lambda module, arguments, output: projected.append(output.shape[1]))
+    trained = training.finetune(model, recipe, _examples("finetune", loaded, recipe, 0), tmp_path, lambda tokens: None)
+    assert trained.losses[0][1] == pytest.approx(wanted, rel=1e-6)
+    assert projected == [recipe.needle_digits + 1]
+
+
 def test_the_plan_counts_what_is_built():
     recipe = smoke()
     lines = "\n".join(plan(recipe))
@@ -279,7 +334,7 @@ def test_the_plan_counts_what_is_built():
     assert "tokens a second" in lines
 
 
-@pytest.mark.parametrize("recipe", [smoke, tiny, small, paper])
+@pytest.mark.parametrize("recipe", [smoke, tiny, laptop, small, paper])
 def test_recipes_hold_together(recipe):
     made = recipe()
     assert len({job.name for job in made.jobs}) == len(made.jobs)

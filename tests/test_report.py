@@ -11,7 +11,6 @@ from ssmax import report
 from ssmax.lab.recipes import smoke
 from ssmax.report import claims as judged
 from ssmax.report.claims import HOLDS, HOLDS_NOT, OPEN, verdict
-from ssmax.report.select import Spread
 from ssmax.results import Row, read_rows, write_rows
 
 
@@ -27,7 +26,7 @@ from ssmax.results import Row, read_rows, write_rows
     ],
 )
 def test_verdicts_need_agreeing_seeds_and_a_difference_beyond_its_spread(differences, expected):
-    assert verdict(Spread(differences)) == expected
+    assert verdict(differences) == expected
 
 
 def test_rows_survive_the_file_and_damage_is_named(tmp_path):
@@ -75,7 +74,8 @@ def made_up_rows(better):
                     rows.append(Row("loss_by_position", variant, seed, place, value, 4))
             for length in (16, 128):
                 place = at | {"length": length, "depth": 0.5, "theta_factor": 50}
-                rows.append(Row("retrieval_accuracy", variant, seed, place, 0.5 + gain / 2 + jitter, 20))
+                found = 0.95 if length == 16 else 0.5 + gain / 2 + jitter
+                rows.append(Row("retrieval_accuracy", variant, seed, place, found, 20))
             place = at | {"length": 128, "depth": 0.5, "theta_factor": 50}
             for head in range(3):
                 score = 0.4 + gain / 4 - head / 10 + jitter
@@ -85,7 +85,7 @@ def made_up_rows(better):
                 rows.append(Row("counting_accuracy", variant, seed, place_n, 0.6 - gain / 4 + jitter, 20))
             for trial in range(6):
                 ok = trial % 2 == 0
-                value = 0.5 + (0.2 if ok else -0.2) + jitter
+                value = 0.5 + (0.2 if ok else -0.2) + gain / 10 + jitter
                 rows.append(Row("top_needle_score", variant, seed, place | {"trial": trial, "correct": ok}, value, 1))
     return rows
 
@@ -93,15 +93,34 @@ def made_up_rows(better):
 @pytest.mark.parametrize(("better", "expected"), [(0.5, HOLDS), (-0.5, HOLDS_NOT)])
 def test_claims_follow_the_rows(better, expected):
     found = judged.claims(made_up_rows(better), train_length=16)
-    comparisons = [claim for claim in found if claim.figure in (4, 5, 6, 7)]
-    assert len(comparisons) == 5
+    comparisons = [claim for claim in found if claim.figure in (4, 5, 6, 7) or claim.name == "top-score"]
+    assert [claim.name for claim in comparisons] == ["faster", "lower", "far", "rise", "needles", "head", "top-score"]
     assert {claim.verdict for claim in comparisons} == {expected}
     assert next(claim for claim in found if claim.figure == "counting").verdict == expected
-    assert {claim.verdict for claim in found if claim.figure in (1, 3, 8)} == {HOLDS}
+    assert {claim.verdict for claim in found if claim.figure in (1, 3) or claim.name == "score"} == {HOLDS}
     loss = next(claim for claim in found if claim.figure == 4)
     assert "Softmax 3.001 ± 0.001" in loss.measured
-    difference = float(re.search(r"difference ([+-][\d.]+) ±", loss.measured)[1])
+    difference = float(re.search(r"difference ([+-][\d.]+), 95 % interval", loss.measured)[1])
     assert difference == pytest.approx(-better + better / 1000, abs=1e-3)
+
+
+def test_models_that_did_not_learn_the_task_are_left_out_and_counted():
+    def needles(share):
+        rows = [
+            dataclasses.replace(row, value=share(row.variant, row.seed))
+            if row.metric == "retrieval_accuracy" and row.at["length"] == 16
+            else row
+            for row in made_up_rows(0.5)
+        ]
+        return next(claim for claim in judged.claims(rows, 16) if claim.name == "needles")
+
+    some = needles(lambda variant, seed: 0.89 if (variant, seed) == ("a", 1) else 0.9)
+    assert some.paired.seeds == 2
+    assert some.verdict == HOLDS
+    assert "1 of 6 models did not learn the task" in some.measured
+    none = needles(lambda variant, seed: 0.5)
+    assert none.verdict == OPEN
+    assert "6 of 6 models did not learn the task" in none.measured
 
 
 def other_models(far, short, late):
@@ -124,16 +143,19 @@ def test_claims_of_the_other_models():
         {"c": 3.6, "d": 3.7, "e": 3.8, "f": 3.55}, short=3.2, late={"c": 2.52, "d": 2.4, "e": 3.0, "f": 2.6}
     )
     found = {claim.claim: claim.verdict for claim in judged.claims(fair, 16) if claim.figure in (4, 5)}
-    assert len(found) == 11
+    assert len(found) == 13
     assert set(found.values()) == {HOLDS}
     foul = other_models(
-        {"c": 4.1, "d": 3.4, "e": 4.2, "f": 3.9}, short=2.9, late={"c": 3.2, "d": 2.6, "e": 3.0, "f": 2.6}
+        {"c": 4.1, "d": 3.4, "e": 4.2, "f": 4.1}, short=2.9, late={"c": 3.2, "d": 2.6, "e": 3.0, "f": 2.6}
     )
     against = {claim.claim: claim.verdict for claim in judged.claims(foul, 16) if claim.figure in (4, 5)}
     ours = {
         name
         for name in found
-        if "SSMax ends pretraining" in name or "SSMax's loss is lower" in name or "rises less" in name
+        if "SSMax ends pretraining" in name
+        or "falls faster" in name
+        or "SSMax's loss is lower" in name
+        or "rises less" in name
     }
     assert {name for name, word in against.items() if word == HOLDS} == ours
     assert {word for name, word in against.items() if name not in ours} == {HOLDS_NOT}
@@ -210,4 +232,4 @@ def test_the_terminal_table_fits_and_keeps_every_claim():
     for width in (60, 100, 200):
         text = report.claims_text(found, width)
         assert max(map(len, text.splitlines())) <= width
-        assert text.count("holds") == len(found)
+        assert text.count("holds") == len(found) + len(judged.headlines(found))

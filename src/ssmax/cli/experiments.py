@@ -39,8 +39,8 @@ def _recipe(name: str, options: Any, **more: Any) -> Recipe:
 
 
 RECIPE_HELP = (
-    "tiny: 2 CPU cores, a quarter of an hour. smoke: a minute, shows nothing. small: one GPU, about an hour. paper: the "
-    "paper's own size, a cluster."
+    "tiny: 2 CPU cores, a quarter of an hour. laptop: the same cores, more models and seeds, target: two hours. smoke: a "
+    "minute, shows nothing. small: one GPU, target: about an hour. paper: the paper's own size, a cluster."
 )
 CORPUS_HELP = f"{TEXTS_HELP} Or the folder that ssmax prepare left."
 SHARD_HELP = "Under torchrun, shard weights and optimizer over the ranks (FSDP2). Default: each rank holds all (DDP)."
@@ -61,7 +61,7 @@ class Reproduce:
     """
 
     recipe: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="{tiny,smoke,small,paper}", help=RECIPE_HELP)
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="{tiny,laptop,smoke,small,paper}", help=RECIPE_HELP)
     ] = "tiny"
     corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
     out: Annotated[Path | None, tyro.conf.arg(help="Folder of the run. Default: runs/RECIPE.")] = None
@@ -108,7 +108,7 @@ class Train:
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="Folder of the run.")]
-    recipe: Annotated[str, tyro.conf.arg(metavar="{tiny,smoke,small,paper}", help=RECIPE_HELP)] = "tiny"
+    recipe: Annotated[str, tyro.conf.arg(metavar="{tiny,laptop,smoke,small,paper}", help=RECIPE_HELP)] = "tiny"
     variant: Annotated[
         Literal["a", "b", "c", "d", "f"],
         tyro.conf.arg(
@@ -166,7 +166,7 @@ class Prepare:
     """
 
     recipe: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="{tiny,smoke,small,paper}", help=RECIPE_HELP)
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="{tiny,laptop,smoke,small,paper}", help=RECIPE_HELP)
     ] = "tiny"
     corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
     cache: Annotated[Path, tyro.conf.arg(help="Folder of all prepared corpora.")] = Path("runs/cache")

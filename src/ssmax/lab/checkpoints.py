@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from ssmax.errors import Damaged
 from ssmax.files import SEAL, check_folder, seal_folder
-from ssmax.lab.recipes import Recipe
+from ssmax.lab.recipes import LATER, Recipe
 
 __all__ = ["newest", "owner", "seal"]
 
 
 def owner(folder: Path, recipe: Recipe) -> str:
     """Return whose a model's subfolder is: of that model, of that stage, of a run of that recipe."""
-    settings = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:16]
+    told = {name: value for name, value in asdict(recipe).items() if name not in LATER or value != LATER[name]}
+    settings = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     return f"{folder.parent.name} {folder.name} of recipe {settings}"
 
 

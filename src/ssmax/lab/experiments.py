@@ -1,6 +1,7 @@
 """The paper's experiments as stages: each leaves its rows, whole, before the next begins, so that a run can continue."""
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 
 import ssmax.hf
 from ssmax.errors import Damaged, UserError
-from ssmax.evaluation import NeedleTask, log_edges, loss_by_position, retrieve, rope_theta
+from ssmax.evaluation import NeedleTask, log_edges, loss_by_position, retrieve, retrieve_grid, rope_theta
+from ssmax.evaluation.tasks import depth_grid
 from ssmax.files import check_folder, written_whole
 from ssmax.hf.loading import load_model
 from ssmax.lab import checkpoints, training
@@ -57,8 +59,10 @@ def stage_tokens(stage: str, recipe: Recipe) -> int:
         return len(recipe.theta_factors) * recipe.loss_texts * recipe.length_factor * recipe.train_length // 3
     if stage == "counting":
         return sum(count_lengths(recipe)) * COUNT_TRIALS * recipe.trials // 3
-    cells = sum(recipe.lengths) * len(recipe.depths) * recipe.trials
-    return (cells + recipe.score_trials * recipe.score_length_factor * recipe.train_length) // 3
+    # A grid's cells share the text in front of the needle.
+    behind = sum(1 - depth for depth in recipe.depths)
+    grid = recipe.trials * (max(recipe.lengths) + round(sum(recipe.lengths) * behind))
+    return (grid + recipe.score_trials * recipe.score_length_factor * recipe.train_length) // 3
 
 
 def run_stage(
@@ -159,6 +163,20 @@ def _position_loss(job, recipe, corpus, models, progress):
             at = {"form": job.form, "position": last, "from": first + 1, "theta_factor": factor}
             value, samples = mean[first:last].mean().item(), len(texts) * (last - first)
             rows.append(Row("loss_by_position", job.variant, job.seed, at, value, samples))
+        if factor == max(recipe.theta_factors):
+            rows += _text_rows(job, recipe, torch.cat(losses), factor)
+    return rows
+
+
+def _text_rows(job, recipe, losses, factor):
+    """Each text's own loss in wide spans of positions, for a bootstrap over texts; at the largest theta alone."""
+    short, length = recipe.train_length, losses.shape[1]
+    edges = [0, *(short * k for k in (1, 8, 16) if short * k < length), length]
+    rows = []
+    for first, last in itertools.pairwise(edges):
+        for text, value in enumerate(losses[:, first:last].double().mean(1).tolist()):
+            at = {"form": job.form, "position": last, "from": first + 1, "theta_factor": factor, "text": text}
+            rows.append(Row("text_loss", job.variant, job.seed, at, value, last - first))
     return rows
 
 
@@ -166,14 +184,10 @@ def _retrieval(job, recipe, corpus, models, progress):
     model = _load(models / job.name / TRAINED["finetune"], recipe)
     task = needle_task(corpus, recipe, corpus.held_out.reshape(-1))
     factor = max(recipe.theta_factors)
-    rows = []
+    # Whether a model has learned the task shows under the theta of its training, at the length of its training.
+    rows = [] if factor == 1 else _accuracies(model, job, recipe, task, 1, [recipe.train_length], progress)
+    rows += _accuracies(model, job, recipe, task, factor, recipe.lengths, progress)
     with rope_theta(model, factor):
-        for length in recipe.lengths:
-            for depth in recipe.depths:
-                trials = _trials(model, task, length, depth, recipe.trials, progress)
-                at = {"form": job.form, "length": length, "depth": depth, "theta_factor": factor}
-                accuracy = sum(trial.correct for trial in trials) / len(trials)
-                rows.append(Row("retrieval_accuracy", job.variant, job.seed, at, accuracy, len(trials)))
         length = recipe.score_length_factor * recipe.train_length
         trials = _trials(model, task, length, 0.5, recipe.score_trials, progress)
     at = {"form": job.form, "length": length, "depth": 0.5, "theta_factor": factor}
@@ -185,6 +199,22 @@ def _retrieval(job, recipe, corpus, models, progress):
     for number, trial in enumerate(trials):
         place = {**at, "trial": number, "correct": trial.correct}
         rows.append(Row("top_needle_score", job.variant, job.seed, place, trial.scores.max().item(), 1))
+    return rows
+
+
+def _accuracies(model, job, recipe, task, factor, lengths, progress):
+    """Rows of each length and depth. A trial's cells share their text, of which each part is read once; all models get the same."""
+    cells = depth_grid(lengths, recipe.depths)
+    trials = [task.grid(cells, np.random.default_rng([trial, 2])) for trial in range(recipe.trials)]
+    batch, found = max(1, BATCH_TOKENS // max(lengths)), []
+    with rope_theta(model, factor):
+        for first in range(0, len(trials), batch):
+            found += retrieve_grid(model, trials[first : first + batch], progress=lambda done: progress(done // 3))
+    rows = []
+    for length, depth in cells:
+        at = {"form": job.form, "length": length, "depth": depth, "theta_factor": factor}
+        accuracy = sum(trial[length, depth].correct for trial in found) / len(found)
+        rows.append(Row("retrieval_accuracy", job.variant, job.seed, at, accuracy, len(found)))
     return rows
 
 

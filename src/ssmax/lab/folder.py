@@ -13,7 +13,7 @@ from typing import Any
 
 import ssmax
 from ssmax.errors import UserError
-from ssmax.lab.recipes import Job, Recipe
+from ssmax.lab.recipes import LATER, Job, Recipe
 from ssmax.results import is_whole, write_atomically
 
 __all__ = ["RunFolder", "versions"]
@@ -108,7 +108,12 @@ class RunFolder:
         try:
             kept = json.loads(self._file.read_bytes())
             made_with = dict(kept.get("versions", {}))
-            kept = {**kept["recipe"], "corpus": kept["corpus"], "the corpus's hash": kept["corpus_fingerprint"]}
+            kept = {
+                **LATER,
+                **kept["recipe"],
+                "corpus": kept["corpus"],
+                "the corpus's hash": kept["corpus_fingerprint"],
+            }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self._file} is damaged; give another --out, or delete that folder") from None
         settings = self._settings()

@@ -70,7 +70,7 @@ class LearnedLaw(nn.Module):
 def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: int, end: int = 0) -> PreTrainedModel:
     """Return a new model of the paper's shape; all variants of a seed have the same weights. A text ends with the id end."""
     config_type, model_type, options = FORMS[form]
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, **options}
+    rope = {"rope_type": "default", "rope_theta": recipe.rope_theta, **options}
     config = config_type(
         vocab_size=vocab_size,
         hidden_size=recipe.hidden_size,

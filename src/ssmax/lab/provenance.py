@@ -3,7 +3,10 @@
 import dataclasses
 import os
 import platform
+import resource
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,13 +17,32 @@ import torch
 from ssmax.lab.folder import versions
 from ssmax.results import Row
 
-__all__ = ["commit", "provenance_of", "stamped"]
+__all__ = ["Meter", "commit", "provenance_of", "stamped"]
 
 
 def stamped(rows: Sequence[Row], provenance: dict[str, Any]) -> list[Row]:
     """Return the rows with their provenance and the present time."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return [dataclasses.replace(row, provenance=provenance | {"time": now}) for row in rows]
+
+
+class Meter:
+    """What a stage takes in this process: seconds of the clock and of the processor, and the process's peak memory so far.
+
+    A stage that continues from a checkpoint counts from there.
+    """
+
+    def __init__(self):
+        self.clock, self.processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, Any]:
+        """Return what was taken since this meter was made, for the provenance of rows."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "seconds": round(time.perf_counter() - self.clock, 1),
+            "processor_seconds": round(time.process_time() - self.processor, 1),
+            "peak_mib": peak // 2**20,
+        }
 
 
 def provenance_of(recipe: Any, corpus: str) -> dict[str, Any]:

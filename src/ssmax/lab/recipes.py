@@ -1,16 +1,49 @@
 """What is trained and measured: a recipe is a function that returns a Recipe; the command line is made from its fields."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from ssmax.errors import UserError
 
-__all__ = ["FORMS", "RECIPES", "TOGETHER", "Job", "Recipe", "paper", "small", "smoke", "tiny"]
+__all__ = [
+    "FORMS",
+    "LATER",
+    "PAPER_THETA",
+    "PAPER_TURNS",
+    "RECIPES",
+    "TOGETHER",
+    "Job",
+    "Recipe",
+    "laptop",
+    "paper",
+    "small",
+    "smoke",
+    "tiny",
+    "turns",
+]
 
 FORMS = ("paper", "qk-norm", "partial-rope")
 LETTERS = "abcdefp"
 # Stages that all ranks of a distributed run do together; the others are one rank's work.
 TOGETHER = ("pretrain", "finetune", "count")
+
+
+def turns(theta: float, length: int) -> float:
+    """Return the share of RoPE's frequencies that complete a turn within length tokens.
+
+    Frequency i of a head of d components has the wavelength 2 pi theta^(2i/d), so that the share (of the range of
+    2i/d) is log(length / 2 pi) / log theta, whatever d is.
+    """
+    return math.log(length / (2 * math.pi)) / math.log(theta)
+
+
+PAPER_THETA = 10_000.0
+PAPER_TURNS = turns(PAPER_THETA, 1024)  # 0.553: 18 of the 32 frequencies of a head of 64
+
+
+# Fields that 0.1.0 did not have, with what it did: its runs continue.
+LATER = {"theta": PAPER_THETA, "full_turns": PAPER_TURNS}
 
 
 @dataclass(frozen=True)
@@ -43,43 +76,50 @@ class Recipe:
 
     name: str
     models: tuple[str, ...] = _field(
-        ("paper:ab", "qk-norm:abcdefp", "partial-rope:ab"),
+        ("paper:abcdefp",),
         "The models, as FORM:LETTERS. Forms: paper (Llama's shape), qk-norm (the same with normalised queries and keys), "
         "partial-rope (RoPE on half of each head). Letters: the paper's a to f, and p for its Figure 2.",
     )
     retrieval: tuple[str, ...] = _field(
-        ("paper:ab", "qk-norm:ab"), "Which of them are fine-tuned and asked for needles.", empty=True
+        ("paper:ab",), "Which of them are fine-tuned and asked for needles.", empty=True
     )
     counting: tuple[str, ...] = _field(
-        ("qk-norm:ab",), "Which of them learn to count, a task that wants flat attention.", empty=True
+        (), "Which of them learn to count, a task that wants flat attention.", empty=True
     )
     seeds: tuple[int, ...] = _field(
         (0, 1, 2), "One model each; the models of a seed share initial weights and data.", zero=True
     )
-    hidden_size: int = _field(64, "Width of the model; the head size is this by the number of heads.")
+    hidden_size: int = _field(128, "Width of the model; the head size is this by the number of heads.")
     num_layers: int = _field(2, "Layers of the model.")
     num_heads: int = _field(4, "Attention heads of a layer.")
-    intermediate_size: int = _field(176, "Of the gated feed-forward.")
+    intermediate_size: int = _field(352, "Width of the feed-forward layer.")
     vocab_size: int = _field(512, "Of the byte-pair tokenizer that is trained on the corpus.")
     tokenizer: str = _field("", "A tokenizer's folder, or its name on a hub. Default: train one on the corpus.")
     train_length: int = _field(128, "Tokens of a training window.")
+    theta: float = _field(
+        0.0, "RoPE's theta in training. 0: the one for which full_turns of the frequencies complete a turn.", zero=True
+    )
+    full_turns: float = _field(
+        PAPER_TURNS,
+        "Share of RoPE's frequencies that complete a turn within the training length, where theta is 0; the paper's is 0.553.",
+    )
     batch_size: int = _field(32, "Windows of a step, over all devices.")
     device_batch_size: int = _field(32, "Windows that pass at once on a device; the rest of a step accumulates.")
     precision: Literal["float32", "bfloat16"] = _field("float32", "Of the matrix products in training.")
-    steps: int = _field(260, "Of pretraining.")
-    learning_rate: float = _field(4e-3, "Of pretraining: linear warm-up, then constant.")
+    steps: int = _field(400, "Of pretraining.")
+    learning_rate: float = _field(3e-3, "Of pretraining: linear warm-up, then constant.")
     warmup_steps: int = _field(50, "Of pretraining.", zero=True)
     weight_decay: float = _field(0.1, "On parameters of rank >= 2 alone.", zero=True)
     checkpoint_steps: int = _field(0, "Steps between checkpoints inside a training; 0 for none.", zero=True)
-    finetune_steps: int = _field(440, "Of the fine-tuning on needles.")
+    finetune_steps: int = _field(1200, "Of the fine-tuning on needles.")
     count_steps: int = _field(440, "Of the fine-tuning on counting.")
     finetune_batch_size: int = _field(32, "Examples of a step of fine-tuning.")
-    finetune_learning_rate: float = _field(3e-3, "Of fine-tuning: linear warm-up, then a cosine to zero.")
-    finetune_warmup_steps: int = _field(20, "Of fine-tuning.", zero=True)
+    finetune_learning_rate: float = _field(1e-3, "Of fine-tuning: linear warm-up, then a cosine to zero.")
+    finetune_warmup_steps: int = _field(50, "Of fine-tuning.", zero=True)
     needle_digits: int = _field(2, "Digits of the needle's number; the paper's is 7.")
     loss_texts: int = _field(24, "Held-out texts for the loss by position.")
-    length_factor: int = _field(16, "How far past the training length everything is measured.")
-    theta_factors: tuple[int, ...] = _field((1, 50), "Of RoPE's theta at test time.")
+    length_factor: int = _field(32, "How far past the training length everything is measured.")
+    theta_factors: tuple[int, ...] = _field((50,), "Of RoPE's theta at test time.")
     depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
     trials: int = _field(16, "Needles for each context size and depth, and texts to count in for each size.")
     score_trials: int = _field(100, "Trials of the needle scores.")
@@ -130,6 +170,11 @@ class Recipe:
         return named
 
     @property
+    def rope_theta(self) -> float:
+        """RoPE's theta in training."""
+        return self.theta or (self.train_length / (2 * math.pi)) ** (1 / self.full_turns)
+
+    @property
     def prepared_tokens(self) -> int:
         """Training tokens that are prepared, with a given tokenizer."""
         return self.corpus_tokens or self.steps * self.batch_size * self.train_length
@@ -157,6 +202,7 @@ def smoke() -> Recipe:
     """Everything once, too small to show anything: for the tests, under a minute."""
     return Recipe(
         name="smoke",
+        theta=PAPER_THETA,
         models=("paper:abcdefp",),
         retrieval=("paper:ab",),
         counting=("paper:ab",),
@@ -169,8 +215,11 @@ def smoke() -> Recipe:
         train_length=64,
         batch_size=8,
         steps=30,
+        learning_rate=4e-3,
         warmup_steps=5,
+        theta_factors=(1, 50),
         finetune_steps=10,
+        finetune_learning_rate=3e-3,
         count_steps=10,
         finetune_batch_size=8,
         finetune_warmup_steps=2,
@@ -185,14 +234,28 @@ def smoke() -> Recipe:
 
 
 def tiny() -> Recipe:
-    """Every experiment of the paper on two CPU cores in a quarter of an hour."""
+    """The paper's own form, all variants, figures 1 to 8, on two CPU cores in a quarter of an hour."""
     return Recipe(name="tiny")
+
+
+def laptop() -> Recipe:
+    """Three forms, six variants, five seeds, retrieval of all and counting, on two CPU cores; up to two hours are meant."""
+    return Recipe(
+        name="laptop",
+        models=("paper:abcdefp", "qk-norm:abcdef", "partial-rope:abcdef"),
+        retrieval=("paper:abcdef",),
+        counting=("qk-norm:ab",),
+        seeds=(0, 1, 2, 3, 4),
+        checkpoint_steps=200,
+        theta_factors=(1, 50),
+    )
 
 
 def small() -> Recipe:
     """All forms and variants on one GPU; about an hour is meant, and has not been measured."""
     return Recipe(
         name="small",
+        theta=PAPER_THETA,
         models=tuple(f"{form}:abcdefp" for form in FORMS),
         retrieval=tuple(f"{form}:abcdef" for form in FORMS),
         counting=tuple(f"{form}:ab" for form in FORMS),
@@ -215,6 +278,7 @@ def small() -> Recipe:
         finetune_learning_rate=1e-3,
         finetune_warmup_steps=50,
         needle_digits=4,
+        theta_factors=(1, 50),
         length_factor=32,
         trials=32,
     )
@@ -224,6 +288,7 @@ def paper() -> Recipe:
     """The paper's Tables 1 to 3: 162,129,408 parameters and 144 scales. Steps of pretraining are our choice."""
     return Recipe(
         name="paper",
+        theta=PAPER_THETA,
         models=("paper:abcdefp",),
         retrieval=("paper:abcdef",),
         counting=(),
@@ -247,10 +312,11 @@ def paper() -> Recipe:
         finetune_learning_rate=2e-5,
         finetune_warmup_steps=1000,
         needle_digits=7,
+        theta_factors=(1, 50),
         loss_texts=64,
         length_factor=20,
         trials=20,
     )
 
 
-RECIPES = {"smoke": smoke, "tiny": tiny, "small": small, "paper": paper}
+RECIPES = {"smoke": smoke, "tiny": tiny, "laptop": laptop, "small": small, "paper": paper}

@@ -28,7 +28,7 @@ from ssmax.lab import corpus as corpora
 from ssmax.lab.experiments import check_fit, formula_rows, run_stage, stage_tokens
 from ssmax.lab.folder import RunFolder, versions
 from ssmax.lab.progress import progress_bar
-from ssmax.lab.provenance import provenance_of, stamped
+from ssmax.lab.provenance import Meter, provenance_of, stamped
 from ssmax.lab.ranks import agree, explained, join, leave
 from ssmax.lab.recipes import TOGETHER, Recipe
 from ssmax.lab.shards import check, verify
@@ -293,6 +293,7 @@ def _work(unit, recipe, tokens, run, provenance):
     for job, stage in unit:
         signals.check()
         _messages.put((job.name, stage, 0))
+        meter = Meter()
 
         def progress(done, job=job, stage=stage):
             _messages.put((job.name, stage, done))
@@ -301,7 +302,8 @@ def _work(unit, recipe, tokens, run, provenance):
 
         with failures(f"{job.name}: "):
             rows = run_stage(stage, job, recipe, corpus, run.folder / "models", progress)
-            write_rows(run.stage_file(f"{job.name}.{stage}"), stamped(rows, provenance), checked=True)
+            rows = stamped(rows, provenance | meter.read())
+            write_rows(run.stage_file(f"{job.name}.{stage}"), rows, checked=True)
         _messages.put((job.name, None, 0))
 
 

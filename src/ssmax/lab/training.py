@@ -285,6 +285,15 @@ class _InOrder(Trainer):
         self.batch = inputs
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Project onto the vocabulary only from the first token that is learned: of a task's example that is the answer."""
+        labels = inputs["labels"]
+        first = int(labels.ne(-100).any(0).int().argmax())
+        if first > 1:
+            kept = labels[:, first - 1 :]
+            inputs = {**inputs, "labels": kept, "logits_to_keep": kept.shape[1]}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _clip_grad_norm(self, model):
         """Stop before a step that is not finite: a NaN anywhere before, loss included, ends in the gradients' norm."""
         norm: Any = super()._clip_grad_norm(model)

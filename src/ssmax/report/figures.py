@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ssmax.report.claims import law_fits, learned_p
 from ssmax.report.drawing import STYLE, band, heat_map, legend, panels, title, tokens
+from ssmax.report.measured import raised
 from ssmax.report.select import FORM_NAMES, NAMES, Spread, by, forms, pick, variants
 from ssmax.results import Row
 
@@ -181,7 +182,8 @@ def _position_loss(rows, train_length):
 
 
 def _retrieval(rows, train_length):
-    cells = pick(rows, "retrieval_accuracy")
+    rows = pick(rows, "retrieval_accuracy", theta_factor=raised(rows, "retrieval_accuracy"))
+    cells = rows
     shown = forms(cells)
     asked = {form: variants(pick(cells, "retrieval_accuracy", form=form)) for form in shown}
     most = max(map(len, asked.values()))

@@ -5,13 +5,15 @@ import hashlib
 import html
 import io
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ssmax
-from ssmax.report.claims import HOLDS, HOLDS_NOT, RULE, Claim, claims
+from ssmax.report.claims import HOLDS, HOLDS_NOT, RULE, Claim, claims, headlines, interval_words
+from ssmax.report.select import FORM_NAMES
 from ssmax.results import read_rows, write_atomically
 
 __all__ = ["build", "claims_text", "document", "escaped", "figures_html", "is_made_from", "save", "state_of"]
@@ -34,6 +36,8 @@ table { border-collapse: collapse; width: 100% } th, td { text-align: left; vert
 .holds { color: #00703c; font-weight: 600 } .not { color: #b3261e; font-weight: 600 } .open { color: #777; font-weight: 600 }
 figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555 } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 """
+
+CSS = {HOLDS: "holds", HOLDS_NOT: "not"}
 
 
 def build(folder: Path) -> list[Claim]:
@@ -103,11 +107,32 @@ def claims_text(found: Sequence[Claim], width: int) -> str:
     verdict = 14
     claim = (width - verdict - 4) * 2 // 5
     columns = [claim, width - verdict - 4 - claim, verdict]
-    lines = [_line(("claim", "measured here", "verdict"), columns), "─" * (sum(columns) + 4)]
+    lines = [_line(("what the abstract claims", "measured here", "verdict"), columns), "─" * (sum(columns) + 4)]
+    for line in headlines(found):
+        lines += [_line((line.title, f"{line.words} {_evidence(line.claim)}", line.claim.verdict), columns), ""]
+    lines += [_line(("claim", "measured here", "verdict"), columns), "─" * (sum(columns) + 4)]
     for claim in found:
         cells = (f"{_label(claim)}: {claim.claim}", claim.measured, claim.verdict)
         lines += [_line(cells, columns), ""]
     return "\n".join(lines)
+
+
+def _evidence(claim):
+    return f"{interval_words(claim.paired).capitalize()}. Figure {claim.figure}."
+
+
+def _abstract(found):
+    """The abstract's claims, one row each: in plain words, with number, interval, figure and verdict."""
+    rows = "".join(
+        f"<tr><td><strong>{escaped(line.title)}</strong></td><td>{escaped(line.words)}<br><small>{escaped(_evidence(line.claim))}</small></td>"
+        f"<td class='{CSS.get(line.claim.verdict, 'open')}'>{escaped(line.claim.verdict)}</td></tr>"
+        for line in headlines(found)
+    )
+    if not rows:
+        return ""
+    form = FORM_NAMES[headlines(found)[0].claim.form]
+    return f"""<h2>What the abstract claims</h2>
+<table><tr><th>Claim</th><th>Measured here ({escaped(form)})</th><th>Verdict</th></tr>{rows}</table>"""
 
 
 def _label(claim):
@@ -126,17 +151,17 @@ def _line(cells, columns):
 
 def _page(rows, settings, found, images, made_from):
     recipe, provenance = settings["recipe"], rows[-1].provenance
-    css = {HOLDS: "holds", HOLDS_NOT: "not"}
     table = "".join(
         f"<tr><td>{_label(claim)}</td><td>{escaped(claim.claim)}</td><td>{escaped(claim.paper)}</td>"
-        f"<td>{escaped(claim.measured)}</td><td class='{css.get(claim.verdict, 'open')}'>{escaped(claim.verdict)}</td></tr>"
+        f"<td>{escaped(claim.measured)}</td><td class='{CSS.get(claim.verdict, 'open')}'>{escaped(claim.verdict)}</td></tr>"
         for claim in found
     )
     figures = figures_html([(CAPTIONS[number], image) for number, image in images.items()])
     facts = ", ".join(f"{name} {value}" for name, value in provenance.items() if value is not None)
     body = f"""<h1>Softmax against Scalable-Softmax</h1>
 <p class="sub">Recipe “{escaped(recipe["name"])}”: every experiment of arXiv 2501.19399 that it covers, run here. {len(rows):,} measured rows in rows.jsonl.</p>
-<h2>The paper's claims</h2>
+{_abstract(found)}
+<h2>All claims of the paper's figures</h2>
 <table><tr><th>Figure</th><th>Claim</th><th>The paper's finding</th><th>Measured here</th><th>Verdict</th></tr>{table}</table>
 <p>{escaped(RULE)} Spreads are standard deviations over seeds.</p>
 <h2>Figures</h2>{figures}
@@ -161,7 +186,7 @@ def _tables(recipe):
             ("hidden size", "768", r["hidden_size"]),
             ("feed-forward, gated", "2,048", r["intermediate_size"]),
             ("vocabulary", "50,257", vocabulary),
-            ("position encoding", "RoPE, theta 10,000", "the same"),
+            ("position encoding", "RoPE, theta 10,000", f"RoPE, theta {theta_of(r):,.0f}"),
             ("dropout", "none", "none"),
         ],
         "Table 2. Pretraining": [
@@ -196,12 +221,21 @@ def _tables(recipe):
     )
 
 
+def theta_of(recipe: dict) -> float:
+    """Return RoPE's theta in training, of a recipe as recipe.json holds it; before 0.2.0 it was the paper's 10,000."""
+    if "theta" not in recipe:
+        return 10_000.0
+    return recipe["theta"] or (recipe["train_length"] / (2 * math.pi)) ** (1 / recipe["full_turns"])
+
+
 def _method(rows, recipe):
     digits, length = recipe["needle_digits"], recipe["train_length"]
-    texts = recipe["loss_texts"]
+    texts, theta = recipe["loss_texts"], theta_of(recipe)
+    turning = math.log(length / (2 * math.pi)) / math.log(theta)
     return [
         f"Models: {recipe['num_layers']} layers, {recipe['num_heads']} heads, hidden {recipe['hidden_size']}, RMSNorm, gated "
-        f"feed-forward, RoPE theta 10,000, trained on windows of {length} tokens, {recipe['steps']} steps of "
+        f"feed-forward, RoPE theta {theta:,.0f}, so that {turning:.0%} of its frequencies complete a turn in training (the "
+        f"paper's theta of 10,000: 55 %), trained on windows of {length} tokens, {recipe['steps']} steps of "
         f"{recipe['batch_size']} windows. The paper: 12 layers, hidden 768, windows of 1,024, batches of 2,048.",
         "Forms: “paper's form” is the Llama shape of the paper; “with QK-norm” is the same with normalised queries and keys, "
         "whose logits cannot grow, so that the effect of the factor log n shows without long training; “with partial RoPE” turns "

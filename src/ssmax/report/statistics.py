@@ -1,0 +1,96 @@
+"""Paired differences over seeds: interval, size, and how many seeds an open question would take. No scipy, no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Paired", "bootstrap", "t_cdf", "t_quantile"]
+
+LEVEL = 0.95
+MOST_SEEDS = 1000
+
+
+def t_cdf(t: float, freedom: int) -> float:
+    """Return P(T <= t) of Student's t with a whole number of degrees of freedom.
+
+    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4, in theta = atan(t / sqrt(freedom)).
+    """
+    theta = math.atan(t / math.sqrt(freedom))
+    sine, square = math.sin(theta), math.cos(theta) ** 2
+    odd = freedom % 2
+    term, total = (math.cos(theta) if odd else 1.0), 0.0
+    for k in range(freedom // 2):
+        total += term
+        term *= square * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+    inside = 2 / math.pi * (theta + sine * total) if odd else sine * total
+    return 0.5 + inside / 2
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Return the t with P(T <= t) = probability, for a probability above 1/2; found by bisection."""
+    low, high = 0.0, 1.0
+    while t_cdf(high, freedom) < probability:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, freedom) < probability else (low, middle)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between two models, one for each seed; each pair shares initial weights and data.
+
+    Attributes:
+        differences: one for each seed.
+    """
+
+    differences: tuple[float, ...]
+
+    @property
+    def seeds(self) -> int:
+        """How many pairs."""
+        return len(self.differences)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return float(np.mean(self.differences))
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation over the seeds; nan for one."""
+        return float(np.std(self.differences, ddof=1)) if self.seeds > 1 else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the mean, mean ± t deviation / sqrt(seeds); infinite for one seed."""
+        if self.seeds < 2:
+            return -math.inf, math.inf
+        half = t_quantile((1 + LEVEL) / 2, self.seeds - 1) * self.deviation / math.sqrt(self.seeds)
+        return self.mean - half, self.mean + half
+
+    @property
+    def effect(self) -> float:
+        """The mean in standard deviations (Cohen's d for pairs); nan where there is none."""
+        return self.mean / self.deviation if self.deviation else float("nan")
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """Seeds with which the interval would leave zero if mean and deviation stayed as they are; None above 1,000."""
+        if not self.deviation > 0 or self.mean == 0:
+            return None
+        for seeds in range(2, MOST_SEEDS + 1):
+            if t_quantile((1 + LEVEL) / 2, seeds - 1) * self.deviation / math.sqrt(seeds) < abs(self.mean):
+                return seeds
+        return None
+
+
+def bootstrap(differences: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean over resampled texts; the draws are the same each time."""
+    values = np.asarray(differences, dtype=float)
+    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(values[chosen].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ssmax.evaluation import loss_by_position
 from ssmax.evaluation.mode import eval_mode
 from ssmax.hf import convert, revert
+from ssmax.hf.whole import scale_parameters, whole_or_not_at_all
 from ssmax.nn import SSMaxScale
 
 __all__ = ["Calibration", "Trial", "calibrate", "piece_length"]
@@ -85,6 +86,7 @@ class Calibration:
         return "\n".join(lines)
 
 
+@whole_or_not_at_all()
 def calibrate(
     model: PreTrainedModel,
     texts: Sequence[str] | Sequence[Tensor] | Tensor,
@@ -122,7 +124,9 @@ def calibrate(
     Raises:
         TypeError: texts are strings and there is no tokenizer.
         ValueError: fewer than two pieces of that length, or arguments that convert refuses.
-        FloatingPointError: a loss that is not finite; the model is as it was.
+        FloatingPointError: a loss that is not finite.
+
+    Whatever is raised, the model is as it was.
     """
     tokens = piece_length(model, length)
     if steps < 1 or not inits or not layer_sets:
@@ -133,6 +137,8 @@ def calibrate(
     was_converted = hasattr(model.config, "ssmax")
     if was_converted and not any(isinstance(module, SSMaxScale) for module in model.modules()):
         raise ValueError(f"the model has law {model.config.ssmax['law']!r}, which learns nothing")
+    if any(parameter.is_meta for parameter in scale_parameters(model)):
+        raise ValueError("the model's s is offloaded, or on the meta device; load it whole to calibrate it")
     options: list[Any] = [(init, layers) for init in inits for layers in layer_sets]
     options = [(model.config.ssmax["init"], model.config.ssmax["layers"])] if was_converted else options
     checks = min(steps, CHECKS)

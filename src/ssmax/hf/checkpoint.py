@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ssmax
-from ssmax.hf.layers import language_layers, owner_device
+from ssmax.hf.layers import computing_device, language_layers
 from ssmax.hf.visibility import forward_scope
 from ssmax.laws import LawScale
 from ssmax.nn import SSMaxScale
@@ -108,18 +108,21 @@ def attach(model: PreTrainedModel) -> None:
     layers = language_layers(model)
     recipe = _checked_recipe(model, layers)
     try:
-        scales = {index: _scale(recipe, layers[index].heads) for index in recipe["layers"]}
+        scales = {index: _scale(model, recipe, layers[index]) for index in recipe["layers"]}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"config.ssmax describes no scales that fit ({type(error).__name__}: {error})") from error
     for index, scale in scales.items():
         module = layers[index].module
-        module.ssmax = scale.to(owner_device(module))
+        module.ssmax = scale
 
 
-def _scale(recipe, heads):
-    if "s" in recipe:
-        return SSMaxScale(heads, recipe["s"], recipe["bias"], recipe["b"])
-    return LawScale(recipe["law"], **recipe["parameters"])
+def _scale(model, recipe, layer):
+    if "s" not in recipe:
+        return LawScale(recipe["law"], **recipe["parameters"])
+    scale = SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
+    scale.to_empty(device=computing_device(layer.module, model))
+    scale.reset_parameters()
+    return scale
 
 
 def _checked_recipe(model, layers):

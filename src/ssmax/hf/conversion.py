@@ -5,17 +5,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import ssmax
 from ssmax.hf.checkpoint import SSMaxModel, attach, auto_map, config_class, model_class
 from ssmax.hf.layers import FULL, language_layers
+from ssmax.hf.whole import whole_or_not_at_all
 from ssmax.laws import LAWS, LawScale
 from ssmax.scaling import matched_scale
 
 __all__ = ["convert", "converted", "revert"]
 
 
+@whole_or_not_at_all()
 def convert(
     model: PreTrainedModel,
     init: str | float = "matched",
@@ -79,17 +81,18 @@ def convert(
         kinds = [available[index].kind for index in chosen]
         recipe = {"law": law, "parameters": _law_parameters(law, law_parameters or {}, kinds, train_length, config)}
     recipe |= {"layers": chosen, "version": ssmax.__version__}
-    before = {name: config.__dict__.get(name, _ABSENT) for name in ("architectures", "auto_map")}
-    model.__dict__["_ssmax_reverts_to"] = before
-    config.__class__ = config_class(type(config))
+    before = {name: config.__dict__[name] for name in REVERTED if name in config.__dict__}
+    config = _own_config(model, config_class(type(config)))
     config.ssmax = recipe
     config.auto_map = auto_map(base)
+    config.architectures = [model_class(base).__name__]
+    model.__dict__["_ssmax_reverts_to"] = before
     model.__class__ = model_class(base)
-    config.architectures = [type(model).__name__]
     attach(model)
     return model
 
 
+@whole_or_not_at_all()
 def revert(model: PreTrainedModel) -> PreTrainedModel:
     """Take SSMax out again, in place: the softmax model's class, config and state_dict, bit for bit.
 
@@ -101,17 +104,22 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     for layer in language_layers(model).values():
         if hasattr(layer.module, "ssmax"):
             del layer.module.ssmax
-    config: Any = model.config
+    config = _own_config(model, type(model.config).__bases__[0])
     model.__class__ = type(model).__bases__[1]
-    config.__class__ = type(config).__bases__[0]
-    del config.ssmax
-    loaded = {"architectures": [type(model).__name__], "auto_map": _ABSENT}
-    for name, value in model.__dict__.pop("_ssmax_reverts_to", loaded).items():
-        if value is _ABSENT:
-            config.__dict__.pop(name, None)
-        else:
-            config.__dict__[name] = value
+    before = model.__dict__.pop("_ssmax_reverts_to", {"architectures": [type(model).__name__]})  # as loaded
+    for name in ("ssmax", *REVERTED):
+        config.__dict__.pop(name, None)
+    config.__dict__.update(before)
     return model
+
+
+def _own_config(model: PreTrainedModel, kind: type[PreTrainedConfig]) -> Any:
+    """Give the model a copy of its config, of the class kind, and return it; other models may share the old one."""
+    old, new = model.config, kind.__new__(kind)
+    new.__dict__.update(old.__dict__)
+    for module in model.modules():
+        vars(module).update({name: new for name, value in vars(module).items() if value is old})
+    return new
 
 
 @contextmanager
@@ -124,7 +132,7 @@ def converted(model: PreTrainedModel, init: str | float = "matched", **options: 
         revert(model)
 
 
-_ABSENT = object()
+REVERTED = ("architectures", "auto_map")  # what convert changes in a config beside adding ssmax
 
 
 def _has_bias(init, bias):

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import language_layers
+from ssmax.hf.whole import scale_parameters, whole_or_not_at_all
 from ssmax.laws import LawScale
 
 __all__ = ["fold"]
@@ -13,7 +14,18 @@ __all__ = ["fold"]
 QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "qk_norm", "qk_layernorm")
 
 
+def _scaled_layers(model):
+    return {i: layer for i, layer in language_layers(model).items() if hasattr(layer.module, "ssmax")}
+
+
+def _written(model):
+    layers = _scaled_layers(model).values() if isinstance(model, SSMaxModel) else ()
+    queries = [layer.module.q_proj for layer in layers if isinstance(getattr(layer.module, "q_proj", None), nn.Linear)]
+    return scale_parameters(model) + [parameter for query in queries for parameter in query.parameters()]
+
+
 @torch.no_grad()
+@whole_or_not_at_all(_written)
 def fold(model: PreTrainedModel) -> PreTrainedModel:
     """Multiply each head's rows of q_proj by its s, in place, and set s to 1: the same model, log n alone remains.
 
@@ -22,16 +34,18 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: not converted; a bias b, which log n multiplies not; a projection that is not one nn.Linear of
-            heads x head size; or something not linear between projection and scale, such as QK-norm or clipping.
-            Nothing is changed then.
+            heads x head size in floating point; a weight that is offloaded or shared; or something not linear between
+            projection and scale, such as QK-norm or clipping. Nothing is changed then.
     """
     if not isinstance(model, SSMaxModel):
         raise ValueError(f"{type(model).__name__} is not a converted model; there is no s to fold")
-    layers = {i: layer for i, layer in language_layers(model).items() if hasattr(layer.module, "ssmax")}
+    layers = _scaled_layers(model)
     for index, layer in layers.items():
         obstacle = _obstacle(layer)
         if obstacle:
             raise ValueError(f"s of layer {index} cannot be folded into the query projection: {obstacle}")
+    if len({layer.module.q_proj.weight for layer in layers.values()}) < len(layers):
+        raise ValueError("layers share one query projection; it cannot take the s of each")
     for layer in layers.values():
         s = layer.module.ssmax.s
         for parameter in (layer.module.q_proj.weight, layer.module.q_proj.bias):
@@ -52,6 +66,12 @@ def _obstacle(layer):
         return "it has a bias b"
     if type(getattr(module, "q_proj", None)) is not nn.Linear:
         return "it has no q_proj that is an nn.Linear"
+    if module.q_proj.weight.is_meta:
+        return "q_proj's weight is offloaded, or on the meta device"
+    if type(module.q_proj.weight.data) is not torch.Tensor or not module.q_proj.weight.is_floating_point():
+        return f"q_proj's weight is quantised or sharded ({type(module.q_proj.weight.data).__name__})"
+    if module.q_proj._forward_pre_hooks or module.q_proj._forward_hooks:
+        return "q_proj has hooks"
     if module.q_proj.out_features != layer.heads * getattr(module, "head_dim", 0):
         return f"q_proj has {module.q_proj.out_features} rows, which is not heads x head size"
     norms = [name for name in QUERY_NORMS if getattr(module, name, None) is not None]

@@ -1,13 +1,15 @@
 """Which attention modules of a model can carry SSMax: decided by what they do, not by a list of names."""
 
 import inspect
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["FULL", "Layer", "language_layers", "owner_device"]
+__all__ = ["FULL", "Layer", "computing_device", "language_layers"]
 
 FULL = "full_attention"
 # Layers that hold a recurrent part beside their attention: what counts here is how the attention sees.
@@ -125,6 +127,14 @@ def _refuse_own_law(module, family):
         )
 
 
-def owner_device(module: nn.Module) -> Any:
-    """Return the device of a module's parameters."""
-    return next(module.parameters()).device
+def computing_device(module: nn.Module, model: PreTrainedModel) -> torch.device:
+    """Return the device on which an attention module computes, wherever its weights are kept and in whatever form."""
+    hooks: list[Any] = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
+    hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]
+    for hook in hooks:  # accelerate's: weights that are offloaded lie on the meta device until they are needed
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    for owner in (module, model):  # quantised projections may hold buffers only, or nothing that torch can see
+        for tensor in itertools.chain(owner.parameters(), owner.buffers()):
+            return tensor.device
+    return torch.device("cpu")

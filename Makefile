@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# A worker for each core; CONTRIBUTING.md says how tests are spread.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(if $(FAULTS),--faults=$(FAULTS))
 
 .PHONY: docs reproduce test test-faults test-harness fuzz versions lint clean
 
@@ -9,11 +11,11 @@ reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest $(if $(FAULTS),--faults=$(FAULTS))
+	$(PYTEST)
 
 # Kills, full disks, lost ranks, random calls; renews the rows of docs/faults.md with FAULTS=docs/results/faults.jsonl
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(if $(FAULTS),--faults=$(FAULTS))
+	$(PYTEST) -m slow
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/calls.py 10000 $(or $(SEED),1)

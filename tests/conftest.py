@@ -1,12 +1,16 @@
-"""What was broken on purpose, how often, and what was lost: rows for docs/faults.md."""
+"""How the tests run side by side, and what was broken on purpose, how often, and what was lost: rows for docs/faults.md."""
 
 import dataclasses
+import os
 import platform
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker; torch reads this when it is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ssmax.results import Row, read_rows, write_rows
 
@@ -19,6 +23,19 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_xdist_auto_num_workers():
+    """One worker for each core that this process may use, and at most four: each takes up to a gigabyte."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests for which a file makes something once stay together (--dist loadgroup); all others go to whoever is free."""
+    for item in items:
+        if any(found[-1].scope == "module" for found in item._fixtureinfo.name2fixturedefs.values()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture
 def record(request):
     """record(fault, tried, lost): how often a fault was tried, and how often anything was lost by it."""
@@ -28,15 +45,22 @@ def record(request):
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         provenance = {"command": "make test-faults", **versions, "python": platform.python_version(), "time": now}
-        ROWS.append(Row("lost", fault, None, {"test": test, **at}, lost, tried, provenance))
+        row = Row("lost", fault, None, {"test": test, **at}, lost, tried, provenance)
+        request.node.user_properties.append(("fault", dataclasses.asdict(row)))
         assert lost == 0
 
     return write
 
 
+def pytest_runtest_logreport(report):
+    """Reports reach the process that started the workers, and so do the rows in them."""
+    if report.when == "call":
+        ROWS.extend(Row(**fields) for name, fields in report.user_properties if name == "fault")
+
+
 def pytest_sessionfinish(session):
     path = session.config.getoption("--faults")
-    if path is not None and ROWS:
+    if path is not None and ROWS and not hasattr(session.config, "workerinput"):
         found = {row.variant: row for row in (read_rows(path) if path.exists() else ())}
         for fault in {row.variant for row in ROWS}:
             rows = [row for row in ROWS if row.variant == fault]

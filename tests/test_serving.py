@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_hf import SHAPE, TOKENS, naive_llama, spread_scales
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import ssmax
 
@@ -64,8 +64,9 @@ def test_assisted_decoding_gives_the_greedy_answer(model, drafted_by):
 def test_continuous_batching_gives_each_request_its_own_answer(model, implementation):
     model.set_attn_implementation(implementation)
     prompts = [TOKENS[0, :5].tolist(), TOKENS[1].tolist(), TOKENS[0, 3:11].tolist()]
-    options = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=-1, num_blocks=16, block_size=16)
-    results = model.generate_batch(inputs=prompts, generation_config=options)
+    options = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=-1)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # its own choice is most of the memory
+    results = model.generate_batch(inputs=prompts, generation_config=options, continuous_batching_config=small)
     got = sorted((result.prompt_ids, result.generated_tokens) for result in results.values())
     for prompt, answer in got:
         want = greedy_from_the_oracle(model, torch.tensor([prompt]), 10)[0, len(prompt) :]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ssmax
-from ssmax.errors import RunFailed, UserError
+from ssmax.errors import LeftOut, RunFailed, UserError
 from ssmax.lab import checkpoints, corpus, provenance, training
 from ssmax.lab.counting import counted
 from ssmax.lab.experiments import _examples, count_task, run_stage
@@ -60,9 +60,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    tokens, _ = corpus.prepare(
-        str(folder), limit_bytes=10**9, vocab_size=300, held_out=(3, 200), cache=folder.parent / "cache"
-    )
+    with pytest.warns(LeftOut, match=r"files that are binary: 1 \(picture.bin\)"):
+        tokens, _ = corpus.prepare(
+            str(folder), limit_bytes=10**9, vocab_size=300, held_out=(3, 200), cache=folder.parent / "cache"
+        )
     return corpus.load(tokens)
 
 
@@ -86,6 +87,7 @@ def test_documents_are_separated_and_digits_are_tokens(loaded):
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::ssmax.errors.LeftOut")
 def test_the_cache_is_used_and_follows_the_text(folder, tmp_path):
     options = {"limit_bytes": 10**9, "vocab_size": 280, "held_out": (3, 200), "cache": tmp_path}
     first, name = corpus.prepare(str(folder), **options)

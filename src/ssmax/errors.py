@@ -9,6 +9,10 @@ class Damaged(UserError, ValueError):
     """A file or folder that is not what was once written: says which."""
 
 
+class LeftOut(UserWarning):
+    """Part of the input that could not be used: says what, how much and where."""
+
+
 class RunFailed(Exception):
     """A run that could not finish: says where, and what is kept."""
 

@@ -1,8 +1,11 @@
 """The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect, bench."""
 
 import errno
+import os
+import select
 import signal
 import sys
+import warnings
 from typing import Any
 
 import tyro
@@ -10,39 +13,66 @@ import tyro
 from ssmax import signals
 from ssmax.cli.experiments import Prepare, Reproduce, Train
 from ssmax.cli.models import Bench, Calibrate, Convert, Evaluate, Inspect
-from ssmax.errors import RunFailed, Stopped, UserError
+from ssmax.cli.swallowed import check_values
+from ssmax.errors import LeftOut, RunFailed, Stopped, UserError
 
 __all__ = ["main"]
 
 EXTRAS = "pip install 'ssmax[lab]'"
+COMMANDS: dict[str, Any] = {
+    "reproduce": Reproduce,
+    "train": Train,
+    "prepare": Prepare,
+    "evaluate": Evaluate,
+    "convert": Convert,
+    "calibrate": Calibrate,
+    "inspect": Inspect,
+    "bench": Bench,
+}
+# The machine's own failures, which may be gone when the same command runs again.
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run; exit status 2 for what the user can mend, 1 for a failed run, 130 and 143 for Ctrl-C and SIGTERM."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {
-            "reproduce": Reproduce,
-            "train": Train,
-            "prepare": Prepare,
-            "evaluate": Evaluate,
-            "convert": Convert,
-            "calibrate": Calibrate,
-            "inspect": Inspect,
-            "bench": Bench,
-        },
+    """Parse the arguments and run.
+
+    Exit status 2 for what the user can mend, 1 for a failed run, 130 and 143 for Ctrl-C and SIGTERM, 141 where the reader
+    of the output has gone away.
+    """
+    try:
+        try:
+            status = _run(_parsed(sys.argv[1:] if arguments is None else arguments))
+        except SystemExit as end:  # tyro's, of --help and of errors
+            status = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _close_unread():
+            raise
+        status = 128 + signal.SIGPIPE
+    sys.exit(status)
+
+
+def _parsed(arguments: list[str]) -> Any:
+    try:
+        check_values(COMMANDS, arguments)
+    except UserError as error:
+        sys.exit(_say(str(error), 2))
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
         prog="ssmax",
         description="Scalable-Softmax (arXiv 2501.19399): attention that holds at any context length.",
         args=arguments,
     )
-    signals.install()
-    sys.exit(_run(command))
 
 
 def _run(command: Any) -> int:
+    signals.install()
     resumes = isinstance(command, (Reproduce, Train, Prepare, Evaluate))
     again = "the same command continues, finished stages are kept" if resumes else "nothing was written"
     try:
-        command.run()
+        with warnings.catch_warnings():
+            _show_left_out()
+            command.run()
     except UserError as error:
         return _say(str(error), 2)
     except RunFailed as error:
@@ -53,12 +83,41 @@ def _run(command: Any) -> int:
         return _say(f"the package {error.name!r} is missing; {EXTRAS} brings it", 2)
     except ImportError as error:
         return _say(str(error), 2)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        status = 1 if error.errno == errno.ENOSPC else 2
-        return _say(f"{error.filename or 'the output folder'}: {error.strerror or error}; {again}", status)
+        what = f"{error.filename or 'the output folder'}: {error.strerror or error}"
+        return _say(f"{what}; {again}", 1) if error.errno in OF_THE_MACHINE else _say(what, 2)
     return 0
 
 
 def _say(message: str, status: int) -> int:
-    print(f"ssmax: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ssmax: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
+
+
+def _show_left_out() -> None:
+    """Print what was left out of the input as one line of its own, and other warnings as ever."""
+    as_ever = warnings.showwarning
+
+    def show(message, category, *place, **more):
+        if issubclass(category, LeftOut):
+            _say(str(message), 0)
+        else:
+            as_ever(message, category, *place, **more)
+
+    warnings.simplefilter("always", LeftOut)
+    warnings.showwarning = show
+
+
+def _close_unread() -> bool:
+    """Send what nobody reads any more to nowhere, so that the exit is quiet; whether there was such a stream."""
+    nowhere, unread = os.open(os.devnull, os.O_WRONLY), []
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            os.dup2(nowhere, stream.fileno())
+            unread.append(stream)
+    os.close(nowhere)
+    return bool(unread)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ssmax.errors import UserError
 from ssmax.lab.preparation import prepare_stream
 from ssmax.lab.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, is_prepared, locked, token_type
-from ssmax.lab.sources import documents
+from ssmax.lab.sources import Documents
 from ssmax.lab.tokenizer import END_OF_TEXT, NEEDLE_WORDS, trained, vocabulary, wrapped
 
 __all__ = ["Corpus", "load", "prepare"]
@@ -106,7 +106,8 @@ def _check_prepared(folder, tokenizer, length):
 
 
 def _prepare_in_memory(source, limit_bytes, vocab_size, held_out, cache):
-    texts, name = documents(source, limit_bytes)
+    stream = Documents(source, piece=-1)
+    texts = stream.in_memory(limit_bytes)
     recipe = f"1 {vocab_size} {held_out} {NEEDLE_WORDS}"
     digest = hashlib.sha256(recipe.encode())
     for text in texts:
@@ -120,7 +121,10 @@ def _prepare_in_memory(source, limit_bytes, vocab_size, held_out, cache):
             made = {"name": "", "end": tokenizer.token_to_id(END_OF_TEXT), "vocabulary": vocabulary(tokenizer)}
             made["sha256"] = hashlib.sha256(saved).hexdigest()
             size = sum(len(text.encode()) for text in texts)
-            manifest = Manifest(name, made, token_type(made["vocabulary"]), len(texts), size, fingerprint=folder.name)
+            manifest = Manifest(
+                stream.name, made, token_type(made["vocabulary"]), len(texts), size, fingerprint=folder.name
+            )
+            manifest.left_out = stream.left_out()
             writer = ShardWriter(folder, manifest)
             while len(train):
                 train = train[writer.add(train) :]

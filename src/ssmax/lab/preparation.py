@@ -12,7 +12,7 @@ import numpy as np
 from ssmax.errors import UserError
 from ssmax.lab.progress import progress_bar
 from ssmax.lab.shards import HELD_OUT, SHARD_TOKENS, VERSION, Manifest, ShardWriter, locked, token_type
-from ssmax.lab.sources import Documents
+from ssmax.lab.sources import Documents, warn_left_out
 from ssmax.lab.tokenizer import GivenTokenizer, given, vocabulary
 
 __all__ = ["prepare_stream"]
@@ -32,7 +32,7 @@ def prepare_stream(
 ) -> Path:
     """Tokenise documents into a folder of the cache until it has enough training tokens or they end; return the folder.
 
-    An interrupted preparation continues behind its last whole shard and ends with the same shards. A text is held out
+    What cannot be read is left out, with a LeftOut warning. An interrupted preparation continues behind its last whole shard and ends with the same shards. A text is held out
     by its own hash, and every copy of it, so that nothing of it is trained on.
 
     Args:
@@ -61,6 +61,7 @@ def prepare_stream(
             except UserError:
                 shutil.rmtree(folder)  # of no use to anybody
                 raise
+    warn_left_out(manifest.source, manifest.left_out)
     return folder
 
 
@@ -114,6 +115,8 @@ class _Preparation:
                 if self._is_enough():
                     break
         self.writer.finish_shard()
+        if not self.documents:
+            raise self.stream.without_text()
         if not self.held or not self.manifest.tokens:
             raise UserError(
                 f"the text is too short: of {self.documents:,} documents with {self.seen:,} tokens, one in {HELD_OUT_SHARE} of "
@@ -133,7 +136,7 @@ class _Preparation:
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         state, texts, size = self._state(), [], 0
-        for text in self.stream:
+        for text in self.stream.read():
             texts.append(text)
             size += len(text)
             if size >= BATCH_BYTES:
@@ -155,7 +158,7 @@ class _Preparation:
 
     def _save(self, resume):
         self.manifest.documents, self.manifest.bytes = self.documents, sum(self.stream.bytes_read)
-        self.manifest.resume = resume
+        self.manifest.left_out, self.manifest.resume = self.stream.left_out(), resume
         held = np.stack(self.held) if self.held else np.empty((0, self.length))
         self.manifest.write(self.folder, held.astype(self.manifest.dtype))
 

@@ -316,16 +316,21 @@ def failures(where: str) -> Iterator[None]:
         told = explained(error)
         if isinstance(told, (UserError, RunFailed)):
             raise type(told)(f"{where}{told}") from error
-        raise RunFailed(f"{where}{_reason(error)}; finished stages are kept, the same command continues") from error
+        again = ", the same command continues" if isinstance(error, OSError | MemoryError) or _is_full(error) else ""
+        raise RunFailed(f"{where}{_reason(error)}; finished stages are kept{again}") from error
 
 
 def _reason(error):
     words = str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if any(sign in words for sign in NO_SPACE):
+    if _is_full(error):
         return "No space left on device"
     return textwrap.shorten(f"{type(error).__name__}: {words}", 400)
+
+
+def _is_full(error):
+    return any(sign in str(error) for sign in NO_SPACE)
 
 
 # As safetensors and torch.save word a full disk.

@@ -47,6 +47,7 @@ class Manifest:
         documents, bytes, tokens: of text read, and of training tokens written.
         shards: name, tokens and sha256 of each.
         held_out: texts, length, and sha256 of their file.
+        left_out: of the text that was read, a line for each kind.
         fingerprint: of all that; empty while the preparation is not finished.
         resume: where an unfinished preparation continues.
     """
@@ -59,6 +60,7 @@ class Manifest:
     tokens: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
     held_out: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     fingerprint: str = ""
     resume: dict[str, Any] | None = None
     version: int = VERSION

@@ -1,33 +1,35 @@
 """Documents of a corpus: text files, rows on disk or on a hub, one source or several mixed by weight; no torch."""
 
 import copy
+import functools
 import hashlib
 import itertools
 import math
-import os
 import re
-import socket
 import sysconfig
-import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from ssmax.errors import RunFailed, UserError
+from ssmax.errors import LeftOut, RunFailed, UserError
+from ssmax.lab import rows
+from ssmax.lab.corpus_files import declared_files, find_corpus, is_saved, name_in, visible_files
+from ssmax.lab.hub import cached_only_offline, is_hub_name, may_pass, reason
 from ssmax.lab.progress import progress_bar
+from ssmax.lab.text import COMPRESSED, Account, pieces
 
-__all__ = ["Documents", "cached_only_offline", "documents"]
+__all__ = ["Documents", "documents", "warn_left_out"]
 
 SPELLING = "NAME[:SUBSET][#COLUMN][=WEIGHT], several with commas, such as books=0.3,org/web:en#body=0.7"
+# How files are read; where that changes, what was prepared before is another corpus.
+READING = 2
 # Tests of the standard library repeat themselves and are not shipped with every Python.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-TABLES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}
-COMPRESSED = (".gz", ".zst")
-READERS = {"text", "arrow", *TABLES.values()}  # of datasets, under names that would read whatever lies around
+READERS = {"text", "arrow", "parquet", "json", "csv"}  # of datasets, under names that would read whatever lies around
 # Names that end so are meant as files; other dots are in names on a hub as well.
-FILES = {".txt", ".md", ".py", ".json", *TABLES, *COMPRESSED}
+FILES = {".txt", ".md", ".py", *rows.SUFFIXES, *COMPRESSED}
 # A text file of any size passes in pieces, each a document, where it need not be held whole.
 PIECE = 2**20
 
@@ -50,13 +52,14 @@ class Documents:
     """The documents of a corpus one after another; where it stands can be kept and restored.
 
     Of several sources the next document is of the one that is furthest behind its share of the text: nothing is left to
-    chance, and the shares hold at any point. The mixture ends with the first source that does.
+    chance, and the shares hold at any point. The mixture ends with the first source that does. What cannot be read is
+    left out and counted; at the end a LeftOut warning of each kind says how much and where.
 
     Args:
         source: None for Python's own standard library without its tests; or SPELLING, each NAME a text file, a folder of
-            text files, a .parquet, .jsonl or .csv file (also .gz, .zst) or a folder of them, a folder that datasets'
-            save_to_disk left, or a data set on a hub. Without #COLUMN the text is the column text, content, or the
-            only one that holds text.
+            text files, a file of rows (see ssmax.lab.rows) or a folder with such, a folder that datasets' save_to_disk
+            left, or a data set on a hub. Without #COLUMN the text is the column text, content, or the only one that holds
+            text.
         piece: characters of a text file that make a document; -1 for a whole file.
 
     Raises:
@@ -67,7 +70,8 @@ class Documents:
         if source is None:
             self.parts = [_Part("", None, None, 1.0)]
             self.name = "Python's standard library"
-            self.sources: list[Any] = [_Files(_standard_library(), piece)]
+            root = Path(sysconfig.get_paths()["stdlib"])
+            self.sources: list[Any] = [_text_files(root, _standard_library(root), piece, Account())]
         else:
             self.parts = _parse(source)
             alone = self.parts[0].path if len(self.parts) == 1 else None
@@ -77,6 +81,11 @@ class Documents:
 
     def __iter__(self) -> Iterator[str]:
         """Yield texts from where it stands; several iterations continue one another."""
+        yield from self.read()
+        warn_left_out(self.name, self.left_out())
+
+    def read(self) -> Iterator[str]:
+        """Yield as iteration does, and leave it to the caller to say what was left out."""
         iterators = [iter(source) for source in self.sources]
         while True:
             behind = [read / part.weight for read, part in zip(self.bytes_read, self.parts, strict=True)]
@@ -87,6 +96,36 @@ class Documents:
             self.bytes_read[chosen] += len(text.encode())
             yield text
 
+    def left_out(self) -> list[str]:
+        """Return what was left out so far, one line for each kind."""
+        return [line for source in self.sources for line in source.account.lines()]
+
+    def in_memory(self, limit_bytes: int) -> list[str]:
+        """Return the next documents, no more than limit_bytes of text, and say what was left out.
+
+        Raises:
+            UserError: there is no text.
+        """
+        texts = []
+        with progress_bar(limit_bytes, "reading corpus", unit="B at most", delay=3) as bar:
+            for text in self.read():
+                texts.append(text)
+                total = sum(self.bytes_read)
+                bar.update(total - bar.n)
+                if total >= limit_bytes:
+                    break
+        if not texts:
+            raise self.without_text()
+        warn_left_out(self.name, self.left_out())
+        return texts
+
+    def without_text(self) -> UserError:
+        """Return the error for a corpus without text, and say why."""
+        why = f"; left out {'; '.join(lines)}" if (lines := self.left_out()) else ""
+        return UserError(
+            f"corpus {self.name!r} holds no text{why}; give UTF-8 text files or a data set with a column 'text'"
+        )
+
     def state(self) -> dict[str, Any]:
         """Return where it stands, behind the last document, as JSON can hold it."""
         return {"bytes": list(self.bytes_read), "sources": [copy.deepcopy(source.state()) for source in self.sources]}
@@ -94,7 +133,7 @@ class Documents:
     def restore(self, state: dict[str, Any]) -> None:
         """Go to where state was taken of the same sources."""
         self.bytes_read = list(state["bytes"])
-        for source, at in zip(self.sources, state["sources"], strict=True):
+        for source, at in zip(self.sources, copy.deepcopy(state["sources"]), strict=True):
             source.restore(at)
 
     def identity(self) -> list[Any]:
@@ -105,70 +144,75 @@ class Documents:
 def documents(source: str | None, limit_bytes: int) -> tuple[list[str], str]:
     """Read whole documents into memory, no more than limit_bytes of text, and describe the source.
 
-    Arguments and errors as Documents.
+    Arguments, warnings and errors as Documents.
     """
-    stream, texts = Documents(source, piece=-1), []
-    with progress_bar(limit_bytes, "reading corpus", unit="B at most", delay=3) as bar:
-        for text in stream:
-            texts.append(text)
-            total = sum(stream.bytes_read)
-            bar.update(total - bar.n)
-            if total >= limit_bytes:
-                break
-    if not texts:
-        raise UserError(
-            f"corpus {stream.name!r} holds no text; give UTF-8 text files or a data set with a column 'text'"
-        )
-    return texts, stream.name
+    stream = Documents(source, piece=-1)
+    return stream.in_memory(limit_bytes), stream.name
+
+
+def warn_left_out(name: str, lines: list[str]) -> None:
+    """Warn of what was left out of a corpus, once for each kind."""
+    for line in lines:
+        warnings.warn(f"corpus {name!r}: left out {line}", LeftOut, stacklevel=4)
 
 
 class _Files:
-    def __init__(self, paths, piece):
-        self.paths, self.piece = paths, piece
-        self.file, self.offset = 0, 0
+    """Documents of files, each with its reader; it stands behind so many documents of one of them."""
+
+    def __init__(self, readers, account):
+        self.readers, self.account = readers, account
+        self.file, self.done = 0, 0
+        self.before = copy.deepcopy(account.found)  # the account before the present file, which is read anew
 
     def __iter__(self):
-        while self.file < len(self.paths):
-            try:
-                with open(self.paths[self.file], encoding="utf-8") as file:
-                    file.seek(self.offset)
-                    while text := file.read(self.piece) + file.readline(self.piece):  # to the end of a line
-                        self.offset = file.tell()
-                        if text.strip():
-                            yield text
-            except (UnicodeDecodeError, PermissionError):
-                pass
-            self.file, self.offset = self.file + 1, 0
+        while self.file < len(self.readers):
+            self.account.found = copy.deepcopy(self.before)
+            for text in itertools.islice(self.readers[self.file](self.account), self.done, None):
+                self.done += 1
+                yield text
+            self.file, self.done = self.file + 1, 0
+            self.before = copy.deepcopy(self.account.found)
 
     def state(self):
-        return [self.file, self.offset]
+        return [self.file, self.done, self.before]
 
     def restore(self, state):
-        self.file, self.offset = state
+        self.file, self.done, self.before = state
 
 
 class _Rows:
+    """Rows that the library datasets reads, saved on disk or on a hub."""
+
     def __init__(self, part, data):
-        self.name = part.name
-        first = next(iter(data.take(1)), None)
-        self.column = _column(part, first) if first is not None else None
-        self.data = data if self.column is None else data.select_columns([self.column])
+        self.part, self.account = part, Account()
+        column = rows.choose_column(data.take(rows.LOOK), part.column, part.name)
+        if column is None:
+            raise UserError(f"data set {part.name!r} holds no rows")
+        self.column = column
+        self.data = data.select_columns([self.column])
+        self.count = 0
 
     def __iter__(self):
-        if self.column is None:
-            return
         try:
             for row in self.data:
-                if row[self.column] and row[self.column].strip():
-                    yield row[self.column]
+                self.count += 1
+                text = rows.text_of(row[self.column], self.column, f"row {self.count:,}", self.account.add)
+                if text is not None and text.strip():
+                    yield text
         except Exception as error:  # whatever the reader or the hub's client raises, the user needs one line
-            raise RunFailed(f"reading {self.name} failed: {_reason(error)}; the same command continues") from error
+            failed = f"reading {self.part.name} failed: {reason(error)}"
+            if may_pass(error):
+                raise RunFailed(f"{failed}; the same command continues") from error
+            raise UserError(failed) from error
 
     def state(self):
-        return self.data.state_dict()
+        return {"data": self.data.state_dict(), "count": self.count, "left_out": self.account.found}
 
     def restore(self, state):
-        self.data.load_state_dict(state)
+        if "data" not in state:  # of ssmax 0.1.0
+            state = {"data": state, "count": 0, "left_out": {}}
+        self.data.load_state_dict(state["data"])
+        self.count, self.account.found = state["count"], state["left_out"]
 
 
 def _parse(source):
@@ -205,40 +249,49 @@ def _part(text):
 
 def _open(part, piece):
     path = part.path
-    if (path.is_file() and _table(path) is None) or (path.is_dir() and not _holds_rows(path)):
-        if part.subset or part.column:
-            raise UserError(f"corpus {part.name!r} is text without subsets and columns; leave out : and #")
-        paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        return _Files(paths, piece)
-    name = part.name
     if not path.exists() and (
-        name.startswith((".", "/", "~"))
-        or os.sep * 2 in name
-        or name.count("/") > 1
-        or path.suffix in FILES
-        or name in READERS
+        not is_hub_name(part.name) or Path(part.name).suffix.lower() in FILES or part.name in READERS
     ):
-        raise UserError(f"corpus {name!r} does not exist; give a text file, a folder, or the name of a data set")
+        raise UserError(f"corpus {part.name!r} does not exist; give a text file, a folder, or the name of a data set")
     try:
+        if path.exists() and not is_saved(path):
+            return _open_files(part, piece)
         return _Rows(part, _one_split(part, _load(part)))
     except UserError:
         raise
     except Exception as error:  # whatever datasets or the hub's client raises, the user needs one line
+        if isinstance(error, OSError) and path.exists():
+            raise
         what = "" if path.exists() else " is no file or folder here, and"
-        raise UserError(f"corpus {name!r}{what} could not be loaded as a data set: {_reason(error)}") from error
+        raise UserError(f"corpus {part.name!r}{what} could not be loaded as a data set: {reason(error)}") from error
+
+
+def _open_files(part, piece):
+    path, account = part.path, Account()
+    if path.is_dir():
+        declared = declared_files(path, part.subset)
+        found = visible_files(path) if declared is None else declared
+        found, column = find_corpus(path, found, part.column, account)
+    else:
+        path, found = path.parent, [path]
+        column = rows.column_of_files(found, part.column, part.name) if rows.is_rows(found[0]) else None
+    if column is not None:
+        return _Files([functools.partial(rows.texts, p, column, name_in(path, p)) for p in found], account)
+    if part.subset or part.column:
+        raise UserError(f"corpus {part.name!r} is text without subsets and columns; leave out : and #")
+    return _text_files(path, found, piece, account)
+
+
+def _text_files(folder, paths, piece, account):
+    return _Files([functools.partial(pieces, p, piece, name_in(folder, p)) for p in paths], account)
 
 
 def _load(part):
     import datasets
 
     datasets.disable_progress_bars()
-    path = part.path
-    if path.is_file():
-        return datasets.load_dataset(_table(path) or "", data_files=str(path), streaming=True)
-    if _saved(path):
-        return datasets.load_from_disk(str(path))
-    if path.exists():  # whole, since a bare name such as "parquet" is a reader's
-        return datasets.load_dataset(str(path.resolve()), part.subset, streaming=True)
+    if part.path.exists():
+        return datasets.load_from_disk(str(part.path))
     cached_only_offline()
     return datasets.load_dataset(part.name, part.subset, streaming=True)
 
@@ -251,56 +304,8 @@ def _one_split(part, found):
     return found.to_iterable_dataset() if hasattr(found, "to_iterable_dataset") else found
 
 
-def _column(part, row):
-    words = [name for name, value in row.items() if isinstance(value, str)]
-    if part.column is not None:
-        if part.column not in row:
-            raise UserError(f"data set {part.name!r} has no column {part.column!r}, but {', '.join(row)}")
-        return part.column
-    for name in ("text", "content", *(words if len(words) == 1 else [])):
-        if name in row:
-            return name
-    raise UserError(
-        f"data set {part.name!r} has no column 'text', but {', '.join(row)}; name one as {part.name}#COLUMN"
-    )
-
-
-def cached_only_offline() -> None:
-    """Let the hub's client take what it has cached where there is no network; it would try again for a minute first."""
-    from huggingface_hub import constants
-
-    if urllib.request.getproxies():
-        return
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-
-
-def _standard_library():
-    root = Path(sysconfig.get_paths()["stdlib"])
+def _standard_library(root):
     return sorted(p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
-
-
-def _table(path):
-    """The reader of a file of rows, or None."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    return TABLES.get(suffixes[-1]) if suffixes else None
-
-
-def _saved(path):
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def _holds_rows(folder):
-    """Whether a folder holds files of rows and nothing beside them but what describes them."""
-    files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    files = [p for p in files if not any(name.startswith(".") for name in p.parts)]
-    tables = [_table(p) is not None for p in files]
-    described = [p.suffix.lower() in (".md", ".json") for p in files]
-    return _saved(folder) or (any(tables) and all(map(max, zip(tables, described, strict=True))))
 
 
 def _stamp(part):
@@ -308,13 +313,8 @@ def _stamp(part):
     path = part.path
     if not part.name or not path.exists():
         return None
-    digest = hashlib.sha256()
-    for file in itertools.chain([path], sorted(path.rglob("*"))):
-        if file.is_file():
-            status = file.stat()
-            digest.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    digest = hashlib.sha256(f"{READING}\n".encode())
+    for file in visible_files(path) if path.is_dir() else [path]:
+        status = file.stat()
+        digest.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _reason(error):
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

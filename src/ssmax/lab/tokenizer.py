@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ssmax.errors import UserError
 from ssmax.evaluation.tasks import CITIES
-from ssmax.lab.sources import cached_only_offline
+from ssmax.lab.hub import cached_only_offline, is_hub_name, reason
 
 __all__ = ["END_OF_TEXT", "NEEDLE_WORDS", "GivenTokenizer", "given", "trained", "vocabulary", "wrapped"]
 
@@ -47,13 +47,14 @@ def given(name: str, *, cached_only: bool = False) -> GivenTokenizer:
     Raises:
         UserError: nothing there, no fast tokenizer, or none with an end-of-text token.
     """
+    if not Path(name).expanduser().exists() and (not is_hub_name(name) or name.endswith(".json")):
+        raise UserError(f"--tokenizer {name} does not exist; give a folder with a tokenizer.json, or a name on a hub")
     try:
         files = _load(name, cached_only)
         core = Tokenizer.from_str(files.backend_tokenizer.to_str())  # a copy, which the wrapper does not change
     except Exception as error:  # whatever the hub's client or a damaged file raises, the user needs one line
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--tokenizer {name} is no tokenizer here or on a hub that can be reached: {reason}; give a folder with a "
+            f"--tokenizer {name} is no tokenizer here or on a hub that can be reached: {reason(error)}; give a folder with a "
             "tokenizer.json"
         ) from error
     core.no_truncation()

@@ -1,0 +1,78 @@
+"""Options that take several values, and what follows them and is none of these."""
+
+import dataclasses
+import itertools
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+
+from ssmax.errors import UserError
+from ssmax.lab.recipes import RECIPES
+
+__all__ = ["check_values"]
+
+
+UNIONS = (Union, types.UnionType)
+INITS = Literal["identity", "matched"] | float  # which the library checks, in its own words
+
+
+def check_values(commands: dict[str, Any], arguments: list[str]) -> None:
+    """Raise UserError where an option that takes several values took what was meant to stand by itself.
+
+    Args:
+        commands: the class of each command, whose fields are its options.
+        arguments: of the command line.
+    """
+    if not arguments or arguments[0] not in commands:
+        return
+    name, *rest = arguments
+    positionals = [field for field, kind in _fields(commands[name]) if tyro.conf.Positional in kind.__metadata__]
+    needed = sum(field.default is dataclasses.MISSING and field.name != "models" for field in positionals)
+    first = len(list(itertools.takewhile(lambda argument: not argument.startswith("-"), rest)))
+    if not positionals or 0 < needed <= first:
+        return
+    options = dict(_options_of_several(commands[name]))
+    options.update({"--inits": INITS} if "--inits" in options else {})
+    for at, argument in enumerate(rest):
+        kind = options.get(argument.replace("_", "-"))
+        values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest[at + 1 :])) if kind else []
+        strange = [value for value in values if not _fits(value, kind)]
+        if strange and not (needed and len(strange) == needed == len(values) - 1):  # which tyro tells apart
+            meant = positionals[0].name.removesuffix("s")
+            raise UserError(
+                f"{argument} took {strange[0]!r} as one of its values; put the {meant} first: "
+                f"ssmax {name} {' '.join(strange)} {argument} ..."
+            )
+
+
+def _fields(command: Any) -> Iterator[tuple[Any, Any]]:
+    hints = typing.get_type_hints(command, include_extras=True)
+    for field in dataclasses.fields(command):
+        kind = hints[field.name]
+        yield field, kind if typing.get_origin(kind) is Annotated else Annotated[kind, None]
+
+
+def _options_of_several(command: Any) -> Iterator[tuple[str, Any]]:
+    """Each option that takes several values, and the type of one."""
+    for field, kind in _fields(command):
+        plain = kind.__origin__
+        if tyro.conf.OmitArgPrefixes in kind.__metadata__:
+            yield from _options_of_several(plain)
+        elif tyro.conf.Positional not in kind.__metadata__:
+            for choice in typing.get_args(plain) if typing.get_origin(plain) in UNIONS else (plain,):
+                if typing.get_origin(choice) is tuple:
+                    yield f"--{field.name.replace('_', '-')}", typing.get_args(choice)[0]
+
+
+def _fits(value: str, kind: Any) -> bool:
+    if typing.get_origin(kind) in UNIONS:
+        return any(_fits(value, choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    try:
+        return kind(value) not in RECIPES
+    except ValueError:
+        return False

@@ -1,0 +1,51 @@
+"""Names on a hub: what is one, what its client can do without a network, and which of its failures may pass."""
+
+import re
+import socket
+import textwrap
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+__all__ = ["cached_only_offline", "is_hub_name", "may_pass", "reason"]
+
+CLIENTS = {"aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3"}
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name could be one on a hub; a path that does not exist should be said at once, not after a search."""
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None or re.search(r"--|\.\.", name):
+        return False
+    return "/" not in name or not Path(name).parent.is_dir()  # of a folder that is here, a file is meant
+
+
+def cached_only_offline() -> None:
+    """Let the hub's client take what it has cached where there is no network; it would try again for a minute first."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error came from the network, so that the same command may succeed later."""
+    return any(
+        isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.partition(".")[0] in CLIENTS
+        for cause in _causes(error)
+    )
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's message in one line."""
+    return textwrap.shorten(str(error), 400) or type(error).__name__
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

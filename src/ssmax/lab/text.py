@@ -1,0 +1,194 @@
+"""Bytes to text: which encoding, which files are no text, and an account of all that was left out; no torch."""
+
+import bz2
+import codecs
+import errno
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+__all__ = [
+    "BAD_BYTES",
+    "COMPRESSED",
+    "UNREADABLE",
+    "Account",
+    "Damage",
+    "cleaned",
+    "damage",
+    "decoded",
+    "opened",
+    "opened_text",
+    "pieces",
+    "refusal",
+]
+
+HEAD = 2**20  # characters by which a file is judged
+SHOWN = 3  # names in one line
+BAD_BYTES, UNREADABLE = "bytes that are not UTF-8", "files that cannot be read to their end"
+# In this order: UTF-32 begins as UTF-16 does.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# A byte that cannot be decoded becomes a lone surrogate, which is no character and never stands in decoded text.
+BAD = re.compile("[\ud800-\udfff]")
+MARK = "ssmax-mark"
+codecs.register_error(MARK, lambda e: ("".join(chr(0xDC00 + byte) for byte in e.object[e.start : e.end]), e.end))  # pyrefly: ignore
+
+
+class Account:
+    """What was left out of a corpus: of each kind how much, and the first places.
+
+    Attributes:
+        found: [count, places] of each kind, as JSON can hold it.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Any]] = {}
+
+    def add(self, kind: str, place: str, count: int = 1) -> None:
+        """Count what was left out at a place."""
+        entry = self.found.setdefault(kind, [0, []])
+        entry[0] += count
+        if len(entry[1]) < SHOWN and place.partition(", ")[0] not in {known.partition(", ")[0] for known in entry[1]}:
+            entry[1].append(place)
+
+    def lines(self) -> list[str]:
+        """Return one line for each kind."""
+        return [
+            f"{kind}: {count:,} ({'; '.join(places)}{' ...' * (count > len(places) == SHOWN)})"
+            for kind, (count, places) in self.found.items()
+        ]
+
+
+class Damage(Exception):
+    """A file that cannot be read on, and why; running again does not help."""
+
+
+@contextmanager
+def damage(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn what readers raise of a damaged or locked file, and errors of such kinds, into Damage."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, *kinds) as error:
+        raise Damage(_first_line(error)) from error
+    except OSError as error:
+        if error.errno not in (None, errno.EACCES):  # the disk's own errors have other numbers, readers' have none
+            raise
+        raise Damage(error.strerror or _first_line(error)) from error
+
+
+def _first_line(error):
+    return str(error).partition("\n")[0]
+
+
+def _zstd(path):
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path), "rb"), "zstd"))
+
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+
+
+def opened(path: Path) -> Any:
+    """Open a file for its bytes, unpacked."""
+    return COMPRESSED.get(path.suffix.lower(), lambda p: open(p, "rb"))(path)
+
+
+@contextmanager
+def opened_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a file for its text: by its byte order mark, else as UTF-8; what cannot be decoded is marked, see cleaned."""
+    with opened(path) as file:
+        encoding = _encoding(file.peek(4)[:4])
+        yield io.TextIOWrapper(file, encoding=encoding, errors=MARK, newline=newline)
+
+
+def _encoding(head: bytes) -> str:
+    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
+
+
+def decoded(value: bytes) -> str:
+    """Return the text of bytes, by the rule of files."""
+    return value.decode(_encoding(value[:4]), errors=MARK)
+
+
+def cleaned(text: str) -> tuple[str, int]:
+    """Return text without what is no text, and how many bytes that were.
+
+    A line of which more than one byte in a hundred is bad is left out, as of another encoding; of other lines the bad
+    bytes alone are.
+    """
+    if text.isascii() or BAD.search(text) is None:
+        return text, 0
+    kept, lost = [], 0
+    for line in text.splitlines(keepends=True):
+        rest, bad = BAD.subn("", line)
+        if 100 * bad > len(line):
+            lost += len(rest.encode()) + bad
+        else:
+            kept.append(rest)
+            lost += bad
+    return "".join(kept), lost
+
+
+def refusal(path: Path) -> str | None:
+    """Return what kind of file this is, where it is no text as a whole, by its beginning; None for text."""
+    with opened_text(path) as file:
+        head, wide = file.read(HEAD), file.encoding not in ("utf-8", "utf-8-sig")
+    strange = len(BAD.findall(head)) + head.count("\0") + wide * head.count("\ufeff")
+    if 100 * strange > len(head) and ("\0" in head or wide):
+        return "files that are binary"
+    if 2 * len(cleaned(head)[0]) < len(head):
+        return "files of another encoding than UTF-8"
+    return None
+
+
+def pieces(path: Path, piece: int, name: str, account: Account) -> Iterator[str]:
+    """Yield a file's text in pieces of so many characters, each to the end of a line; -1 for all at once."""
+    try:
+        with damage():
+            yield from _pieces(path, piece, account, name)
+    except Damage as error:
+        account.add(UNREADABLE, f"{name}, {error}")
+
+
+def _pieces(path, piece, account, name):
+    if kind := refusal(path):
+        account.add(kind, name)
+        return
+    with opened_text(path) as file:
+        known = False
+        while marked := file.read(piece) + file.readline(piece):
+            text, lost = cleaned(marked)
+            if lost:
+                account.add(BAD_BYTES, name if known else f"{name}, the first at byte {_first_bad(path):,}", lost)
+                known = True
+            if text.strip():
+                yield text
+
+
+def _first_bad(path: Path) -> int:
+    """Return where the first byte lies that cannot be decoded."""
+    read = 0
+    with opened(path) as file:
+        encoding = _encoding(file.peek(4)[:4]).removesuffix("-sig")
+        decoder = codecs.getincrementaldecoder(encoding)()
+        while True:
+            block = file.read(HEAD)
+            read += len(block)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return read - len(error.object) + error.start
+            if not block:
+                return read

@@ -93,6 +93,60 @@ def test_lengths_do_not_compile_anew(run):
     assert backend.graphs <= 2
 
 
+def padding(k):
+    return (torch.arange(k.shape[2]) > 1)[None, None, None]
+
+
+DYNAMIC = {
+    "causal": lambda q, k, v, s, x: attention(q, k, v, s, is_causal=True),
+    "two sides": lambda q, k, v, s, x: attention(q, k, v, s),
+    "s and b numbers": lambda q, k, v, s, x: attention(q, k, v, x, x, is_causal=True),
+    "b a number": lambda q, k, v, s, x: attention(q, k, v, s, x, is_causal=True),
+    "scale": lambda q, k, v, s, x: attention(q, k, v, s, scale=x, is_causal=True),
+    "n an integer": lambda q, k, v, s, x: attention(q, k, v, x, n=k.shape[2], is_causal=True),
+    "n a number": lambda q, k, v, s, x: attention(q, k, v, s, n=10 * x, is_causal=True),
+    "n a tensor": lambda q, k, v, s, x: attention(q, k, v, s, n=torch.arange(q.shape[2]) + 1, is_causal=True),
+    "mask": lambda q, k, v, s, x: attention(q, k, v, s, attn_mask=padding(k).expand(2, 1, k.shape[2], -1)),
+    "padding": lambda q, k, v, s, x: attention(q, k, v, s, attn_mask=padding(k), is_causal=True),
+    "bias": lambda q, k, v, s, x: attention(q, k, v, s, n=k.shape[2], attn_mask=x + padding(k).float()),
+    "window": lambda q, k, v, s, x: attention(q, k, v, s, is_causal=True, window=5),
+    "window of the length": lambda q, k, v, s, x: attention(q, k, v, s, is_causal=True, window=k.shape[2] // 2),
+    "prefill in chunks": lambda q, k, v, s, x: attention(q[:, :, 2:], k, v, s, is_causal=True),
+    "grouped": lambda q, k, v, s, x: attention(q, k[:, :2], v[:, :2], s, is_causal=True, enable_gqa=True),
+    "packed": lambda q, k, v, s, x: attention(
+        q[:1], k[:1], v[:1], s, is_causal=True, cu_seqlens=torch.stack([torch.tensor(at) for at in (0, 3, 4)])
+    ),
+    "softcap": lambda q, k, v, s, x: attention(q, k, v, s, is_causal=True, softcap=5 + x),
+    "reference": lambda q, k, v, s, x: attention(q, k, v, x, x, scale=x, is_causal=True, impl="reference"),
+    "flex with a softcap": lambda q, k, v, s, x: attention(q, k, v, s, is_causal=True, softcap=5 + x, impl="flex"),
+    "the module": lambda q, k, v, s, x: SCALE(q, visible_keys(num_keys=k.shape[2], window=3)),
+    "the function": lambda q, k, v, s, x: ssmax.scalable_softmax(q @ k.mT, x, x, n=k.shape[2]),
+}
+
+
+@pytest.mark.parametrize("run", DYNAMIC.values(), ids=DYNAMIC)
+def test_dynamic_shapes_and_numbers(run):
+    """torch.compile(dynamic=True) makes symbols of lengths and of numbers; two graphs serve all of them."""
+    backend = CountGraphs()
+    compiled = torch.compile(run, backend=backend, fullgraph=True, dynamic=True)
+    s = torch.full((4,), 0.4)
+    for length in (4, 5, 9, 66):
+        call = (*tensors(length, length), s, 0.1 + length / 100)
+        torch.testing.assert_close(compiled(*call), run(*call))
+    assert backend.graphs <= 2
+
+
+def test_two_graphs_serve_64_lengths_of_dynamic_shapes():
+    backend = CountGraphs()
+    run = torch.compile(
+        lambda q, k, v, x: attention(q, k, v, x, is_causal=True), backend=backend, fullgraph=True, dynamic=True
+    )
+    for length in range(3, 67):
+        q, k, v = tensors(length, length)
+        torch.testing.assert_close(run(q, k, v, length / 50), attention(q, k, v, length / 50, is_causal=True))
+    assert backend.graphs <= 2
+
+
 def test_the_module_and_n_from_positions_are_one_graph():
     scale = SSMaxScale(4, bias=True)
     query = torch.randn(2, 4, 6, 8)

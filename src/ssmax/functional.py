@@ -63,7 +63,8 @@ def attention(
         scale: factor of query key; default 1 / sqrt(D).
         dropout_p: probability of dropping a weight.
         enable_gqa: allow fewer heads in key and value than in query.
-        impl: "sdpa" (torch's fused kernels; packed documents one by one, which reads cu_seqlens on the host), "flex"
+        impl: "sdpa" (torch's fused kernels; packed documents one by one, which reads cu_seqlens on the host, under torch.compile by
+            one T x T mask), "flex"
             (FlexAttention: block masks, softcap; forward only on the CPU, no dropout), "triton" (a kernel of our own that
             does not round the scaled query and has accurate gradients of s and b; no mask, softcap or dropout; needs a GPU
             and has not run on one yet), "sharp" (a decode step on the CPU, inference only: reads what can matter, see
@@ -259,7 +260,7 @@ def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dro
     for name, number in (("softcap", softcap), ("scale", scale), ("dropout_p", dropout_p)):
         if not isinstance(number, (int, float, np.floating)) and (number is not None or name == "dropout_p"):
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-        if number is not None and not math.isfinite(number):
+        if number is not None and not -math.inf < number < math.inf:  # math.isfinite takes no symbolic number
             raise ValueError(f"{name} must be finite, got {number!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap!r}")
@@ -276,7 +277,7 @@ def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dro
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
     fits = attn_mask.ndim <= 4 and all(
-        have in (1, want) for have, want in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+        have == 1 or have == want for have, want in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
     )
     if not fits:
         raise ValueError(f"attn_mask must broadcast to (B, H, N, S) = {wanted}, got {tuple(attn_mask.shape)}")
@@ -305,5 +306,7 @@ def _check_block_mask(attn_mask, wanted, is_causal):
             "a BlockMask says all that is visible; put causality and window into it and leave is_causal out"
         )
     shape = tuple(attn_mask.shape)
-    if shape[2:] != wanted[2:] or any(have not in (1, want) for have, want in zip(shape[:2], wanted[:2], strict=True)):
+    if shape[2:] != wanted[2:] or any(
+        have != 1 and have != want for have, want in zip(shape[:2], wanted[:2], strict=True)
+    ):
         raise ValueError(f"the BlockMask must be for (B or 1, H or 1, N, S) = {wanted}, got {shape}")

@@ -161,7 +161,11 @@ class QueryAwareScale(nn.Module):
         if query.ndim != 4 or (query.shape[1], query.shape[3]) != (self.num_heads, self.head_size):
             raise ValueError(f"query must be (B, {self.num_heads}, N, {self.head_size}), got {tuple(query.shape)}")
         n_BN = torch.atleast_2d(torch.as_tensor(n, device=query.device))
-        if n_BN.ndim != 2 or n_BN.shape[0] not in (1, query.shape[0]) or n_BN.shape[1] != query.shape[2]:
+        if (
+            n_BN.ndim != 2
+            or (n_BN.shape[0] != 1 and n_BN.shape[0] != query.shape[0])
+            or n_BN.shape[1] != query.shape[2]
+        ):
             raise ValueError(f"n must be (N,) or (B, N) with N = {query.shape[2]}, got {tuple(n_BN.shape)}")
         weight: Any = self.of_n[0].weight
         log_n = n_BN.clamp(min=1).to(torch.float32).log()[..., None].to(weight.dtype)

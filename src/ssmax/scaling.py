@@ -83,7 +83,7 @@ def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
     n = _count(n, query.device)
     n_BHN = n[:, None] if n.ndim == 2 else n.reshape((1,) * max(0, 3 - n.ndim) + n.shape)
     wanted = query.shape[:3]
-    if n_BHN.ndim != 3 or any(have not in (1, want) for have, want in zip(n_BHN.shape, wanted, strict=True)):
+    if n_BHN.ndim != 3 or any(have != 1 and have != want for have, want in zip(n_BHN.shape, wanted, strict=True)):
         raise ValueError(
             f"n must be a number, (N,), (B, N) or (B, H, N) for B, H, N = {tuple(wanted)}, got {tuple(n.shape)}"
         )

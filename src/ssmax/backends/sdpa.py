@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from ssmax.scaling import scale_query
+from ssmax.scaling import document_bounds, scale_query
 
 # Rows of a block where the kernel has no flag for the pattern: bounds the mask to BLOCK x (BLOCK + window).
 BLOCK = 512
@@ -35,11 +35,15 @@ def forward(
     assert softcap is None
     # The scale is folded in too: an fp16 product near 1e5 overflows before a kernel could scale it down.
     scaled = scale_query(query, multiplier * scale)
-    dropout = {"dropout_p": dropout_p, "enable_gqa": key.shape[1] != query.shape[1]}
+    options: dict[str, Any] = {"dropout_p": dropout_p}
+    if key.shape[1] != query.shape[1]:  # as a value it would be a symbol under torch.compile, which the kernel refuses
+        options["enable_gqa"] = True
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=1.0, **dropout)
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=1.0, **options)
 
+    if cu_seqlens is not None and torch.compiler.is_compiling():
+        mask = _documents(cu_seqlens, query.shape[2])  # lengths that are read on the host would break the graph
     if mask is not None:
         offset = key.shape[2] - query.shape[2]
         mask = _narrow(mask, offset, is_causal, window, query.shape[2], key.shape[2], query.device)
@@ -79,7 +83,8 @@ def _sequence(attend, scaled, key, value, is_causal, window, dropout_p):
     # All blocks look at the same band, so that one mask is kept for the backward and not one a block.
     band = _band(min(BLOCK, num_seeing), window, scaled)
     blocks = []
-    for start in range(0, num_seeing, BLOCK):
+    for block in range(-(-num_seeing // BLOCK)):  # torch.compile guards on the number of blocks, not on the length
+        start = block * BLOCK
         stop = min(start + BLOCK, num_seeing)
         first = offset + start - window + 1
         rows_mask = band[: stop - start, max(0, -first) : stop - start + window - 1]
@@ -126,6 +131,12 @@ class _Blocks(torch.autograd.Function):
             for (i, total), part in zip(totals.items(), found, strict=True):
                 total[:, :, spans[i]] += part
         return *(totals.get(i) for i in range(3)), None, None
+
+
+def _documents(cu_seqlens, total):
+    position_T = torch.arange(total, device=cu_seqlens.device)
+    start_T, end_T = document_bounds(cu_seqlens, position_T)
+    return (position_T >= start_T[:, None]) & (position_T < end_T[:, None])
 
 
 def _band(rows, window, like):

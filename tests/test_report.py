@@ -216,6 +216,33 @@ def test_the_report_is_whole_offline_and_escaped(run):
         assert claim.verdict in page
 
 
+def test_the_report_opens_with_the_abstract(run):
+    report.build(run)
+    page = (run / "report.html").read_text()
+    found = judged.claims(made_up_rows(0.5), 16)
+    lines = judged.headlines(found)
+    assert [line.title for line in lines] == [
+        "Faster loss reduction", "Better at long context", "Attention on key information"
+    ]  # fmt: skip
+    assert page.index("What the abstract claims") < page.index(lines[0].words) < page.index("All claims")
+    # Softmax ends at 4.001 nats and SSMax at 3.501, up to the seeds' jitter; each line has its interval.
+    assert re.search(r"SSMax's loss is 3\.50\d nats, Softmax's 4\.00\d", lines[1].words)
+    assert re.search(r"Difference -0\.\d+, 95 % interval -0\.\d+ to -0\.\d+ \(3 seeds, d -\d+\.\d\)\. Figure 5\.", page)
+
+
+def test_the_bootstrap_over_texts_counts_seeds():
+    def texts(gaps):
+        return [
+            Row("text_loss", variant, seed, {"form": "paper", "from": 129, "position": 256, "text": i}, value, 128)
+            for seed, gap in enumerate(gaps)
+            for variant in "ab"
+            for i, value in enumerate(4 - gap * (variant == "b") + 0.01 * np.arange(12) * (variant == "b"))
+        ]
+
+    claim = next(c for c in judged.claims([*made_up_rows(0.5), *texts((0.5, 0.5, 0.05))], 16) if c.name == "far")
+    assert "over texts (bootstrap) below zero in 2 of 3 seeds" in claim.measured
+
+
 def test_an_unchanged_report_is_left_alone_and_other_rows_make_another(run):
     report.build(run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}

@@ -1,0 +1,153 @@
+"""Writes the numbers of README.md and REPRODUCING.md from a run of tiny: python docs/reproduced.py [runs/tiny].
+
+With a run's folder its rows become docs/results/tiny.jsonl and its figures docs/images/tiny-*.png first. The text between
+the marks <!-- tiny NAME --> and <!-- end --> is replaced, nothing else.
+"""
+
+import re
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from ssmax.lab.experiments import formula_rows
+from ssmax.lab.recipes import tiny
+from ssmax.report.claims import Claim, claims, headlines
+from ssmax.report.measured import raised
+from ssmax.report.select import FORM_NAMES, NAMES, Spread, by, forms, pick, spread, variants
+from ssmax.results import Row, read_rows, write_rows
+
+DOCS = Path(__file__).parent
+ROWS = DOCS / "results" / "tiny.jsonl"
+SHOWN = (5,)  # figures that stand in README
+PICTURE = "![Loss by position of the six variants](docs/images/tiny-figure5.png)"
+BANDS = ((0, 1), (1, 4), (4, 8), (8, 16), (16, 32))  # of positions, in training lengths
+
+
+def take(run: Path) -> None:
+    """Copy rows and figures of a finished run; rows of the formula alone are left out."""
+    rows = [row for row in read_rows(run / "rows.jsonl") if row.metric not in ("focus_weight", "max_weight")]
+    write_rows(ROWS, rows)
+    for figure in SHOWN:
+        shutil.copyfile(run / "figures" / f"figure{figure}.png", DOCS / "images" / f"tiny-figure{figure}.png")
+
+
+def interval(claim: Claim) -> str:
+    low, high = claim.paired.interval
+    return f"{claim.paired.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def abstract(found: list[Claim], link: str) -> str:
+    lines = [
+        f"| what the abstract claims | measured here | difference (95 % interval) | {link} | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {line.title} | {line.words} | {interval(line.claim)} | {line.claim.figure} | **{line.claim.verdict}** |"
+        for line in headlines(found)
+    ]
+    return "\n".join(lines)
+
+
+def all_claims(found: list[Claim]) -> str:
+    lines = ["| figure | claim | measured | verdict |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {c.figure} | {c.claim} | {c.measured} | {c.verdict} |" for c in found)])
+
+
+def losses(rows: list[Row], length: int) -> str:
+    factor = raised(rows, "loss_by_position")
+    names = [f"{first * length + 1:,}-{last * length:,}" for first, last in BANDS]
+    lines = [f"| loss at positions, theta × {factor} | {' | '.join(names)} |", "|---" * (len(BANDS) + 1) + "|"]
+    for form in forms(pick(rows, "loss_by_position")):
+        for variant in variants(pick(rows, "loss_by_position", form=form)):
+            kept = pick(rows, "loss_by_position", variant, form=form, theta_factor=factor)
+            cells = []
+            for first, last in BANDS:
+                per_seed = defaultdict(list)
+                for row in kept:
+                    if first * length < row.at["from"] and row.at["position"] <= last * length:
+                        width = row.at["position"] - row.at["from"] + 1
+                        per_seed[row.seed].append((row.value * width, width))
+                sums = [np.sum(pairs, 0) for pairs in per_seed.values()]
+                cells.append(f"{Spread(tuple(total / width for total, width in sums)):.3f}")
+            lines.append(f"| ({variant}) {NAMES[variant]}, {FORM_NAMES[form]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def needles(rows: list[Row], length: int) -> str:
+    cells, factor = pick(rows, "retrieval_accuracy"), raised(rows, "retrieval_accuracy")
+    sizes = sorted({row.at["length"] for row in cells})
+    heads = [f"{length} at the trained theta", *(f"{size:,}" for size in sizes)]
+    lines = [f"| needles found, theta × {factor} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for form in forms(cells):
+        for variant in variants(pick(cells, "retrieval_accuracy", form=form)):
+            places = [(1, length), *((factor, size) for size in sizes)]
+            shares = [
+                by(pick(cells, "retrieval_accuracy", variant, form=form, theta_factor=f, length=size), "seed")
+                for f, size in places
+            ]
+            lines.append(
+                f"| ({variant}) {NAMES[variant]}, {FORM_NAMES[form]} | {' | '.join(f'{spread(x):.2f}' for x in shares)} |"
+            )
+    return "\n".join(lines)
+
+
+STAGES = {"train_loss": "pretrain", "text_loss": "position_loss", "top_needle_score": "retrieval"}
+
+
+def costs(rows: list[Row]) -> str:
+    """Seconds of each stage, from the provenance that its rows share."""
+    taken: dict[str, dict] = defaultdict(dict)
+    for row in rows:
+        stage = row.at.get("stage") or STAGES.get(row.metric)
+        if stage and "seconds" in row.provenance:
+            taken[stage][row.variant, row.seed, row.at["form"]] = row.provenance
+    lines = ["| stage | models | processor seconds a model | all | peak memory |", "|---|---|---|---|---|"]
+    for stage, models in taken.items():
+        seconds = [p["processor_seconds"] for p in models.values()]
+        peak = max(p["peak_mib"] for p in models.values())
+        lines.append(
+            f"| {stage} | {len(models)} | {np.mean(seconds):.0f} | {sum(seconds) / 60:.1f} minutes | {peak:,} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def made(rows: list[Row]) -> str:
+    """Where the rows come from."""
+    p, seeds = rows[-1].provenance, sorted({row.seed for row in rows if row.seed is not None})
+    return (
+        f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds. Python {p['python']}, torch {p['torch']}, "
+        f"transformers {p['transformers']}, commit {p['commit']}; the rows are in docs/results/tiny.jsonl, corpus {p['corpus'].split()[-1]}."
+    )
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    pattern = re.compile(rf"(<!-- tiny {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    assert pattern.search(text), f"no block {name}"
+    return pattern.sub(lambda match: match[1] + block + match[2], text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        take(Path(sys.argv[1]))
+    rows, length = read_rows(ROWS), tiny().train_length
+    found = claims([*formula_rows(), *rows], length)
+    blocks = {
+        "README.md": {"abstract": f"{abstract(found, 'figure')}\n\n{PICTURE}"},
+        "REPRODUCING.md": {
+            "made": made(rows),
+            "abstract": abstract(found, "figure"),
+            "claims": all_claims(found),
+            "losses": losses(rows, length),
+            "needles": needles(rows, length),
+            "costs": costs(rows),
+        },
+    }
+    for file, parts in blocks.items():
+        path = DOCS.parent / file
+        text = path.read_text()
+        for name, block in parts.items():
+            text = replaced(text, name, block)
+        path.write_text(text)

@@ -13,6 +13,8 @@ from pathlib import Path
 from ssmax.files import check_folder
 from ssmax.results import read_rows
 
+# Seconds after which a wait is a hang on any machine: a guard, by which nothing is judged.
+PATIENCE = 900
 PROGRAM = Path(__file__).parent / "programs" / "forks.py"
 SMALL = [
     *("--hidden-size", "16", "--num-heads", "2", "--intermediate-size", "24", "--train-length", "64"),
@@ -62,7 +64,7 @@ class Forks:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=PATIENCE)
         self.process.stdout.close()
 
 
@@ -88,9 +90,18 @@ def whole(folder):
     return True
 
 
-def gone(pid, seconds=120):
+def wait_for(condition, process, poll=0.01):
+    """Wait for a moment in a command that was started with its stderr piped; it must not end before."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(poll)
+
+
+def gone(pid):
     """Wait until no process of a group lives any more."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             os.killpg(pid, 0)
@@ -112,6 +123,19 @@ def half_written(folder):
     """Checkpoints that are being written at this moment."""
     found = folder.glob("models/*/*-checkpoints/checkpoint-*")
     return {checkpoint for checkpoint in found if not (checkpoint / "seal.json").exists()}
+
+
+def frozen_while_writing(pid, folder, left):
+    """Stop a group where a checkpoint is half-written that was not among those left; it goes on if that has just ended."""
+    if not half_written(folder) - left:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGSTOP)
+    if half_written(folder) - left:
+        return True
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGCONT)
+    return False
 
 
 def kill(pid, whom, rng):

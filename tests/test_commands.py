@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import PATIENCE
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
@@ -24,7 +25,7 @@ TOKENS = torch.arange(3, 13)[None]
 
 
 def run(*arguments):
-    return subprocess.run([SSMAX, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([SSMAX, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def test_a_stopped_calibration_says_so_and_leaves_nothing(trained, number):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number
     assert told.strip().splitlines()[-1] == f"ssmax: stopped by {number.name}; nothing was written"
     assert "Traceback" not in told

@@ -6,10 +6,10 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from faults import PATIENCE, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssmax.hf  # noqa: F401
@@ -46,7 +46,7 @@ def start(ranks, *arguments):
 
 def run(ranks, *arguments):
     process = start(ranks, *arguments)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err[-3000:]
     return out
 
@@ -93,14 +93,10 @@ def mark_history(folder):
 def test_a_killed_rank_costs_nothing(before, after, shard, alone, corpus, tmp_path):
     command = [*TRAIN, tmp_path / "run", "--corpus", corpus, *["--shard"] * shard]
     process = start(before, *command)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/models/*/pretrain-checkpoints/checkpoint-10/seal.json")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+    wait_for(lambda: list(tmp_path.glob("run/models/*/pretrain-checkpoints/checkpoint-*/seal.json")), process)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert not (tmp_path / "run" / "model").exists()
     mark_history(tmp_path / "run")
@@ -126,7 +122,7 @@ def test_ranks_share_the_measurements_too(corpus, tmp_path):
 
 def test_a_batch_that_the_ranks_cannot_share(corpus, tmp_path):
     process = start(3, *TRAIN, tmp_path / "run", "--corpus", corpus)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "a batch of 8 cannot be shared by 3 ranks" in err
 

@@ -5,11 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from faults import TRAIN, make_corpus, values, whole
+from faults import PATIENCE, TRAIN, make_corpus, values, wait_for, whole
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +33,7 @@ def start(*arguments):
 
 def run(*arguments):
     process = start("-m", "ssmax", *arguments)
-    _, told = process.communicate(timeout=200)
+    _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, told[-3000:]
 
 
@@ -48,11 +47,7 @@ def together(corpus, tmp_path_factory):
 
 def started(process, folder):
     """Wait until the second checkpoint is sealed; return the process ids of the ranks by their number."""
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("models/*/pretrain-checkpoints/checkpoint-*/seal.json"))) < 2:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: len(list(folder.glob("models/*/pretrain-checkpoints/checkpoint-*/seal.json"))) >= 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = {}
     for child in children:
@@ -67,10 +62,8 @@ def test_a_rank_that_is_gone_is_named(rank, number, fault, corpus, together, tmp
     command = ["train", tmp_path / "run", *TRAIN, "--corpus", corpus, "--timeout-minutes", "0.1"]
     process = start("-m", "ssmax", *command)
     os.kill(started(process, tmp_path / "run")[rank], number)
-    struck = time.monotonic()
-    _, told = process.communicate(timeout=120)
-    # 6 s until the other one gives up, 5 s to ask around, 30 s until torchrun kills what does not end.
-    assert time.monotonic() - struck < 90
+    # 6 s until the other one gives up, 5 s to ask around, 30 s until torchrun kills what does not end; by default two hours.
+    _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert f"ssmax: rank {rank} does not answer: it hangs or was killed" in told
     assert not (tmp_path / "run" / "model").exists()
@@ -84,10 +77,8 @@ def test_a_rank_that_is_gone_is_named(rank, number, fault, corpus, together, tmp
 def test_ranks_that_are_not_alike_write_nothing(what, corpus, tmp_path, record):
     other = make_corpus(tmp_path / "other", 20)
     command = ["train", tmp_path / "run", *TRAIN, "--corpus", corpus]
-    began = time.monotonic()
     process = start(PROGRAM, what if what == "version" else other, *command)
-    _, told = process.communicate(timeout=120)
-    assert time.monotonic() - began < 90
+    _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert f"ssmax: rank 1 has another {what} than rank 0" in told
     assert "nothing was written" in told
@@ -96,20 +87,15 @@ def test_ranks_that_are_not_alike_write_nothing(what, corpus, tmp_path, record):
 
 
 def test_stopped_ranks_save_together(corpus, together, tmp_path, record):
-    command = ["train", tmp_path / "run", *TRAIN[:-1], "60", "--corpus", corpus]  # its own checkpoints come too late
+    command = ["train", tmp_path / "run", *TRAIN[:-1], "1000", "--corpus", corpus]  # it makes no checkpoint but that of the stop
     process = start("-m", "ssmax", *command)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/models/*/pretrain-checkpoints")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.5)
+    wait_for(lambda: list(tmp_path.glob("run/models/*/pretrain-checkpoints")), process)
     process.terminate()
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "ssmax: stopped by SIGTERM; the same command continues" in told
     (seal,) = tmp_path.glob("run/models/*/pretrain-checkpoints/checkpoint-*/seal.json")
-    assert 0 < json.loads(seal.with_name("trainer_state.json").read_text())["global_step"] < 60
+    assert 0 < json.loads(seal.with_name("trainer_state.json").read_text())["global_step"] < 120
     run(*command)
     assert values(tmp_path / "run" / "rows.jsonl") == together
     record("torchrun stopped by SIGTERM", 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import PATIENCE
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -78,7 +79,7 @@ def finished(folder):
         folder / "texts",
     ]
     command += [*QUICK, "--tasks", "needle", "abc", "--out", folder / "run"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return folder / "run", done
 

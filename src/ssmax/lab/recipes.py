@@ -121,7 +121,7 @@ class Recipe:
     length_factor: int = _field(32, "How far past the training length everything is measured.")
     theta_factors: tuple[int, ...] = _field((50,), "Of RoPE's theta at test time.")
     depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
-    trials: int = _field(16, "Needles for each context size and depth, and texts to count in for each size.")
+    trials: int = _field(24, "Needles for each context size and depth, and texts to count in for each size.")
     score_trials: int = _field(100, "Trials of the needle scores.")
     score_length_factor: int = _field(8, "Context of the needle scores, in training lengths.")
     corpus_bytes: int = _field(64_000_000, "How much text is read, where it is held in memory.")

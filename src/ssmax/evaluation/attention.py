@@ -2,20 +2,27 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ssmax.evaluation.mode import eval_mode
-from ssmax.evaluation.prefix import feed
+from ssmax.evaluation.reading import Memory, Reader, relative_error, tolerance
+from ssmax.evaluation.weights import Weights, recorded
 
-__all__ = ["Sharpness", "attend", "attention_sharpness", "needle_scores", "span_scores"]
+__all__ = [
+    "Sharpness",
+    "attend",
+    "attention_sharpness",
+    "needle_scores",
+    "sharpness_by_layer",
+    "span_scores",
+    "stacked",
+]
 
 CHUNK = 1024
 
@@ -34,20 +41,26 @@ def needle_scores(model: PreTrainedModel, token_ids: Tensor, span: tuple[int, in
         chunk: positions per forward pass; smaller needs less memory.
 
     Returns:
-        (layers, heads), float32, each in [0, 1].
+        (layers, heads), float32, each in [0, 1]. Layers without attention weights (a state space, a convolution) have no row;
+        a warning says which.
 
     Raises:
-        ValueError: token_ids are not one sequence of at least 2 tokens, or span does not lie inside it.
+        ValueError: token_ids are not one sequence of at least 2 tokens, span does not lie inside it, the weights of a layer
+            with attention cannot be had, or heads differ by layer.
+        FloatingPointError: weights that are not numbers.
     """
     token_ids = _one_sequence(token_ids)
     first, stop = span
     if not 0 <= first < stop <= token_ids.shape[1]:
         raise ValueError(f"span must satisfy 0 <= first < stop <= {token_ids.shape[1]}, got {span}")
-    cache = DynamicCache(config=model.config)
+    token_ids = token_ids.to(model.device)
     with eval_mode(model):
-        feed(model, token_ids[:, :-1].to(model.device), cache, chunk)
-        _, weights = attend(model, token_ids[:, -1:].to(model.device), cache)
-    return span_scores(weights, [span], token_ids.shape[1])[0]
+        reader = Reader(model, token_ids, chunk)
+        memory = reader.read(reader.empty(1), token_ids[:, :-1])
+        _, weights = attend(reader, memory, token_ids[:, -1:], token_ids.shape[1])
+    weights.raise_problem()
+    weights.warn_of_missing()
+    return stacked(span_scores(weights.layers, [span], token_ids.shape[1])[0])
 
 
 @dataclass(frozen=True)
@@ -84,27 +97,45 @@ def attention_sharpness(
         chunk: positions per forward pass; smaller needs less memory.
 
     Raises:
-        ValueError: token_ids are not one sequence, or lengths are not ascending within it.
+        ValueError: token_ids are not one sequence, lengths are not ascending within it, or as needle_scores.
+        FloatingPointError: as needle_scores.
     """
+    return [
+        Sharpness(n, *(stacked({layer: of[i] for layer, of in found.items()}) for i in range(4)))
+        for n, found in sharpness_by_layer(model, token_ids, lengths, chunk=chunk)
+    ]
+
+
+@torch.inference_mode()
+def sharpness_by_layer(
+    model: PreTrainedModel, token_ids: Tensor, lengths: Sequence[int], *, chunk: int = CHUNK
+) -> list[tuple[int, dict[int, tuple[Tensor, ...]]]]:
+    """As attention_sharpness; for each n and layer, the four measures, (heads,) each: heads may differ by layer."""
     token_ids = _one_sequence(token_ids).to(model.device)
     lengths = list(lengths)
     if not lengths or lengths != sorted(set(lengths)) or lengths[0] < 3 or lengths[-1] > token_ids.shape[1]:
         raise ValueError(f"lengths must ascend from at least 3 to at most {token_ids.shape[1]}, got {lengths}")
-    cache, found = DynamicCache(config=model.config), []
+    found = []
     with eval_mode(model):
+        reader = Reader(model, token_ids, chunk)
+        memory = reader.empty(1)
         for before, n in itertools.pairwise([0, *lengths]):
-            feed(model, token_ids[:, before : n - 1], cache, chunk)
-            _, weights = attend(model, token_ids[:, n - 1 : n], cache)
-            found.append(_sharpness(n, [layer[0].cpu() for layer in weights]))
+            memory = reader.read(memory, token_ids[:, before : n - 1])
+            last = token_ids[:, n - 1 : n]
+            _, weights = attend(reader, memory, last, n)
+            weights.raise_problem()
+            if not found:
+                weights.warn_of_missing()
+            found.append((n, {layer: _sharpness(n, of[0].cpu()) for layer, of in weights.layers.items()}))
+            if isinstance(memory, Tensor):
+                memory = reader.read(memory, last)
     return found
 
 
 def _sharpness(n, weights):
     # A layer with a window has left the first token behind, once it holds fewer keys than there are tokens.
-    behind = [layer[:, 1:] / layer[:, 1:].sum(-1, keepdim=True) if layer.shape[1] == n else layer for layer in weights]
-    return Sharpness(
-        n, *(torch.stack([f(x) for x in rows]) for rows in (weights, behind) for f in (_entropy, _largest))
-    )
+    behind = weights[:, 1:] / weights[:, 1:].sum(-1, keepdim=True) if weights.shape[1] == n else weights
+    return tuple(f(x) for x in (weights, behind) for f in (_entropy, _largest))
 
 
 def _entropy(weights):
@@ -115,23 +146,62 @@ def _largest(weights):
     return weights.max(-1).values
 
 
-def attend(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> tuple[Tensor, list[Tensor]]:
-    """Append tokens (B, T) to the cache; return their logits (B, T, V) and what the first of them attends to.
+def attend(reader: Reader, memory: Memory, token_ids: Tensor, length: int) -> tuple[Tensor, Weights]:
+    """Read tokens (B, T) after memory; return their logits (B, T, V) and what the first of them attends to.
 
-    That is each layer's weights (B, heads, keys up to that token). The tokens run on eager attention, whose weights can be
-    read, whatever implementation filled the cache. Layers without attention weights (a state space) are left out.
+    That one is the last of length tokens, and it alone runs on eager attention, whose weights can be read: families give
+    other logits when they are asked for their weights (Falcon forgets its mask). A cache holds all tokens afterwards.
     """
-    with _eager(model):
-        output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, output_attentions=True)
-    later = token_ids.shape[1] - 1
-    layers = [layer[:, :, 0].float() for layer in output.attentions or () if layer is not None]
-    return output.logits, [layer[..., : layer.shape[-1] - later] for layer in layers]
+    if isinstance(memory, Tensor) and not (length > 1 and reader.steps):
+        return _whole(reader, torch.cat([memory, token_ids], 1), length)
+    cache, size = (reader.prefilled(memory), 1) if isinstance(memory, Tensor) else (memory, reader.chunk)
+    first, weights = _recorded(reader, token_ids[:, :1], cache, 0, length)
+    rest = token_ids[:, 1:].split(size, 1) if token_ids.shape[1] > 1 else ()
+    return torch.cat([first, *(reader.call(part, cache).logits for part in rest)], 1), weights
 
 
-def span_scores(weights: Sequence[Tensor], spans: Sequence[tuple[int, int]], length: int) -> Tensor:
-    """Return the weight on each row's span, (B, layers, heads); a layer with a window holds the last keys of length."""
-    whole = torch.stack([pad(layer, (length - layer.shape[-1], 0)) for layer in weights], 1)
-    return torch.stack([row[:, :, slice(*span)].sum(-1) for row, span in zip(whole, spans, strict=True)])
+def _whole(reader, token_ids, length):
+    """One forward for the logits, another for the weights, which must agree."""
+    kept = token_ids.shape[1] - length + 1
+    logits = reader.call(token_ids, reader.fresh_if_needed(), logits_to_keep=kept).logits[:, -kept:]
+    again, weights = _recorded(reader, token_ids[:, :length], reader.fresh_if_needed(), length - 1, length)
+    if relative_error(again, logits[:, :1]) > tolerance(logits.dtype):
+        weights.refuse(f"{type(reader.model).__name__} gives other logits when it is asked for its attention weights")
+    return logits, weights
+
+
+def _recorded(reader, token_ids, cache, row, length):
+    """Pass tokens; return logits and weights of the last."""
+    with recorded(reader.model, row, length) as weights:
+        output = reader.call(token_ids, cache, output_attentions=True, logits_to_keep=1)
+        weights.add(output)
+    return output.logits[:, -1:], weights
+
+
+def span_scores(layers: Mapping[int, Tensor], spans: Sequence[tuple[int, int]], length: int) -> list[dict[int, Tensor]]:
+    """Return each row's weight on its span, (heads,) by layer; a layer with a window holds the last keys of length."""
+    whole = {layer: pad(weights, (length - weights.shape[-1], 0)) for layer, weights in layers.items()}
+    return [
+        {layer: weights[row, :, slice(*span)].sum(-1) for layer, weights in whole.items()}
+        for row, span in enumerate(spans)
+    ]
+
+
+def stacked(by_layer: Mapping[int, Tensor]) -> Tensor:
+    """Return (layers, heads) of what each layer has, (heads,).
+
+    Raises:
+        ValueError: heads differ by layer.
+    """
+    if not by_layer:
+        return torch.zeros(0, 0)
+    heads = {layer: len(of) for layer, of in by_layer.items()}
+    if len(set(heads.values())) > 1:
+        raise ValueError(
+            f"heads differ by layer ({', '.join(f'layer {layer}: {count}' for layer, count in heads.items())}), which no tensor "
+            "(layers, heads) holds; the rows of ssmax evaluate do"
+        )
+    return torch.stack(list(by_layer.values()))
 
 
 def _one_sequence(token_ids):
@@ -139,13 +209,3 @@ def _one_sequence(token_ids):
     if token_ids.ndim != 2 or token_ids.shape[0] != 1 or token_ids.shape[1] < 2 or token_ids.is_floating_point():
         raise ValueError(f"token_ids must be one sequence of at least 2 token ids, got {tuple(token_ids.shape)}")
     return token_ids
-
-
-@contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    before: Any = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

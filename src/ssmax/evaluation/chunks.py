@@ -1,32 +1,15 @@
-"""A chunk of positions behind a cache: through the backbone alone, and without the mask that stands for 'causal'."""
+"""A chunk of positions behind a cache, without the mask that stands for 'causal'."""
 
-import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from transformers import Cache, PreTrainedModel
 
-from ssmax.hf.visibility import forward_scope
-
-__all__ = ["backbone_states", "has_backbone"]
+__all__ = ["CausalBehindCache"]
 
 # Fewer queries gain nothing: their rectangle of keys is hardly larger than what they see.
 FEWEST = 128
-
-
-def has_backbone(model: PreTrainedModel) -> bool:
-    """Whether the model is a backbone and what transformers puts behind it; of code from elsewhere nothing is known."""
-    code = inspect.unwrap(type(model).forward).__module__
-    return model.base_model is not model and code.partition(".")[0] == "transformers"
-
-
-def backbone_states(model: PreTrainedModel, token_ids: Tensor, cache: Cache) -> Any:
-    """Append tokens (B, T) to the cache; return the backbone's output, without what stands behind it."""
-    with forward_scope(), CausalBehindCache():
-        return model.base_model(input_ids=token_ids, past_key_values=cache, use_cache=True)
 
 
 class CausalBehindCache(TorchFunctionMode):

@@ -9,7 +9,7 @@ from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssmax.evaluation.attention import attention_sharpness
+from ssmax.evaluation.attention import sharpness_by_layer
 from ssmax.evaluation.position_loss import binned, loss_by_position
 from ssmax.evaluation.retrieval import RetrievalTrial, retrieve_grid
 from ssmax.evaluation.tasks import ABCDigits, NeedleTask, depth_grid
@@ -20,6 +20,9 @@ __all__ = ["attention_rows", "draw_trials", "loss_rows", "retrieval_rows"]
 # Tokens of the longest prompts that pass at once; fewer where memory does not allow it.
 BATCH_TOKENS = 32_768
 QUANTILES = (0.1, 0.5, 0.9)
+
+# What sharpness_by_layer gives, in its order.
+MEASURED = [(metric, sink) for sink in ("with", "without") for metric in ("attention_entropy", "largest_weight")]
 
 Progress = Callable[[int], Any]
 
@@ -96,17 +99,18 @@ def retrieval_rows(
 def _score_rows(found, longest, variant, at):
     depth = min((depth for length, depth in found[0] if length == longest), key=lambda depth: abs(depth - 0.5))
     cell = [trial[longest, depth] for trial in found]
-    if not cell[0].scores.numel():
+    if not cell[0].by_layer:
         return []
     place = {**at, "length": longest, "depth": depth}
     rows = []
-    for (layer, head), score in np.ndenumerate(torch.stack([trial.scores for trial in cell]).mean(0).numpy()):
-        rows.append(
-            Row("needle_score", variant, None, {**place, "layer": layer, "head": head}, float(score), len(cell))
-        )
+    for layer in cell[0].by_layer:
+        for head, score in enumerate(torch.stack([trial.by_layer[layer] for trial in cell]).mean(0).tolist()):
+            rows.append(Row("needle_score", variant, None, {**place, "layer": layer, "head": head}, score, len(cell)))
     for number, trial in enumerate(cell):
         here = {**place, "trial": number, "correct": trial.correct}
-        rows.append(Row("top_needle_score", variant, None, here, trial.scores.max().item(), 1))
+        rows.append(
+            Row("top_needle_score", variant, None, here, max(of.max().item() for of in trial.by_layer.values()), 1)
+        )
     return rows
 
 
@@ -128,19 +132,15 @@ def attention_rows(
     lengths = sorted({2**k for k in range(6, 40) if 2**k < longest} | {longest})
     found = []
     for ids in documents:
-        found.append(attention_sharpness(model, ids, lengths, chunk=chunk))
+        found.append(sharpness_by_layer(model, ids, lengths, chunk=chunk))
         if progress is not None:
             progress(len(ids))
     rows = []
     for index, n in enumerate(lengths):
-        here = [of_document[index] for of_document in found]
-        for metric, sink, tensors in (
-            ("attention_entropy", "with", [x.entropy for x in here]),
-            ("attention_entropy", "without", [x.entropy_without_sink for x in here]),
-            ("largest_weight", "with", [x.largest for x in here]),
-            ("largest_weight", "without", [x.largest_without_sink for x in here]),
-        ):
-            heads = torch.stack(tensors).mean(0).flatten().double()
+        # Over all heads of all layers: the four measures, (heads,) each.
+        here = [[torch.cat(of) for of in zip(*by_layer[index][1].values(), strict=True)] for by_layer in found]
+        for (metric, sink), tensors in zip(MEASURED, zip(*here, strict=True), strict=True):
+            heads = torch.stack(tensors).mean(0).double()
             values = {"mean": heads.mean().item()} | {f"{q:.0%}": heads.quantile(q).item() for q in QUANTILES}
             for name, value in values.items():
                 place = {**at, "n": n, "sink": sink, "heads": name}

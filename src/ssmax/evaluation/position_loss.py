@@ -1,20 +1,18 @@
 """Loss at each position of long texts, in memory that does not grow with length x vocabulary (the paper's Fig. 5)."""
 
-import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ssmax.evaluation.chunks import backbone_states, has_backbone
 from ssmax.evaluation.mode import eval_mode
+from ssmax.evaluation.reading import Reader
 
 __all__ = ["Bin", "binned", "log_edges", "loss_by_position"]
 
@@ -32,7 +30,8 @@ def loss_by_position(
 
     Entry t is -log p(token t+1 | tokens 0..t), in nats. The text passes in chunks of positions through a key-value
     cache, and each chunk in slices through the vocabulary's projection, with whatever the family does there (softcap,
-    scaling): neither length x vocabulary nor chunk x vocabulary ever exists.
+    scaling): neither length x vocabulary nor chunk x vocabulary ever exists. A model that does not go on exactly from a
+    cache (see Reader) passes the text at once.
 
     Args:
         model: a causal language model of transformers; evaluated in eval mode.
@@ -44,51 +43,45 @@ def loss_by_position(
         (B, T - 1), float32.
 
     Raises:
-        ValueError: token_ids are not (B, T) integers with T >= 2, or chunk is below 1.
+        ValueError: token_ids are not (B, T) integers with T >= 2, chunk is below 1, or the model is not causal.
     """
     if token_ids.ndim != 2 or token_ids.is_floating_point() or token_ids.shape[1] < 2:
         raise ValueError(f"token_ids must be integers (B, T), T >= 2; got {token_ids.dtype} {tuple(token_ids.shape)}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     token_ids = token_ids.to(model.device)
-    losses_of = _losses_sliced
-    if not has_backbone(model):
-        losses_of, chunk = _losses_whole, min(chunk, LOGIT_ROWS)
-    cache, losses = DynamicCache(config=model.config), []
     with eval_mode(model):
         inputs, targets = token_ids[:, :-1], token_ids[:, 1:]
+        reader = Reader(model, inputs, chunk)
+        if reader.backbone is None:
+            chunk = min(chunk, LOGIT_ROWS)
+        whole = inputs.shape[1] <= chunk or not reader.pieces
+        cache, losses = reader.fresh_if_needed() if whole else reader.fresh_cache(), []
+        if whole:
+            chunk = inputs.shape[1]
         for rows, wanted in zip(inputs.split(chunk, 1), targets.split(chunk, 1), strict=True):
-            losses.append(losses_of(model, rows, wanted, cache))
+            losses.append(_losses(reader, rows, wanted, cache))
             if progress is not None:
                 progress(rows.numel())
     return torch.cat(losses, 1)
 
 
-def _losses_whole(model, rows, wanted, cache):
-    logits = model(input_ids=rows, past_key_values=cache, use_cache=True).logits
-    return cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
-
-
-def _losses_sliced(model, rows, wanted, cache):
-    output = backbone_states(model, rows, cache)
+def _losses(reader, rows, wanted, cache):
+    if reader.backbone is None:
+        return _cross_entropy(reader.call(rows, cache).logits, wanted)
+    output = reader.run(rows, cache)
     states, losses = output.last_hidden_state.flatten(0, 1), []
     for slice_RD, wanted_R in zip(states.split(LOGIT_ROWS), wanted.flatten().split(LOGIT_ROWS), strict=True):
-        with _answering(model.base_model, output, slice_RD[None]):
-            logits_RV = model(input_ids=rows[:1, :1], use_cache=False).logits[0]
-        losses.append(cross_entropy(logits_RV.float(), wanted_R, reduction="none"))
+        losses.append(_cross_entropy(reader.logits(output, slice_RD[None]), wanted_R[None])[0])
     return torch.cat(losses).view(wanted.shape)
 
 
-@contextmanager
-def _answering(backbone: nn.Module, output: Any, states: Tensor) -> Iterator[None]:
-    """Let the backbone answer with states, so that what the model does behind it can be had slice by slice."""
-    answer = copy.copy(output)
-    answer.last_hidden_state = states
-    backbone.forward = lambda *args, **kwargs: answer
-    try:
-        yield
-    finally:
-        del backbone.forward
+def _cross_entropy(logits_BTV, wanted_BT):
+    if logits_BTV.shape[:2] != wanted_BT.shape:
+        raise ValueError(
+            f"the model gave logits {tuple(logits_BTV.shape)} for tokens {tuple(wanted_BT.shape)}, not one row each"
+        )
+    return cross_entropy(logits_BTV.float().transpose(1, 2), wanted_BT, reduction="none")
 
 
 @dataclass(frozen=True)

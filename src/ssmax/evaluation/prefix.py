@@ -1,19 +1,16 @@
 """Prompts that share a prefix, prefilled once: contexts of a needle grid, questions about one context."""
 
-import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
-from ssmax.evaluation.chunks import backbone_states, has_backbone
+from ssmax.evaluation.reading import Memory, Reader, branch
 
-__all__ = ["Node", "feed", "prefill", "prefix_tree", "size"]
+__all__ = ["Node", "prefill", "prefix_tree", "size"]
 
 
 @dataclass(frozen=True)
@@ -72,45 +69,23 @@ def prefill(
     tree: Node,
     *,
     chunk: int,
+    reader: Reader | None = None,
     progress: Callable[[int], Any] | None = None,
-) -> Iterator[tuple[int, Cache]]:
-    """Yield each prompt's index and a cache that holds it, in the order of the tree; the caller may extend the cache.
+) -> Iterator[tuple[int, Memory]]:
+    """Yield each prompt's index and a memory that holds it, in the order of the tree; the caller may extend it.
 
-    Memory: a few caches of the longest prompt, one for each branching above the present prompt.
+    Memory: a few caches of the longest prompt, one for each branching above the present prompt. Where the model goes on from
+    no cache exactly, memories are the prompts themselves: nothing is shared then.
     """
-    yield from _walk(model, prompts, tree, DynamicCache(config=model.config), chunk, progress or (lambda tokens: None))
+    reader = reader or Reader(model, max(prompts, key=lambda prompt: prompt.shape[1]), chunk)
+    yield from _walk(reader, prompts, tree, reader.empty(len(prompts[0])), progress or (lambda tokens: None))
 
 
-def _walk(model, prompts, node, cache, chunk, progress):
-    feed(model, prompts[node.prompt][:, node.start : node.stop], cache, chunk, progress)
+def _walk(reader, prompts, node, memory, progress):
+    memory = reader.read(memory, prompts[node.prompt][:, node.start : node.stop], progress)
     for i in node.ends:
-        yield i, _branch(cache)
+        yield i, branch(memory)
     for child in node.children[:-1]:
-        yield from _walk(model, prompts, child, _branch(cache), chunk, progress)
+        yield from _walk(reader, prompts, child, branch(memory), progress)
     if node.children:
-        yield from _walk(model, prompts, node.children[-1], cache, chunk, progress)
-
-
-def feed(
-    model: PreTrainedModel, token_ids: Tensor, cache: Cache, chunk: int, progress: Callable[[int], Any] = lambda _: None
-) -> None:
-    """Append (B, T) tokens to the cache in chunks; T may be 0."""
-    if not token_ids.shape[1]:
-        return
-    append = backbone_states if has_backbone(model) else _whole
-    for rows in token_ids.split(chunk, 1):
-        append(model, rows, cache)
-        progress(rows.numel())
-
-
-def _whole(model, token_ids, cache):
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    model(input_ids=token_ids, past_key_values=cache, use_cache=True, **({"logits_to_keep": 1} if keeps else {}))
-
-
-def _branch(cache: Cache) -> Cache:
-    """A cache that grows apart from this one; layers that only ever replace their tensors share them until then."""
-    branch = copy.copy(cache)
-    shared = (DynamicLayer, DynamicSlidingWindowLayer)
-    branch.layers = [copy.copy(x) if type(x) in shared else copy.deepcopy(x) for x in cache.layers]
-    return branch
+        yield from _walk(reader, prompts, node.children[-1], memory, progress)

@@ -1,5 +1,6 @@
 """Ask a model for the answers of retrieval tasks: exact match, first digit and needle scores (Fig. 6 to 8)."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssmax.evaluation.attention import attend, span_scores
+from ssmax.evaluation.attention import attend, span_scores, stacked
 from ssmax.evaluation.mode import eval_mode
 from ssmax.evaluation.prefix import Node, prefill, prefix_tree, size
+from ssmax.evaluation.reading import Reader
 from ssmax.evaluation.tasks import NeedleExample
 
 __all__ = ["RetrievalTrial", "grid_tokens", "retrieve", "retrieve_grid"]
@@ -25,13 +27,20 @@ class RetrievalTrial:
 
     Attributes:
         correct: whether the whole answer came out.
-        scores: each head's needle score, (layers, heads).
         first_digit: whether the answer was right up to its first digit (the token that holds it).
+        by_layer: each head's needle score, (heads,) by the layer's index; none where the model has no attention weights.
+        problem: why there are none, if the model has attention.
     """
 
     correct: bool
-    scores: Tensor
     first_digit: bool
+    by_layer: dict[int, Tensor]
+    problem: str | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        """The needle scores, (layers, heads); ValueError where heads differ by layer."""
+        return stacked(self.by_layer)
 
 
 def retrieve(model: PreTrainedModel, examples: Sequence[NeedleExample], *, chunk: int = CHUNK) -> list[RetrievalTrial]:
@@ -62,17 +71,27 @@ def retrieve_grid(
         trials: cell -> example for each, as a task's grid gives them; all with the same cells.
         chunk: positions per forward pass; smaller needs less memory.
         progress: called with the number of tokens that were prefilled.
+
+    Raises:
+        ValueError: the model is not causal.
+        FloatingPointError: logits that are not numbers.
     """
+    if not trials:
+        return []
     found: list[dict[Any, RetrievalTrial]] = [{} for _ in trials]
     with eval_mode(model):
+        longest = max((example.prompt for example in trials[0].values()), key=len)
+        reader = Reader(model, torch.tensor([longest]), chunk)
         for members, examples, prompts, tree in _batches(trials):
             prompts = [prompt.to(model.device) for prompt in prompts]
             # The last token of a prompt is left to _answer, which reads its attention.
             before = [prompt[:, :-1] for prompt in prompts]
-            for cell, cache in prefill(model, before, tree, chunk=chunk, progress=progress):
+            for cell, memory in prefill(model, before, tree, chunk=chunk, reader=reader, progress=progress):
                 name = list(examples)[cell]
-                for row, trial in zip(members, _answer(model, prompts[cell], cache, examples[name]), strict=True):
+                for row, trial in zip(members, _answer(reader, prompts[cell], memory, examples[name]), strict=True):
                     found[row][name] = trial
+    if problem := found[0][next(iter(found[0]))].problem:
+        warnings.warn(f"no needle scores: {problem}", stacklevel=2)
     return found
 
 
@@ -94,16 +113,20 @@ def _batches(trials) -> list[tuple[list[int], dict[Any, list[NeedleExample]], li
     return batches
 
 
-def _answer(model, prompts, cache, examples):
-    answers = torch.tensor([example.answer for example in examples], device=model.device)
+def _answer(reader, prompts, memory, examples):
+    answers = torch.tensor([example.answer for example in examples], device=prompts.device)
     # Feeding the true answer and comparing each next choice is exact match of greedy decoding, in one pass.
-    logits, weights = attend(model, torch.cat([prompts[:, -1:], answers[:, :-1]], 1), cache)
+    logits, weights = attend(reader, memory, torch.cat([prompts[:, -1:], answers[:, :-1]], 1), prompts.shape[1])
+    if logits.isnan().any():
+        raise FloatingPointError(f"{type(reader.model).__name__} gives logits that are not numbers (nan)")
     right = logits.argmax(-1) == answers
-    if weights:
-        scores = span_scores(weights, [example.span for example in examples], prompts.shape[1])
-    else:
-        scores = torch.zeros(len(examples), 0, 0)
+    scores = span_scores(weights.layers, [example.span for example in examples], prompts.shape[1])
     return [
-        RetrievalTrial(bool(row.all()), score.cpu(), bool(row[: example.first].all()))
+        RetrievalTrial(
+            bool(row.all()),
+            bool(row[: example.first].all()),
+            {layer: of.cpu() for layer, of in score.items()},
+            weights.problem,
+        )
         for row, score, example in zip(right, scores, examples, strict=True)
     ]

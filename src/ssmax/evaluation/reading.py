@@ -1,0 +1,289 @@
+"""How a model reads a long text in pieces: found out on the model itself, so that no argument is swallowed unseen."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ssmax.evaluation.chunks import CausalBehindCache
+from ssmax.hf.visibility import forward_scope
+
+__all__ = ["Memory", "Reader", "branch", "is_transformers", "relative_error", "tolerance"]
+
+# What a model has read: a cache, where it goes on from one exactly; else the tokens, to be read anew when it is asked.
+Memory = Cache | Tensor
+
+# The pieces in which a sample is read: short and long ones, single tokens among them, since families treat them apart.
+PIECES = (4, 2, 1, 3, 9, 1, 2, 5, 1, 6, 2, 1, 3, 8)
+# By which name a family takes a cache of transformers.
+CACHES = ("past_key_values", "cache_params")
+# A sharing of layers that only ever replace their tensors is safe.
+SHARED = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def is_transformers(model: PreTrainedModel) -> bool:
+    """Whether the model's forward is transformers' own; of code from elsewhere nothing is known."""
+    return inspect.unwrap(type(model).forward).__module__.partition(".")[0] == "transformers"
+
+
+class Reader:
+    """A model in eval mode, and what was found out about it on the first tokens of a text.
+
+    What counts is the effect: a cache is used where a text in pieces has the states of the whole text. Families
+    swallow arguments that they do not know (Mamba's cache is no past_key_values), or lose a part of
+    their state between two pieces (the convolutions of Mamba and Jamba). Such a model reads a text whole.
+
+    Attributes:
+        model: the model.
+        backbone: the module whose last_hidden_state the model's own forward turns into logits; None where there is none such,
+            and for code that is not transformers'.
+    """
+
+    def __init__(self, model: PreTrainedModel, token_ids: Tensor, chunk: int):
+        """Look at the model.
+
+        Args:
+            model: a causal language model of transformers, in eval mode.
+            token_ids: (B, T) of the text that it will read; the first few of the first row are used.
+            chunk: positions per forward pass.
+
+        Raises:
+            ValueError: the model is an encoder-decoder, or sees later tokens.
+        """
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder model; only causal language models can be measured"
+            )
+        self.model, self.chunk = model, chunk
+        self.backbone: nn.Module | None = None
+        self._sample = token_ids[:1, : sum(PIECES)].to(model.device)
+        with _plain_kernels(model):
+            self._whole = self._look()
+            half = max(1, self._sample.shape[1] // 2)
+            self._refuse_two_ways(self._states(self._sample[:, :half], self.fresh_if_needed()), self._whole[:, :half])
+
+    @cached_property
+    def pieces(self) -> bool:
+        """Whether a text in pieces, one after another into a cache, is the text as a whole."""
+        sizes = [min(size, self.chunk) for size in PIECES for _ in range(-(-size // min(size, self.chunk)))]
+        return self._continues(sizes)
+
+    @cached_property
+    def steps(self) -> bool:
+        """Whether single tokens behind a text that was read at once are the text as a whole."""
+        return self.pieces or self._continues([max(1, self._sample.shape[1] - 3), *[1] * sum(PIECES)])
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """By which names a cache may be given, the one in use first."""
+        named = [name for name in CACHES if name in self._arguments]
+        return named or ([] if is_transformers(self.model) or "kwargs" not in self._arguments else list(CACHES[:1]))
+
+    @cached_property
+    def _arguments(self) -> set[str]:
+        """Names of the forward's arguments, "kwargs" for any others."""
+        parameters = inspect.signature((self.backbone or self.model).forward).parameters.values()
+        return {"kwargs" if x.kind is x.VAR_KEYWORD else x.name for x in parameters}
+
+    def _continues(self, sizes):
+        parts = self._sample.split(_cut(sizes, self._sample.shape[1]), 1)
+        if len(parts) == 1:
+            return False
+        for name in list(self._names):
+            self._names[:] = [name, *(other for other in self._names if other != name)]
+            cache = self.fresh_cache()
+            try:
+                with _plain_kernels(self.model):
+                    states = torch.cat([self._states(part, cache) for part in parts], 1)
+            except Exception:  # whatever a family raises that has no such cache; it reads whole texts
+                continue
+            first = parts[0].shape[1]
+            if relative_error(states[:, first:], self._whole[:, first:]) < tolerance(states.dtype):
+                return True
+        return False
+
+    def _look(self):
+        """Find the backbone; return the sample's states, its logits where there is no backbone."""
+        if not is_transformers(self.model):
+            return self._states(self._sample, self.fresh_if_needed())
+        with _outermost(self.model) as calls:
+            logits = self.model(input_ids=self._sample, use_cache=False).logits
+        found = [(module, output) for module, output in calls if getattr(output, "last_hidden_state", None) is not None]
+        if len(found) != 1 or not isinstance(found[0][1].last_hidden_state, Tensor):
+            return logits
+        self.backbone, output = found[0]
+        try:
+            again = self.logits(output, output.last_hidden_state)
+        except Exception:  # a head that asks more of its backbone than states
+            again = None
+        if again is None or again.shape != logits.shape or relative_error(again, logits) > tolerance(logits.dtype):
+            self.backbone = None
+            return logits
+        return output.last_hidden_state
+
+    def _refuse_two_ways(self, alone, within):
+        # Thrice the tolerance: a wrong alarm would refuse a model, where elsewhere it only costs time.
+        if relative_error(alone, within) > 3 * tolerance(alone.dtype):
+            raise ValueError(
+                f"{type(self.model).__name__} is not causal: what it computes of a token depends on later ones, so that its "
+                "loss and answers would be those of a model that has seen them (a BERT needs is_decoder=True in its config)"
+            )
+
+    def fresh_cache(self) -> Cache:
+        """Return an empty cache."""
+        return DynamicCache(config=self.model.config)
+
+    def fresh_if_needed(self) -> Cache | None:
+        """Return the cache for a text that is read at once: none, but code from elsewhere may count on one."""
+        return None if is_transformers(self.model) or not self._names else self.fresh_cache()
+
+    def _states(self, token_ids, cache):
+        output = self.run(token_ids, cache)
+        return output.logits if self.backbone is None else output.last_hidden_state
+
+    def run(self, token_ids: Tensor, cache: Cache | None = None) -> Any:
+        """Append tokens (B, T) to the cache, if there is one; return the output of the backbone, or of the model without one."""
+        if self.backbone is None:
+            return self.call(token_ids, cache)
+        with forward_scope(), CausalBehindCache():
+            return self.backbone(input_ids=token_ids, **self._given(cache))
+
+    def call(self, token_ids: Tensor, cache: Cache | None = None, **options: Any) -> Any:
+        """Run the whole model, with its head; options that it does not name are left out, and count as not taken."""
+        named = inspect.signature(self.model.forward).parameters
+        options = {
+            name: value
+            for name, value in options.items()
+            if name in named or (name == "output_attentions" and is_transformers(self.model))
+        }
+        with forward_scope():
+            return self.model(input_ids=token_ids, **self._given(cache), **options)
+
+    def _given(self, cache):
+        given: dict[str, Any] = {} if cache is None else {self._names[0]: cache}
+        return given | ({"use_cache": cache is not None} if {"use_cache", "kwargs"} & self._arguments else {})
+
+    def logits(self, output: Any, states_BTD: Tensor) -> Tensor:
+        """Return the logits of some states of the backbone's output, by what the model itself does behind its backbone."""
+        with _answering(self.backbone, output, states_BTD):
+            return self.model(input_ids=self._sample[:, :1], use_cache=False).logits
+
+    def empty(self, rows: int) -> Memory:
+        """Return the memory of a model that has read nothing."""
+        return self.fresh_cache() if self.pieces else self._sample.new_zeros(rows, 0)
+
+    def read(self, memory: Memory, token_ids: Tensor, progress: Callable[[int], Any] = lambda _: None) -> Memory:
+        """Return the memory after (B, T) further tokens; T may be 0."""
+        if isinstance(memory, Tensor):
+            progress(token_ids.numel())
+            return torch.cat([memory, token_ids], 1)
+        for rows in token_ids.split(self.chunk, 1) if token_ids.shape[1] else ():
+            self._feed(rows, memory)
+            progress(rows.numel())
+        return memory
+
+    def _feed(self, rows, cache):
+        self.run(rows, cache) if self.backbone is not None else self.call(rows, cache, logits_to_keep=1)
+
+    def prefilled(self, token_ids: Tensor) -> Cache:
+        """Return a cache that holds a text that was read at once."""
+        cache = self.fresh_cache()
+        self._feed(token_ids, cache)
+        return cache
+
+
+def branch(memory: Memory) -> Memory:
+    """Return a memory that grows apart from this one."""
+    if isinstance(memory, Tensor):
+        return memory
+    grown = copy.copy(memory)
+    grown.layers = [copy.copy(x) if type(x) in SHARED else copy.deepcopy(x) for x in memory.layers]
+    return grown
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error that counts as rounding: of many layers, far above eps and far below a lost memory.
+
+    Families compute some of their steps in float32 whatever their dtype.
+    """
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.6
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Return the mean over positions of the relative error; experts that change at a tie, by rounding, are few positions."""
+    got, want = got.double(), want.double()
+    same = (got == want) | (got.isnan() & want.isnan())
+    gap = torch.where(same, 0.0, got - want).norm(dim=-1)
+    return (gap / want.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1).clamp(min=1e-30)).mean().item()
+
+
+def _cut(sizes, total):
+    kept = []
+    for size in sizes:
+        kept.append(min(size, total - sum(kept)))
+        if sum(kept) == total:
+            break
+    return kept
+
+
+@contextmanager
+def _plain_kernels(model: PreTrainedModel) -> Iterator[None]:
+    """Spare FlexAttention a compilation for each length of a sample."""
+    if model.config._attn_implementation != "flex_attention":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("flex_attention")
+
+
+@contextmanager
+def _outermost(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
+    """Yield a list of the modules that the model's own forward calls, each with its output."""
+    calls: list[tuple[nn.Module, Any]] = []
+    depth = 0
+
+    def enter(module, inputs):
+        nonlocal depth
+        depth += 1
+
+    def leave(module, inputs, output):
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            calls.append((module, output))
+
+    handles = []
+    for module in model.modules():
+        if module is not model:
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _answering(backbone: Any, output: Any, states: Tensor) -> Iterator[None]:
+    """Let the backbone answer with states, so that what the model does behind it can be had slice by slice."""
+    answer = copy.copy(output)
+    answer.last_hidden_state = states
+    before = vars(backbone).get("forward")
+    backbone.forward = lambda *args, **kwargs: answer
+    try:
+        yield
+    finally:
+        if before is None:
+            del backbone.forward
+        else:
+            backbone.forward = before

@@ -227,7 +227,9 @@ def test_the_report_opens_with_the_abstract(run):
     assert page.index("What the abstract claims") < page.index(lines[0].words) < page.index("All claims")
     # Softmax ends at 4.001 nats and SSMax at 3.501, up to the seeds' jitter; each line has its interval.
     assert re.search(r"SSMax's loss is 3\.50\d nats, Softmax's 4\.00\d", lines[1].words)
-    assert re.search(r"Difference -0\.\d+, 95 % interval -0\.\d+ to -0\.\d+ \(3 seeds, d -\d+\.\d\)\. Figure 5\.", page)
+    assert re.search(
+        r"Difference -0\.\d+, 95 % interval -0\.\d+ to -0\.\d+ \(3 seeds, d -\d+\.\d\)\. Figure 5, paper", page
+    )
 
 
 def test_the_bootstrap_over_texts_counts_seeds():

@@ -243,8 +243,9 @@ def laptop() -> Recipe:
     return Recipe(
         name="laptop",
         models=("paper:abcdefp", "qk-norm:abcdef", "partial-rope:abcdef"),
-        retrieval=("paper:abcdef",),
+        retrieval=("paper:abcdef", "qk-norm:ab"),
         counting=("qk-norm:ab",),
+        count_steps=1200,
         seeds=(0, 1, 2, 3, 4),
         checkpoint_steps=200,
         theta_factors=(1, 50),

@@ -263,6 +263,30 @@ def test_the_afterwards_switched_model_is_the_trained_softmax_model(loaded, tmp_
     assert not (tmp_path / e.name).exists()
 
 
+def test_losses_of_texts_are_those_by_position_and_retrieval_begins_where_it_was_trained(loaded, tmp_path):
+    recipe = dataclasses.replace(smoke(), steps=2, finetune_steps=2, length_factor=2)
+    a = Job("paper", "a", 0)
+    rows = []
+    for stage in ("pretrain", "position_loss", "finetune", "retrieval"):
+        rows += run_stage(stage, a, recipe, loaded, tmp_path, lambda tokens: None)
+    texts = [row for row in rows if row.metric == "text_loss"]
+    assert {row.at["theta_factor"] for row in texts} == {50}
+    assert {row.at["text"] for row in texts} == set(range(len(loaded.held_out)))
+    for first, last in ((1, 64), (65, 128)):
+        of_texts = [row.value for row in texts if (row.at["from"], row.at["position"]) == (first, last)]
+        bins = [
+            row
+            for row in rows
+            if row.metric == "loss_by_position" and row.at["theta_factor"] == 50 and first <= row.at["position"] <= last
+        ]
+        tokens = sum(row.samples for row in bins)
+        assert tokens == len(of_texts) * 64
+        whole = sum(row.value * row.samples for row in bins) / tokens
+        assert np.mean(of_texts) == pytest.approx(whole, abs=1e-9)
+    asked = {(r.at["theta_factor"], r.at["length"]) for r in rows if r.metric == "retrieval_accuracy"}
+    assert asked == {(1, 64), (50, 64), (50, 128)}
+
+
 def test_the_paper_size_has_the_papers_parameters(capsys):
     recipe = paper()
     with torch.device("meta"):

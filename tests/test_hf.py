@@ -357,7 +357,7 @@ def test_wrong_models_are_refused(model):
     with pytest.raises(ValueError, match="not a converted model"):
         ssmax.revert(ssmax.revert(model))
     with pytest.raises(TypeError, match="PreTrainedModel"):
-        ssmax.convert(torch.nn.Linear(2, 2))
+        ssmax.hf.convert(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no causal self-attention of bert"):
         ssmax.convert(
             BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))

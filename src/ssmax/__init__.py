@@ -16,9 +16,9 @@ _HOMES = {
     "attention": "ssmax.functional",
     "ScreenedKeys": "ssmax.screen",
     "SSMaxScale": "ssmax.nn",
-    "convert": "ssmax.hf",
-    "revert": "ssmax.hf",
-    "converted": "ssmax.hf",
+    "convert": "ssmax.conversion",
+    "revert": "ssmax.conversion",
+    "converted": "ssmax.conversion",
     "fold": "ssmax.hf",
     "calibrate": "ssmax.calibration",
 }
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from ssmax import evaluation as evaluation
     from ssmax import hf as hf
     from ssmax.calibration import calibrate as calibrate
+    from ssmax.conversion import convert as convert
+    from ssmax.conversion import converted as converted
+    from ssmax.conversion import revert as revert
     from ssmax.functional import attention as attention
-    from ssmax.hf import convert as convert
-    from ssmax.hf import converted as converted
     from ssmax.hf import fold as fold
-    from ssmax.hf import revert as revert
     from ssmax.nn import SSMaxScale as SSMaxScale
     from ssmax.scaling import matched_scale as matched_scale
     from ssmax.scaling import scalable_softmax as scalable_softmax

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ssmax.evaluation import loss_by_position
 from ssmax.evaluation.mode import eval_mode
 from ssmax.hf import convert, revert
-from ssmax.hf.whole import scale_parameters, whole_or_not_at_all
+from ssmax.modules.whole import scale_parameters, whole_or_not_at_all
 from ssmax.nn import SSMaxScale
 
 __all__ = ["Calibration", "Trial", "calibrate", "piece_length"]

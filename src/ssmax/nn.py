@@ -1,14 +1,41 @@
 """SSMaxScale: the learned s and b of one attention layer, applied to its query."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssmax.arguments import whole_number
 from ssmax.scaling import log_visible, matched_scale, rows_of
 
-__all__ = ["SSMaxScale"]
+__all__ = ["SSMaxScale", "starting_values"]
+
+
+def starting_values(init: str | float, bias: bool | None, train_length: int | None) -> dict[str, Any]:
+    """Return s, b and bias of an SSMaxScale as ssmax.convert's init names them.
+
+    Args:
+        init: "matched" (s = matched_scale(train_length), b = 0), "identity" (s = 0, b = 1), or a number for s.
+        bias: learn b as well; default as init says, that is for "identity" alone.
+        train_length: what "matched" is matched to.
+
+    Raises:
+        ValueError: an init of another kind, bias=False with "identity", or "matched" without a training length.
+    """
+    learned = init == "identity" if bias is None else bias
+    if init == "identity":
+        if not learned:
+            raise ValueError("init='identity' is s = 0 and b = 1; bias=False contradicts it")
+        return {"s": 0.0, "b": 1.0, "bias": True}
+    if init == "matched":
+        if train_length is None:
+            raise ValueError("init='matched' needs train_length, the context length of the training, such as 1024")
+        return {"s": matched_scale(whole_number(train_length, "train_length", 1)), "b": 0.0, "bias": learned}
+    if isinstance(init, bool) or not isinstance(init, (int, float)) or not math.isfinite(init):
+        raise ValueError(f"init must be 'matched', 'identity' or a finite number for s, got {init!r}")
+    return {"s": float(init), "b": 0.0, "bias": learned}
 
 
 class SSMaxScale(nn.Module):

@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import ssmax
 from ssmax.hf.checkpoint import SSMaxModel, attach, auto_map, config_class, model_class
 from ssmax.hf.layers import FULL, language_layers
-from ssmax.hf.whole import whole_or_not_at_all
 from ssmax.laws import LAWS, LawScale
+from ssmax.modules.whole import whole_or_not_at_all
 from ssmax.scaling import matched_scale
 
 __all__ = ["convert", "converted", "revert"]

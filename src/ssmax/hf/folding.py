@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import language_layers
-from ssmax.hf.whole import scale_parameters, whole_or_not_at_all
 from ssmax.laws import LawScale
+from ssmax.modules.whole import scale_parameters, whole_or_not_at_all
 
 __all__ = ["fold"]
 

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ssmax.nn import SSMaxScale
 
@@ -15,7 +14,7 @@ __all__ = ["scale_parameters", "whole_or_not_at_all"]
 Change = TypeVar("Change", bound=Callable[..., Any])
 
 
-def scale_parameters(model: PreTrainedModel) -> list[Tensor]:
+def scale_parameters(model: nn.Module) -> list[Tensor]:
     """Return s and b of all layers."""
     return [
         parameter for module in model.modules() if isinstance(module, SSMaxScale) for parameter in module.parameters()
@@ -23,11 +22,11 @@ def scale_parameters(model: PreTrainedModel) -> list[Tensor]:
 
 
 def whole_or_not_at_all(
-    written: Callable[[PreTrainedModel], Iterable[Tensor]] = scale_parameters,
+    written: Callable[[nn.Module], Iterable[Tensor]] = scale_parameters,
 ) -> Callable[[Change], Change]:
     """Let a function of a model put everything back where it raises, KeyboardInterrupt included.
 
-    Put back are each module's class, attributes, submodules, hooks and mode, the config, and which parameters learn.
+    Put back are each module's class, attributes, submodules, hooks and mode, the model's config, and which parameters learn.
 
     Args:
         written: names the tensors whose values the function changes in place; they are copied before.
@@ -36,7 +35,7 @@ def whole_or_not_at_all(
     def decorate(change: Any) -> Any:
         @functools.wraps(change)
         def guarded(model: Any, *args: Any, **kwargs: Any) -> Any:
-            restore = _snapshot(model, written) if isinstance(model, PreTrainedModel) else _nothing
+            restore = _snapshot(model, written) if isinstance(model, nn.Module) else _nothing
             try:
                 return change(model, *args, **kwargs)
             except BaseException:
@@ -53,7 +52,7 @@ def _nothing():
 
 
 def _snapshot(model, written):
-    owners = [*model.modules(), model.config]
+    owners = [*model.modules(), *([model.config] if hasattr(vars(model).get("config"), "__dict__") else [])]
     states = [(owner, type(owner), dict(vars(owner)), _tables(owner)) for owner in owners]
     learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = [(tensor, tensor.detach().clone()) for tensor in written(model)]

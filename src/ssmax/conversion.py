@@ -1,0 +1,123 @@
+"""convert, revert, converted: the one door for transformers models and for any other torch.nn.Module."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ssmax import modules
+
+__all__ = ["convert", "converted", "revert"]
+
+
+def convert(
+    model: Any,
+    init: str | float = "matched",
+    *,
+    train_length: int | None = None,
+    bias: bool | None = None,
+    layers: list[int] | list[str] | None = None,
+    law: str = "ssmax",
+    law_parameters: dict[str, float] | None = None,
+    example: Any = None,
+    cross: bool = False,
+) -> Any:
+    """Turn a Softmax model into an SSMax model, in place: softmax((s log n + b) z) in each chosen layer (arXiv 2501.19399).
+
+    A transformers model is converted as a whole: class, config and checkpoints become those of an SSMax model. Of any
+    other torch.nn.Module the attention modules change: those whose forward calls torch's scaled_dot_product_attention,
+    which one forward of the example finds, and nn.MultiheadAttention (so nn.TransformerEncoder, nn.TransformerDecoder and
+    nn.Transformer), which is found without. Each gets a submodule ssmax, an SSMaxScale with float32 s and b per head.
+
+    n is what torch's arguments say: is_causal shows query i the keys 0 to i (also where N and S differ), masks are bool,
+    or 0 and -inf. A converted module whose call does not come in a forward raises ValueError, so that it never computes
+    Softmax in silence.
+
+    Args:
+        model: a transformers model, or any torch.nn.Module that was not wrapped for training yet (DDP, FSDP).
+        init: "matched": s = matched_scale(train_length) and no bias, the paper's start, on average as sharp as before;
+            "identity": s = 0 and b = 1, exactly the same model, and it can learn; or a number for s.
+        train_length: what "matched" is matched to; a transformers model's default is its max_position_embeddings, other
+            modules have none.
+        bias: learn b as well; default as init says.
+        layers: which attention to convert. Of transformers models indices of the layers, default every layer that attends
+            in full. Of other modules names as in named_modules, cross attention included; default all self-attention.
+        law: for transformers models: "ssmax", or one of ssmax.laws that has nothing to learn: "ssmax-fixed" (log n),
+            "qwen-1", "yarn", "llama-4", "ministral-3"; then init and bias have no meaning.
+        law_parameters: of such a law; the training length defaults to train_length or the config's.
+        example: for other modules: the positional inputs of one forward, a tuple, or its keyword inputs, a dict. The
+            forward runs on a copy in eval mode and leaves no trace. Only what runs in it is found.
+        cross: convert cross attention too. In an example that is attention whose keys are not made from the input that its
+            queries are made from; without one, nn.TransformerDecoderLayer's multihead_attn and what has kdim or vdim.
+
+    Returns:
+        The same model. Weights stay. A state_dict has the scales more: loading it into an unconverted model, or a plain
+        one into a converted model, fails by its keys.
+
+    Raises:
+        TypeError: not a torch.nn.Module.
+        ValueError: nothing to convert, already converted, an argument that does not fit, attention that SSMax is not
+            defined for (a bias on the logits, keys that are no tokens, a law of n of its own); the model stays as it was.
+
+    Leave s and b out of weight decay. A module that is called twice in a forward has one scale for both, and a warning says so.
+
+    Example:
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)
+        >>> ssmax.convert(encoder, train_length=512)
+        >>> ssmax.convert(my_gpt, "identity", example=(tokens,))
+    """
+    if _is_transformers(model):
+        if example is not None:
+            raise ValueError("example is for modules that are no transformers models; leave it out")
+        from ssmax import hf
+
+        options: dict[str, Any] = {"train_length": train_length, "bias": bias, "layers": layers}
+        return hf.convert(model, init, law=law, law_parameters=law_parameters, **options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
+    if law != "ssmax" or law_parameters:
+        raise ValueError("law and law_parameters are for transformers models; other modules take s log n + b")
+    inner = next((f"{name} ({type(m).__name__})" for name, m in model.named_modules() if _is_transformers(m)), None)
+    if inner is not None:
+        raise ValueError(
+            f"{type(model).__name__} holds a transformers model, {inner}; convert that one, as in ssmax.convert(model.{inner.split()[0]})"
+        )
+    options: dict[str, Any] = {
+        "train_length": train_length,
+        "bias": bias,
+        "layers": layers,
+        "example": example,
+        "cross": cross,
+    }
+    return modules.convert(model, init, **options)
+
+
+def revert(model: Any) -> Any:
+    """Take SSMax out again, in place: the softmax model's classes, config and state_dict, bit for bit.
+
+    Raises:
+        ValueError: the model is not converted.
+    """
+    if not _is_transformers(model):
+        return modules.revert(model)
+    from ssmax import hf
+
+    return hf.revert(model)
+
+
+@contextmanager
+def converted(model: Any, init: str | float = "matched", **options: Any) -> Iterator[Any]:
+    """Convert on entry, revert on exit; arguments as ssmax.convert."""
+    convert(model, init, **options)
+    try:
+        yield model
+    finally:
+        revert(model)
+
+
+def _is_transformers(model: Any) -> Any:
+    """Whether it is a transformers model; where transformers was not loaded there is none."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    return loaded is not None and isinstance(model, loaded.PreTrainedModel)

@@ -1,0 +1,208 @@
+"""Modules that carry a scale: the class of an instance changes, its attributes and parameters do not."""
+
+import copyreg
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ssmax.modules import multihead, sdpa
+
+__all__ = [
+    "CALLS",
+    "Changed",
+    "Multihead",
+    "PaddedEncoder",
+    "Scoped",
+    "ScopedMultihead",
+    "Unscaled",
+    "change",
+    "restore",
+]
+
+# What a scope scales: the functions of torch, each with ours. The first is also torch._C._nn.scaled_dot_product_attention.
+CALLS: dict[Any, Callable] = {
+    functional.scaled_dot_product_attention: sdpa.attend,
+    torch.ops.aten.scaled_dot_product_attention: sdpa.attend,
+    torch.ops.aten.scaled_dot_product_attention.default: sdpa.attend,
+    functional.multi_head_attention_forward: multihead.attend,
+}
+
+
+class AttentionScope(TorchFunctionMode):
+    """Scale the attention calls inside the block.
+
+    Args:
+        scale: an SSMaxScale; None lets calls pass as they are, and hides them from the scopes further out.
+
+    Attributes:
+        calls: how many calls came.
+    """
+
+    def __init__(self, scale: nn.Module | None):
+        super().__init__()
+        self.scale, self.calls = scale, 0
+        self.learns = torch.is_grad_enabled()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in CALLS:
+            return func(*args, **kwargs)
+        self.calls += 1
+        if self.scale is None:
+            with sdpa.hidden_from_scopes():
+                return func(*args, **kwargs)
+        if self.learns and not torch.is_grad_enabled():
+            raise ValueError(
+                "attention is called without gradients inside a forward that has them, as in a reentrant checkpoint, whose second "
+                "pass would not be scaled; checkpoint the whole module instead, or with use_reentrant=False"
+            )
+        return CALLS[func](self.scale, *args, **kwargs)
+
+
+class Changed:
+    """What all changed classes share: instances pickle and copy as their own class, and are changed again."""
+
+    ssmax_kind: type["Changed"]
+    ssmax_base: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        if type(self) is not changed_class(self.ssmax_kind, self.ssmax_base):
+            return (make, arguments, *rest)
+        if make is copyreg.__newobj__:  # pyrefly: ignore[missing-attribute]
+            arguments = (self.ssmax_base, *arguments[1:])
+        return (_rebuild, (self.ssmax_kind, make, arguments), *rest)
+
+
+class Scoped(Changed):
+    """A module that calls attention in its forward; nn.MultiheadAttention's subclasses with a forward of their own too."""
+
+    ssmax: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, with its calls of attention scaled.
+
+        Raises:
+            ValueError: no call came: the attention took another way and was not SSMax.
+        """
+        scope = AttentionScope(self.ssmax)
+        with scope:
+            output = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
+        if not scope.calls:
+            raise ValueError(
+                f"{self.ssmax_base.__name__} was converted to SSMax, but this forward did not call torch's "
+                "scaled_dot_product_attention, so that it was plain softmax. Switch its fused attention on again "
+                "(timm: fused_attn, x-transformers: flash), or ssmax.revert(model)"
+            )
+        return output
+
+
+class Unscaled(Changed):
+    """A module that is not converted, inside of one that is: its calls are its own and stay as they are."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward."""
+        with AttentionScope(None):
+            return super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
+
+
+class _NoFastPath:
+    """_qkv_same_embed_dim is False: nn.TransformerEncoderLayer's kernel reads weights, and never calls forward."""
+
+    _qkv_same_embed_dim = property(lambda self: False, lambda self, value: None)
+
+
+class Multihead(_NoFastPath, Changed):
+    """nn.MultiheadAttention with a scale."""
+
+    ssmax: nn.Module
+
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as nn.MultiheadAttention does, with SSMax."""
+        turned = self.batch_first and query.ndim == 3 and not query.is_nested
+        if turned:
+            turn = {id(x): x.transpose(0, 1) for x in (query, key, value)}  # self-attention stays one tensor
+            query, key, value = (turn[id(x)] for x in (query, key, value))
+        output, weights = multihead.attend(
+            self.ssmax,
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            q_proj_weight=self.q_proj_weight,
+            k_proj_weight=self.k_proj_weight,
+            v_proj_weight=self.v_proj_weight,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return output.transpose(0, 1) if turned else output, weights
+
+
+class ScopedMultihead(_NoFastPath, Scoped):
+    """A subclass of nn.MultiheadAttention with a forward of its own."""
+
+
+class PaddedEncoder(Changed):
+    """nn.TransformerEncoder that hands its layers padded tensors and masks, never nested tensors."""
+
+    use_nested_tensor = property(lambda self: False, lambda self, value: None)
+
+
+@functools.cache
+def changed_class(kind: type[Changed], base: type[nn.Module]) -> type[Any]:
+    """Return the class of changed instances of base: made on demand, so that instances pickle by _rebuild."""
+    attributes = {"ssmax_kind": kind, "ssmax_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(f"SSMax{base.__name__}", (kind, base), attributes)
+
+
+def change(module: nn.Module, kind: type[Changed]) -> nn.Module:
+    """Change the class of a module to that of its kind, and return the module."""
+    module.__class__ = changed_class(kind, type(module))
+    return module
+
+
+def restore(module: Any) -> None:
+    """Give a changed module its own class again, without a scale.
+
+    Raises:
+        ValueError: something else changed the class since.
+    """
+    if type(module) is not changed_class(module.ssmax_kind, module.ssmax_base):
+        raise ValueError(
+            f"the class of a converted module became {type(module).__name__} (sharding, parametrisation); undo that first"
+        )
+    module._modules.pop("ssmax", None)
+    module.__class__ = module.ssmax_base
+
+
+def _rebuild(kind, make, arguments):
+    """Make the instance as its own class does, then change it."""
+    return change(make(*arguments), kind)

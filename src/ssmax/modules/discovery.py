@@ -1,0 +1,205 @@
+"""Which modules of a model call attention, found by one forward of a copy that shares its parameters."""
+
+import copy
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ssmax.modules import sdpa
+from ssmax.modules.attach import CALLS
+from ssmax.scaling import as_bool
+
+__all__ = ["Site", "discover", "multihead_sites"]
+
+
+@dataclass
+class Site:
+    """A module that calls attention.
+
+    Attributes:
+        heads: query heads of each of its calls.
+        device: where its queries are.
+        crossing: of each call, whether its keys come from elsewhere than its queries.
+    """
+
+    device: torch.device
+    heads: list[int] = field(default_factory=list)
+    crossing: list[bool] = field(default_factory=list)
+
+    @property
+    def cross(self) -> bool:
+        """Whether all its calls are cross attention."""
+        return all(self.crossing)
+
+
+def multihead_sites(model: nn.Module) -> dict[str, Site]:
+    """Return the nn.MultiheadAttention modules by name, without running them.
+
+    Cross attention is what cannot attend to its own tokens (kdim or vdim differ), and nn.TransformerDecoderLayer's
+    multihead_attn; whatever else counts as self-attention.
+    """
+    crossing = {id(m.multihead_attn) for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
+    return {
+        name: Site(
+            m.out_proj.weight.device,
+            [m.num_heads],
+            [id(m) in crossing or not m.kdim == m.vdim == m.embed_dim],
+        )
+        for name, m in model.named_modules()
+        if isinstance(m, nn.MultiheadAttention)
+    }
+
+
+def discover(model: nn.Module, example: Any) -> dict[str, Site]:
+    """Return the modules that call attention by name, each call with the innermost module whose forward runs.
+
+    The forward is that of a copy in eval mode: parameters are shared, all else (buffers, caches, modes) is the copy's.
+
+    Args:
+        model: any module.
+        example: positional inputs of its forward, a tuple; or a dict of keyword inputs.
+
+    Raises:
+        ValueError: the forward fails, or a mask is a bias.
+    """
+    if not isinstance(example, (tuple, list, dict)):
+        raise ValueError(f"example must be a tuple of the forward's inputs, as in (x,), got {type(example).__name__}")
+    trial = _copied(model).eval()
+    inputs = _cloned(example)
+    recorder = _Recorder()
+    for name, module in trial.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.forward = recorder.around(name, module.forward)  # pyrefly: ignore[bad-assignment]
+    with _quiet(trial), recorder:
+        try:
+            trial(**inputs) if isinstance(inputs, dict) else trial(*inputs)
+        except _Refused as error:
+            raise ValueError(str(error)) from None
+        except Exception as error:
+            raise ValueError(f"the model's forward failed on the example ({type(error).__name__}: {error})") from error
+    return recorder.sites
+
+
+class _Refused(Exception):
+    """A call of attention that cannot be converted."""
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes each call of attention, and from which tensors each tensor was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sites: dict[str, Site] = {}
+        self.running: list[tuple[str, list[Tensor]]] = []
+        self.made_from: dict[int, list[Tensor]] = {}
+        self.kept: list[Tensor] = []  # so that ids stay theirs
+
+    def around(self, name, forward):
+        def run(*args, **kwargs):
+            self.running.append((name, [x for x in _tensors((args, kwargs)) if x.is_floating_point()]))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.running.pop()
+
+        return run
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in CALLS:
+            self._note(func, *args, **kwargs)
+        output = func(*args, **kwargs)
+        sources = _tensors((args, kwargs))
+        made = sources[:1] if output is None else _tensors(output)  # none: in place, as in x[...] = y
+        for tensor in made if sources else ():
+            self.made_from.setdefault(id(tensor), []).extend(sources)
+            self.kept.append(tensor)
+        return output
+
+    def _note(self, func, query, key, value, *args, **kwargs):
+        name, given = self.running[-1]
+        site = self.sites.setdefault(name, Site(query.device))
+        try:
+            if func is functional.multi_head_attention_forward:
+                site.heads.append(args[1] if len(args) > 1 else kwargs["num_heads"])
+                for mask in (kwargs.get("attn_mask"), kwargs.get("key_padding_mask")):
+                    if mask is not None:
+                        as_bool(mask)
+            else:
+                site.heads.append(sdpa.num_heads(query))
+                _count(query, key, value, *args, **kwargs)
+        except ValueError as error:
+            raise _Refused(f"the attention of {name or 'the model'} cannot be converted: {error}") from None
+        site.crossing.append(self._crosses(query, key, given))
+
+    def _crosses(self, query, key, given):
+        """Whether the first of the module's inputs that made the query did not make the key."""
+        of_query, of_key = self._ancestors(query), self._ancestors(key)
+        stream = next((x for x in given if id(x) in of_query), None)
+        if stream is None:
+            return query.shape[-2] != key.shape[-2]
+        return not any(id(x) in of_key for x in given if _same(x, stream))
+
+    def _ancestors(self, tensor):
+        found, left = set(), [tensor]
+        while left:
+            x = left.pop()
+            if id(x) not in found:
+                found.add(id(x))
+                left.extend(self.made_from.get(id(x), ()))
+        return found
+
+
+def _same(x, y):
+    return x is y or (x.shape == y.shape and not x.is_meta and torch.equal(x, y))
+
+
+def _count(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    return sdpa.count(query, key, attn_mask, is_causal)
+
+
+def _tensors(tree):
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
+    return [x for part in parts for x in _tensors(part)]
+
+
+def _cloned(tree):
+    """The example, whose tensors a forward may change."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if type(tree) in (tuple, list):
+        return type(tree)(map(_cloned, tree))
+    if type(tree) is dict:
+        return {name: _cloned(x) for name, x in tree.items()}
+    return copy.deepcopy(tree)
+
+
+def _copied(model):
+    """A copy that shares the parameters, and the tensors that cannot be copied (made by other modules' forward)."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    for module in model.modules():
+        shared |= {id(x): x for x in vars(module).values() if isinstance(x, Tensor) and not x.is_leaf}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:
+        raise ValueError(f"the model cannot be copied for a trial forward ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Without gradients, warnings and compiled code; random states are as before afterwards."""
+    devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(devices), eager, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

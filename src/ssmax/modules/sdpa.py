@@ -1,0 +1,65 @@
+"""torch's scaled_dot_product_attention with a scale: the arguments of a call say what n is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ssmax.scaling import visible_keys
+
+__all__ = ["attend", "count", "hidden_from_scopes", "num_heads"]
+
+
+def attend(
+    ssmax: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """scaled_dot_product_attention whose query ssmax scales first; the other arguments are torch's."""
+    n = count(query, key, attn_mask, is_causal)
+    scaled = ssmax(_as_batch(query), n).reshape(query.shape)
+    with hidden_from_scopes():
+        return scaled_dot_product_attention(scaled, key, value, attn_mask, dropout_p, is_causal, **options)
+
+
+def hidden_from_scopes() -> Any:
+    """Return a context in which calls are not seen by the scopes of modules further out: what is scaled is scaled once."""
+    return torch._C.DisableTorchFunction()
+
+
+def num_heads(query: Tensor) -> int:
+    """Return the heads of a query (..., H, N, D). One of three dimensions is (B, N, D), a single head."""
+    return query.shape[-3] if query.ndim > 3 else 1
+
+
+def _as_batch(query):
+    """(..., H, N, D) or (B, N, D) as (B, H, N, D)."""
+    return query if query.ndim == 4 else query.reshape(-1, num_heads(query), *query.shape[-2:])
+
+
+def count(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | int:
+    """Return n, the number of keys that each row of the query sees, as SSMaxScale takes it for (B, H, N, D).
+
+    torch's rules: is_causal is aligned to the top left, so that query i sees keys 0 to i, also where N and S differ;
+    a mask broadcasts to (..., H, N, S), True or 0 = visible, False or -inf = hidden.
+
+    Raises:
+        ValueError: the mask is a bias (other finite values), or the tensors are nested.
+    """
+    if query.is_nested:
+        raise ValueError("SSMax needs padded tensors and a mask; got nested tensors, whose n is not counted")
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    if attn_mask is None:
+        return torch.arange(1, num_queries + 1, device=query.device).clamp(max=num_keys) if is_causal else num_keys
+    mask = attn_mask.expand(*attn_mask.shape[:-1], num_keys)
+    if query.ndim < 4 and mask.ndim > 2:
+        mask = mask.unsqueeze(-3)
+    if query.ndim > 4:
+        mask = mask.expand(*query.shape[:-2], *mask.shape[-2:]).flatten(0, -4)
+    return visible_keys(mask=mask[(None,) * (4 - mask.ndim)])

@@ -1,0 +1,526 @@
+"""Any torch.nn.Module whose attention is torch's function: exact, loud where it is not, and back again bit for bit."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_modules import (
+    GPT,
+    HEADS,
+    WIDTH,
+    Attention,
+    CausalSelfAttention,
+    CrossAttention,
+    Denoiser,
+    Naive,
+    Stack,
+    merge,
+    naive_attention,
+    randomise,
+    split,
+)
+from torch import nn
+
+import ssmax
+
+TOKENS = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
+OPEN = torch.ones(1, 1, dtype=torch.bool)
+
+
+def causal(rows, keys):
+    """torch's own alignment: top left."""
+    return torch.arange(keys) <= torch.arange(rows)[:, None]
+
+
+def inputs(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def made(build, *arguments, seed=3):
+    torch.manual_seed(seed)
+    return build(*arguments).double().eval()
+
+
+def converted(plain, example, **options):
+    """A converted copy with values of its own, and these."""
+    model = ssmax.convert(copy.deepcopy(plain), 0.5, bias=True, example=example, **options)
+    return model, randomise(model)
+
+
+def close(got, want, tolerance=1e-12):
+    assert want.abs().max() > 1e-2
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+
+
+def differs(got, other):
+    assert (got - other).abs().max() > 1e-4, "the comparison would not notice SSMax"
+
+
+def trains_alike(model, got, plain, want):
+    """The same gradient in every weight."""
+    got.square().sum().backward()
+    want.square().sum().backward()
+    gradients = dict(model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        close_gradient = gradients[name].grad
+        torch.testing.assert_close(close_gradient, parameter.grad, atol=1e-9, rtol=1e-9)
+    assert all(p.grad.abs().max() > 0 for name, p in gradients.items() if "ssmax" in name)
+
+
+def test_a_causal_transformer_whole_and_cached():
+    plain = made(GPT)
+    model, scales = converted(plain, (TOKENS,))
+    assert [name for name, module in model.named_modules() if name.endswith("ssmax")] == [
+        "h.0.attn.ssmax",
+        "h.1.attn.ssmax",
+    ]
+    with Naive(*((s, b, causal(9, 9)) for s, b in scales)):
+        want = plain(TOKENS)
+    got = model(TOKENS)
+    close(got, want)
+    differs(got, plain(TOKENS))
+    trains_alike(model, got, plain, want)
+    for pieces in ([6, 1, 1, 1], [4, 3, 2]):
+        caches, start, parts = [[], []], 0, []
+        for count in pieces:
+            parts.append(model(TOKENS[:, start : start + count], caches, start))
+            start += count
+        close(torch.cat(parts, 1), want)
+
+
+def test_a_vision_transformer_at_two_sizes():
+    plain = made(Stack, Attention(), Attention())
+    model, scales = converted(plain, (inputs(2, 5, WIDTH),))
+    for length in (5, 17):
+        x = inputs(3, length, WIDTH)
+        got = model(x)
+        with Naive(*((s, b, OPEN) for s, b in scales)):
+            close(got, plain(x))
+        differs(model(x), plain(x))
+
+
+def test_cross_attention_stays_unless_asked_for():
+    plain, x, context = made(Denoiser), inputs(2, 6, WIDTH), inputs(2, 6, WIDTH, seed=2)  # as many keys as queries
+    model, ((s, b),) = converted(plain, (x, context))
+    assert not hasattr(model.attn2, "ssmax")
+    assert type(model.attn2) is CrossAttention
+    got = model(x, context)
+    with Naive((s, b, OPEN), None):
+        close(got, plain(x, context))
+    model, ((s, b), (t, c)) = converted(plain, {"x": x, "context": context}, cross=True)
+    hidden = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
+    hidden[0, ..., 4:] = True
+    for mask in (~hidden, torch.zeros(2, 1, 1, 6).double().masked_fill(hidden, -torch.inf)):
+        got = model(x, context, mask)
+        with Naive((s, b, OPEN), (t, c, ~hidden)):
+            close(got, plain(x, context, mask))
+    assert ssmax.convert(copy.deepcopy(plain), 0.5, layers=["attn2"], example=(x, context)).attn2.ssmax
+    alone = CrossAttention().double()
+    with pytest.raises(ValueError, match="all attention of CrossAttention is cross attention"):
+        ssmax.convert(alone, 0.5, example=(x, context))
+
+
+class Sdpa(nn.Module):
+    """One call, as it is asked for."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, q, k, v, mask=None):
+        return F.scaled_dot_product_attention(q, k, v, mask, **self.options)
+
+
+def seen(*shape):
+    mask = torch.rand(*shape, generator=torch.Generator().manual_seed(4)) > 0.4
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "mask", "visible"),
+    [
+        ((2, HEADS, 5, 8, 7), {"is_causal": True}, None, causal(5, 7)),
+        ((2, HEADS, 7, 8, 5), {"is_causal": True}, None, causal(7, 5)),
+        ((2, HEADS, 5, 8, 7), {"scale": 0.3}, None, OPEN),
+        ((2, HEADS, 5, 8, 7), {}, seen(2, HEADS, 5, 7), seen(2, HEADS, 5, 7)),
+        ((2, HEADS, 5, 8, 7), {}, seen(5, 7), seen(5, 7)),
+        ((2, HEADS, 5, 8, 7), {}, seen(HEADS, 5, 7), seen(HEADS, 5, 7)),
+        ((2, HEADS, 5, 8, 7), {}, seen(2, 1, 1, 7), seen(2, 1, 1, 7)),
+        ((2, HEADS, 5, 8, 7), {}, seen(1, 7), seen(1, 7)),
+        ((2, 3, HEADS, 5, 8, 7), {}, seen(3, 1, 5, 7), seen(3, 1, 5, 7)),
+        ((2, 3, HEADS, 5, 8, 7), {"is_causal": True}, None, causal(5, 7)),
+        ((2, 5, 8, 7), {}, seen(2, 5, 7), seen(2, 5, 7)),
+        ((2, 5, 8, 7), {}, seen(5, 7), seen(5, 7)),
+        ((5, 8, 7), {"is_causal": True}, None, causal(5, 7)),
+    ],
+)
+def test_n_is_counted_by_torchs_own_rules(shape, options, mask, visible):
+    """shape: of the query, and the number of keys behind it."""
+    *shape, keys = shape
+    q, k, v = (inputs(*shape[:-2], n, shape[-1], seed=i) for i, n in enumerate((shape[-2], keys, keys)))
+    model, ((s, b),) = converted(Sdpa(**options), (q, k, v, mask), cross=True)
+    heads = HEADS if len(shape) > 3 else 1
+    assert s.shape == (heads,)
+    lift = (lambda x: x) if len(shape) > 3 else (lambda x: x.unsqueeze(-3))
+    visible = lift(visible) if visible.ndim > 2 else visible
+    want, _ = naive_attention(*map(lift, (q, k, v)), s, b, visible, options.get("scale"))
+    masks = (mask, mask) if mask is None else (mask, torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf))
+    for given in masks:
+        got = model(q, k, v, given)
+        close(got, want if len(shape) > 3 else want.squeeze(-3))
+        differs(got, F.scaled_dot_product_attention(q, k, v, given, **options))
+
+
+def test_a_bias_is_refused_at_convert_and_later():
+    model, q, bias = Sdpa(), inputs(1, 2, 3, 4), inputs(3, 3)
+    with pytest.raises(ValueError, match="attention of the model cannot be converted: an additive mask holds 0"):
+        ssmax.convert(model, 0.5, example=(q, q, q, bias))
+    assert type(model) is Sdpa
+    ssmax.convert(model, 0.5, example=(q, q, q))
+    with pytest.raises(ValueError, match="an additive mask holds 0"):
+        model(q, q, q, bias)
+
+
+@pytest.mark.parametrize("name", ["packet", "overload", "context", "autocast", "checkpoint"])
+def test_a_call_is_seen_however_it_is_made(name):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.checkpoint import checkpoint
+
+    aten = torch.ops.aten.scaled_dot_product_attention
+
+    class Model(nn.Module):
+        def forward(self, q):
+            if name == "packet":
+                return aten(q, q, q)
+            if name == "overload":
+                return aten.default(q, q, q, is_causal=False)
+            if name == "context":
+                with sdpa_kernel(SDPBackend.MATH):
+                    return F.scaled_dot_product_attention(query=q, key=q, value=q)
+            return F.scaled_dot_product_attention(q, q, q)
+
+    q = inputs(2, HEADS, 5, 8).requires_grad_()
+    if name == "autocast":
+        q = q.detach().float().requires_grad_()
+    model, ((s, b),) = converted(Model(), (q,))
+    want, _ = naive_attention(q.double(), q.double(), q.double(), s, b, OPEN)
+    if name == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(q)
+        assert got.dtype == torch.bfloat16
+        close(got.double(), want.detach(), 0.05)
+        return
+    got = checkpoint(model, q, use_reentrant=False) if name == "checkpoint" else model(q)
+    close(got, want)
+    (mine,), (truth,) = (torch.autograd.grad(y.square().sum(), q, retain_graph=True) for y in (got, want))
+    close(mine, truth)
+
+
+def test_a_checkpoint_inside_of_a_forward_is_never_softmax_in_silence():
+    from torch.utils.checkpoint import CheckpointError, checkpoint
+
+    class Model(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.reentrant = reentrant
+
+        def forward(self, q):
+            return checkpoint(F.scaled_dot_product_attention, q, q, q, use_reentrant=self.reentrant)
+
+    q = inputs(2, HEADS, 5, 8).requires_grad_()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        ssmax.convert(Model(True), 0.5, example=(q,))(q)
+    with pytest.raises(CheckpointError):
+        ssmax.convert(Model(False), 0.5, example=(q,))(q).sum().backward()
+
+
+class Nested(nn.Module):
+    """Calls attention, and holds a module that does."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.qkv, self.inner = nn.Linear(WIDTH, 3 * WIDTH), inner
+
+    def forward(self, x):
+        q, k, v = (split(part) for part in self.qkv(x).chunk(3, -1))
+        y = merge(F.scaled_dot_product_attention(q, k, v))
+        return (
+            y
+            if self.inner is None
+            else y + (self.inner(y, y, y)[0] if isinstance(self.inner, nn.MultiheadAttention) else self.inner(y))
+        )
+
+
+@pytest.mark.parametrize("inner", [Nested, lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)])
+def test_a_call_belongs_to_the_innermost_module(inner):
+    plain, x = made(Nested, inner()), inputs(2, 5, WIDTH)
+    for layers in (None, [""], ["inner"]):
+        model, scales = converted(plain, (x,), layers=layers)
+        rest = iter(scales)
+        chosen = ["", "inner"] if layers is None else layers
+        assert len(scales) == len(chosen)
+        with Naive(*((*next(rest), OPEN) if name in chosen else None for name in ("", "inner"))):
+            want = plain(x)
+        close(model(x), want)
+        assert torch.equal(ssmax.revert(model)(x), plain(x))
+        assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_attention_by_hand_is_refused_at_convert_and_later():
+    x = inputs(2, 5, WIDTH)
+    model = made(Stack, Attention(fused=False))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="nothing to convert: no call of torch"):
+        ssmax.convert(model, 0.5, example=(x,))
+    assert_untouched(model, before, Attention)
+    with pytest.raises(ValueError, match=r"pass example=\(inputs,\)"):
+        ssmax.convert(model, 0.5)
+    model = made(Stack, Attention())
+    ssmax.convert(model, 0.5, example=(x,))
+    model(x)
+    model.blocks[0].attn.fused_attn = False
+    with pytest.raises(ValueError, match="this forward did not call torch's scaled_dot_product_attention"):
+        model(x)
+
+
+def assert_untouched(model, before, *kinds):
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(hasattr(module, "ssmax") for module in model.modules())
+    assert set(kinds) <= {type(module) for module in model.modules()}
+
+
+class TwoCounts(nn.Module):
+    def forward(self, x):
+        q = split(x)
+        return merge(F.scaled_dot_product_attention(q, q, q)) + merge(
+            F.scaled_dot_product_attention(*[split(x, 2)] * 3)
+        )
+
+
+class Named(nn.Module):
+    ssmax = "mine"
+
+    def forward(self, q):
+        return F.scaled_dot_product_attention(q, q, q)
+
+
+def with_own_forward():
+    model = Sdpa()
+    model.forward = lambda q: F.scaled_dot_product_attention(q, q, q)
+    return model
+
+
+QUERY = inputs(1, HEADS, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "words"),
+    [
+        (GPT, {"example": (TOKENS,), "init": "matched"}, "needs train_length"),
+        (GPT, {"example": (TOKENS,), "init": "matched", "train_length": 1}, "at least 2"),
+        (
+            GPT,
+            {"example": (TOKENS,), "init": "matched", "train_length": 9.5},
+            "train_length must be a positive integer",
+        ),
+        (GPT, {"example": (TOKENS,), "init": "softmax"}, "init must be 'matched', 'identity' or a finite number"),
+        (GPT, {"example": (TOKENS,), "init": float("nan")}, "finite number"),
+        (GPT, {"example": (TOKENS,), "init": "identity", "bias": False}, "contradicts"),
+        (GPT, {"example": (TOKENS,), "layers": ["h.7.attn"]}, r"layers must be some of 'h.0.attn', 'h.1.attn', got"),
+        (GPT, {"example": (TOKENS,), "layers": []}, "layers must be some of"),
+        (GPT, {"example": (TOKENS,), "layers": [0]}, "layers must be some of"),
+        (GPT, {"example": (TOKENS,), "law": "yarn"}, "law and law_parameters are for transformers models"),
+        (GPT, {"example": TOKENS}, "example must be a tuple"),
+        (GPT, {"example": (TOKENS, 1, 2, 3)}, r"forward failed on the example \(TypeError"),
+        (GPT, {"example": (TOKENS + 99,)}, r"forward failed on the example \(IndexError"),
+        (TwoCounts, {"example": (inputs(1, 3, WIDTH),)}, r"with \[2, 4\] heads; one scale cannot serve both"),
+        (Named, {"example": (QUERY,)}, "has an attribute ssmax already"),
+        (with_own_forward, {"example": (QUERY,)}, "has a forward set on the instance"),
+        (lambda: nn.Linear(3, 3), {}, "holds no nn.MultiheadAttention; pass example"),
+        (lambda: nn.Linear(3, 3), {"example": (torch.ones(1, 3),)}, "Linear has nothing to convert"),
+    ],
+)
+def test_what_is_refused_leaves_the_model_as_it_was(build, options, words):
+    model = build()
+    before, attributes = copy.deepcopy(model.state_dict()), {name: dict(vars(m)) for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match=words):
+        ssmax.convert(model, **{"init": 0.5, **options})
+    assert list(model.state_dict()) == list(before)
+    assert {name: dict(vars(m)) for name, m in model.named_modules()} == attributes
+    assert not any(type(m).__name__.startswith("SSMax") for m in model.modules())
+
+
+def test_twice_is_refused_and_no_module_is_no_model():
+    model = ssmax.convert(GPT(), 0.5, example=(TOKENS,), layers=["h.1.attn"])
+    with pytest.raises(ValueError, match="converted already"):
+        ssmax.convert(model, 0.5, example=(TOKENS,))
+    assert type(ssmax.revert(model).h[1].attn) is CausalSelfAttention
+    with pytest.raises(ValueError, match="not a converted model"):
+        ssmax.revert(model)
+    with pytest.raises(TypeError, match=r"needs a torch.nn.Module, got dict"):
+        ssmax.convert({}, 0.5)
+
+
+class Leaving(nn.Module):
+    """Leaves traces wherever a forward can: buffers, caches, counters, random states, its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.drop, self.bn = Attention(), nn.Dropout(0.5), nn.BatchNorm1d(WIDTH)
+        self.register_buffer("cache", torch.zeros(2, 5, WIDTH, dtype=torch.float64))
+        self.calls, self.kept = 0, []
+
+    def forward(self, x):
+        self.calls += 1
+        self.kept.append(x)
+        x += torch.rand(x.shape)
+        self.cache.copy_(x)
+        return self.bn(self.drop(self.attn(x)).mT)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_example_leaves_no_trace(training):
+    model, x = made(Leaving).train(training), inputs(2, 5, WIDTH)
+    model.bn.eval()
+    before, given, state = copy.deepcopy(model.state_dict()), x.clone(), torch.get_rng_state()
+    ssmax.convert(model, 0.5, example=(x,))
+    assert (model.calls, model.kept, model.training, model.bn.training) == (0, [], training, False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, given)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert "forward" not in vars(model.attn)
+
+
+def test_identity_is_exact_and_revert_is_bit_for_bit():
+    for plain, example in ((GPT(), (TOKENS,)), (Stack(Attention()), (torch.randn(2, 5, WIDTH),))):
+        plain.eval()
+        want, names = plain(*example), list(plain.state_dict())
+        with ssmax.converted(plain, "identity", example=example) as model:
+            assert model is plain
+            assert torch.equal(model(*example), want)
+            assert len(model.state_dict()) > len(names)
+        assert torch.equal(plain(*example), want)
+        assert list(plain.state_dict()) == names
+        assert not any(type(m).__name__.startswith("SSMax") for m in plain.modules())
+
+
+def test_matched_is_the_papers_start():
+    model = ssmax.convert(GPT(), train_length=64, example=(TOKENS,))
+    scale = model.h[0].attn.ssmax
+    assert scale.b is None
+    assert scale.s.tolist() == [pytest.approx(ssmax.matched_scale(64))] * HEADS
+
+
+def test_shared_and_looped_layers_share_a_scale_and_say_so():
+    shared = Attention()
+    plain, x = made(Stack, shared, shared), inputs(2, 5, WIDTH)
+    with pytest.warns(
+        UserWarning, match=r"called more than once in a forward, with one scale for all calls: blocks.0.attn$"
+    ) as said:
+        model, ((s, b),) = converted(plain, (x,))
+    assert len(said) == 1
+    got = model(x)
+    with Naive((s, b, OPEN), (s, b, OPEN)):
+        close(got, plain(x))
+
+
+def test_copies_pickles_and_checkpoints():
+    plain = made(GPT)
+    model, _ = converted(plain, (TOKENS,))
+    want = model(TOKENS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(TOKENS), want)
+        assert type(other.h[0].attn) is type(model.h[0].attn)
+        other.h[0].attn.ssmax.s.data.zero_()
+        assert torch.equal(model(TOKENS), want)
+        assert torch.equal(ssmax.revert(other)(TOKENS), plain(TOKENS))
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*h.0.attn.ssmax.weight"):
+        copy.deepcopy(plain).load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*h.0.attn.ssmax.weight"):
+        model.load_state_dict(plain.state_dict())
+    again = ssmax.convert(copy.deepcopy(plain), "identity", example=(TOKENS,))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(TOKENS), want)
+
+
+def test_a_pickle_loads_in_another_process(tmp_path):
+    model, _ = converted(made(GPT), (TOKENS,))
+    torch.save((model, TOKENS, model(TOKENS)), tmp_path / "model.pt")
+    code = "import sys, torch; model, tokens, want = torch.load(sys.argv[1], weights_only=False); assert torch.equal(model(tokens), want)"
+    folder = __file__.rpartition("/")[0]
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True, cwd=folder, env=None)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("build", "backend"),
+    # torch 2.13's aot_eager fails in the backward of the plain second model.
+    [(GPT, "aot_eager"), (lambda: Stack(Attention(), Nested(Nested())), "eager")],
+)
+def test_it_compiles_whole_and_exports(build, backend):
+    example = (TOKENS,) if build is GPT else (inputs(2, 9, WIDTH),)
+    model, _ = converted(made(build), example)
+    want = model(*example)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    close(compiled(*example), want)
+    compiled(*example).square().sum().backward()
+    mine = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(*example).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(mine[name], parameter.grad, atol=1e-9, rtol=1e-9)
+    for strict in (False, True):
+        program = torch.export.export(model, example, strict=strict)
+        close(program.module()(*example), want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiled_attention_by_hand_raises_too():
+    model = ssmax.convert(Stack(Attention()).eval(), 0.5, example=(torch.randn(2, 5, WIDTH),))
+    model.blocks[0].attn.fused_attn = False
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="did not call torch's scaled_dot_product_attention"):
+        torch.compile(model, backend="eager")(torch.randn(2, 5, WIDTH))
+
+
+def test_scales_stay_float32_and_learn_under_autocast():
+    model = ssmax.convert(Stack(Attention()).bfloat16(), "identity", example=(torch.randn(2, 5, WIDTH).bfloat16(),))
+    scale = model.blocks[0].attn.ssmax
+    assert scale.s.dtype == torch.float32
+    assert model.to(torch.float16).blocks[0].attn.ssmax.s.dtype == torch.float32
+
+
+def test_a_transformers_model_inside_is_named():
+    pytest.importorskip("transformers")
+    from tiny_models import tiny_model
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.llm = tiny_model("llama")
+
+    with pytest.raises(
+        ValueError, match=r"llm \(LlamaForCausalLM\); convert that one, as in ssmax.convert\(model.llm\)"
+    ):
+        ssmax.convert(Wrapper(), 0.5, example=(TOKENS,))
+    with pytest.raises(ValueError, match="leave it out"):
+        ssmax.convert(tiny_model("llama"), 0.5, example=(TOKENS,))
+
+
+def test_a_plain_module_needs_no_transformers():
+    code = (
+        "import sys, torch, ssmax\n"
+        "model = ssmax.convert(torch.nn.MultiheadAttention(8, 2), 'identity'); x = torch.ones(3, 1, 8); model(x, x, x); ssmax.revert(model)\n"
+        "assert not {'transformers', 'torch._dynamo'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -111,7 +111,7 @@ class Recipe:
     warmup_steps: int = _field(50, "Of pretraining.", zero=True)
     weight_decay: float = _field(0.1, "On parameters of rank >= 2 alone.", zero=True)
     checkpoint_steps: int = _field(0, "Steps between checkpoints inside a training; 0 for none.", zero=True)
-    finetune_steps: int = _field(1200, "Of the fine-tuning on needles.")
+    finetune_steps: int = _field(800, "Of the fine-tuning on needles.")
     count_steps: int = _field(440, "Of the fine-tuning on counting.")
     finetune_batch_size: int = _field(32, "Examples of a step of fine-tuning.")
     finetune_learning_rate: float = _field(1e-3, "Of fine-tuning: linear warm-up, then a cosine to zero.")
@@ -121,9 +121,9 @@ class Recipe:
     length_factor: int = _field(32, "How far past the training length everything is measured.")
     theta_factors: tuple[int, ...] = _field((50,), "Of RoPE's theta at test time.")
     depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
-    trials: int = _field(24, "Needles for each context size and depth, and texts to count in for each size.")
-    score_trials: int = _field(100, "Trials of the needle scores.")
-    score_length_factor: int = _field(8, "Context of the needle scores, in training lengths.")
+    trials: int = _field(16, "Needles for each context size and depth, and texts to count in for each size.")
+    score_trials: int = _field(60, "Trials of the needle scores.")
+    score_length_factor: int = _field(32, "Context of the needle scores, in training lengths.")
     corpus_bytes: int = _field(64_000_000, "How much text is read, where it is held in memory.")
     corpus_tokens: int = _field(
         0, "Training tokens to prepare, with a tokenizer; 0: what pretraining reads.", zero=True
@@ -247,6 +247,7 @@ def laptop() -> Recipe:
         counting=("qk-norm:ab",),
         count_steps=1200,
         seeds=(0, 1, 2, 3, 4),
+        score_trials=100,
         checkpoint_steps=200,
         theta_factors=(1, 50),
     )
@@ -280,6 +281,8 @@ def small() -> Recipe:
         finetune_warmup_steps=50,
         needle_digits=4,
         theta_factors=(1, 50),
+        score_trials=100,
+        score_length_factor=8,
         length_factor=32,
         trials=32,
     )
@@ -315,6 +318,8 @@ def paper() -> Recipe:
         needle_digits=7,
         theta_factors=(1, 50),
         loss_texts=64,
+        score_trials=100,
+        score_length_factor=8,
         length_factor=20,
         trials=20,
     )

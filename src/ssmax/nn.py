@@ -116,7 +116,11 @@ class SSMaxScale(nn.Module):
                 return moved
             return tensor.to(moved.device, torch.float32)
 
-        return super()._apply(keep_precision, recurse)
+        without_values = self.weight.is_meta
+        applied = super()._apply(keep_precision, recurse)
+        if without_values and not self.weight.is_meta:  # to_empty: whatever loads nothing afterwards finds the start
+            self.reset_parameters()
+        return applied
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # pyrefly: ignore[bad-override]
         for name in ("weight", "bias"):  # assign=True would take another dtype as it comes

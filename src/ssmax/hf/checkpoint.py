@@ -5,6 +5,7 @@ they can be imported, pickled and named in auto_map.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import (
+    feature_extraction_auto,
+    image_processing_auto,
+    modeling_auto,
+    processing_auto,
+    tokenization_auto,
+    video_processing_auto,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 import ssmax
+from ssmax.hf import refusals
 from ssmax.hf.layers import computing_device, language_layers
 from ssmax.hf.visibility import forward_scope
 from ssmax.laws import LawScale
@@ -32,23 +35,32 @@ from ssmax.nn import SSMaxScale
 
 __all__ = ["attach", "config_class", "model_class", "register"]
 
+logger = logging.get_logger(__name__)
+
 PREFIX = "SSMax"
 CODE_FILE = "modeling_ssmax"
-AUTO_CLASSES = (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+AUTO_CLASSES: list[Any] = [
+    auto
+    for auto in vars(modeling_auto).values()
+    if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) and auto._model_mapping is not None
+]
+# What belongs to a model of a family beside it: a converted one has the same.
+COMPANIONS: list[Any] = [
+    tokenization_auto.TOKENIZER_MAPPING,
+    processing_auto.PROCESSOR_MAPPING,
+    image_processing_auto.IMAGE_PROCESSOR_MAPPING,
+    feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING,
+    video_processing_auto.VIDEO_PROCESSOR_MAPPING,
+]
 
 
 class SSMaxModel(PreTrainedModel):
     """What a converted model adds to its transformers class: scales built from config.ssmax, and a strict checkpoint."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        _check_fields(config, type(self))  # before anything large is made
+        with refusals.building():
+            super().__init__(config, *args, **kwargs)
         attach(self)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -58,27 +70,36 @@ class SSMaxModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load as transformers does, from safetensors alone, and raise ValueError where a scale is missing or does not fit."""
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, from safetensors alone; ValueError where a scale is missing or does not fit."""
         kwargs.setdefault("use_safetensors", True)  # a pickle would run code
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        lost = {
-            kind: sorted(str(name) for name in info[kind] if ".ssmax." in str(name))
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        }
-        for kind, names in lost.items():
-            if names:
-                raise ValueError(
-                    f"the checkpoint's SSMax scales do not fit its config.ssmax: {kind.replace('_', ' ')} "
-                    f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}; it would compute something else"
-                )
-        return (model, info) if output_loading_info else model
+        return super().from_pretrained(*args, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with the file by which trust_remote_code finds this library."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load as torch does; warn where the weights of an attention come, not strictly, without its scale."""
+        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        for name, module in _carriers(self):
+            own = [f"{name}.{inner}" for inner, _ in module.named_parameters() if not inner.startswith("ssmax.")]
+            if any(key.startswith(f"{name}.ssmax.") for key in found.missing_keys) and not {*own} & {
+                *found.missing_keys
+            }:
+                logger.warning(
+                    f"the state_dict holds the weights of {name}, and no SSMax scale of it: that keeps the value it had"
+                )
+        return found
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save as transformers does, with the file by which trust_remote_code finds this library.
+
+        Raises:
+            ValueError: a scale that config.ssmax names is not there, in the model or in a state_dict that was given.
+        """
+        if is_main_process:
+            _check_whole(self, state_dict)
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if is_main_process:
             # Of the class, not of the config, which may come from anywhere and would become code.
             names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in auto_map(type(self).__bases__[1]).values()))
             code = f"# Needs the package ssmax.\nfrom {__name__} import {names}\n"
@@ -116,6 +137,25 @@ def attach(model: PreTrainedModel) -> None:
         module.ssmax = scale
 
 
+def _carriers(model):
+    """The attention modules that have a scale, with their names."""
+    return [(name, module) for name, module in model.named_modules() if getattr(module, "ssmax", None) is not None]
+
+
+def _check_whole(model, state_dict):
+    carriers = _carriers(model)
+    named = sorted(model.config.ssmax["layers"])
+    if sorted(module.layer_idx for _, module in carriers) != named:
+        found = sorted(module.layer_idx for _, module in carriers)
+        raise ValueError(
+            f"config.ssmax names scales in layers {named}, and the model has them in {found}; convert it anew"
+        )
+    for name, module in carriers if state_dict is not None else ():
+        wanted = [key for key, _ in module.ssmax.named_parameters()]
+        if wanted and not any(f"{name}.ssmax." in key for key in state_dict):
+            raise ValueError(f"the state_dict lacks the SSMax scale of {name}; what is saved could not be loaded again")
+
+
 def _scale(model, recipe, layer):
     if "s" not in recipe:
         return LawScale(recipe["law"], **recipe["parameters"])
@@ -125,16 +165,32 @@ def _scale(model, recipe, layer):
     return scale
 
 
-def _checked_recipe(model, layers):
-    """Return config.ssmax, or raise ValueError where it is missing or damaged."""
-    recipe = getattr(model.config, "ssmax", None)
+def _check_fields(config, kind):
+    """Raise ValueError where config.ssmax is missing or damaged, whatever the model is."""
+    recipe = getattr(config, "ssmax", None)
     if recipe is None:
-        raise ValueError(
-            f"config.ssmax is missing: {type(model).__name__} cannot know its scales; convert the model anew"
-        )
-    fields = {"law", "layers", "version", *(("s", "b", "bias") if "s" in recipe else ("parameters",))}
-    if not isinstance(recipe, dict) or not fields <= set(recipe):
+        raise ValueError(f"config.ssmax is missing: {kind.__name__} cannot know its scales; convert the model anew")
+    learned = isinstance(recipe, dict) and "s" in recipe
+    fields = {"law", "layers", "version", *(("s", "b", "bias") if learned else ("parameters",))}
+    if not isinstance(recipe, dict) or not fields <= set(recipe) or (learned and "parameters" in recipe):
         raise ValueError(f"config.ssmax must hold {', '.join(sorted(fields))}; got {recipe!r}; convert the model anew")
+    layers = recipe["layers"]
+    indices = isinstance(layers, (list, tuple)) and layers and all(type(index) is int for index in layers)
+    if not indices or len(set(layers)) < len(layers):
+        raise ValueError(f"config.ssmax must name layers, each once; got {layers!r}; convert the model anew")
+    if learned and not (
+        type(recipe["bias"]) is bool
+        and all(type(recipe[name]) in (int, float) and math.isfinite(recipe[name]) for name in ("s", "b"))
+    ):
+        raise ValueError(
+            f"config.ssmax must hold finite numbers s and b and bias true or false; got {recipe!r}; convert the model anew"
+        )
+
+
+def _checked_recipe(model, layers):
+    """Return config.ssmax, or raise ValueError where it does not fit the model."""
+    _check_fields(model.config, type(model))
+    recipe = model.config.ssmax
     unknown = [index for index in recipe["layers"] if index not in layers]
     if unknown:
         raise ValueError(f"config.ssmax names layers {unknown}; {type(model).__name__} has {sorted(layers)}")
@@ -178,6 +234,9 @@ class _SavedTypes(dict):
             # Mllama's CausalLM class is found by the whole config, and takes the text config alone.
             if getattr(base_model, "config_class", None) is base:
                 auto.register(config, model_class(base_model), exist_ok=True)
+        for mapping in COMPANIONS:
+            if base in mapping:
+                mapping.register(config, mapping[base], exist_ok=True)
         return config
 
 
@@ -188,29 +247,9 @@ def _base_type(model_type: object) -> str | None:
     return base if base in CONFIG_MAPPING._mapping else None
 
 
-def _refuse_plain_configs() -> None:
-    """Let a plain class, as in LlamaForCausalLM.from_pretrained, refuse a converted checkpoint; it would run as softmax."""
-    original: Any = PreTrainedConfig.__dict__["from_dict"].__func__
-    if getattr(original, "_ssmax", False):
-        return
-
-    @functools.wraps(original)
-    def from_dict(cls, config_dict, **kwargs):
-        saved, wanted = str(config_dict.get("model_type", "")), getattr(cls, "model_type", "")
-        if (saved.startswith("ssmax_") or "ssmax" in config_dict) and not wanted.startswith("ssmax_"):
-            raise ValueError(
-                f"the checkpoint is a converted model (model_type {saved!r}); {cls.__name__} would drop its scales and compute plain "
-                "softmax. Load it with an Auto class such as AutoModelForCausalLM, then ssmax.revert(model) where softmax is meant"
-            )
-        return original(cls, config_dict, **kwargs)
-
-    from_dict.__dict__["_ssmax"] = True
-    PreTrainedConfig.from_dict = classmethod(from_dict)  # pyrefly: ignore[bad-assignment]
-
-
 def register() -> None:
     """Make transformers' Auto classes know the converted families, and plain classes refuse them."""
-    _refuse_plain_configs()
+    refusals.install(SSMaxModel)
     if not isinstance(CONFIG_MAPPING._extra_content, _SavedTypes):
         CONFIG_MAPPING._extra_content = _SavedTypes(CONFIG_MAPPING._extra_content)
 

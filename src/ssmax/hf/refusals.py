@@ -1,0 +1,109 @@
+"""Where transformers would load a converted model as another one, silently: the doors through which every way of loading passes."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["building", "install", "is_converted"]
+
+_building: ContextVar[bool] = ContextVar("building", default=False)
+INSTEAD = "Load it with an Auto class such as AutoModelForCausalLM, then ssmax.revert(model) where softmax is meant"
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Around the making of a converted model: its parts are plain classes, and may have its config."""
+    token = _building.set(True)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def is_converted(config: Any) -> bool:
+    """Whether a config, or the contents of a config.json, is that of a converted model."""
+    fields = config if isinstance(config, dict) else {**vars(config), "model_type": config.model_type}
+    names = [str(name) for name in fields.get("architectures") or ()]
+    return (
+        str(fields.get("model_type", "")).startswith("ssmax_")
+        or fields.get("ssmax") is not None
+        or any(name.startswith("SSMax") for name in names)
+    )
+
+
+def install(converted: type[PreTrainedModel]) -> None:
+    """Let plain classes refuse configs and checkpoints of converted models, and all classes a scale that does not fit.
+
+    Args:
+        converted: the base class of all converted models.
+    """
+    _wrap(PreTrainedConfig, "from_dict", _refuse_dict)
+    _wrap(PreTrainedModel, "__init__", functools.partial(_refuse_config, converted))
+    _wrap(PreTrainedModel, "from_pretrained", functools.partial(_refuse_folder, converted))
+    _wrap(PreTrainedModel, "_finalize_model_loading", _refuse_lost_scales)
+
+
+def _wrap(owner, name, around: Callable) -> None:
+    """Replace a method by around(method, ...), once, as the kind of method that it is."""
+    method = owner.__dict__[name]
+    original = getattr(method, "__func__", method)
+    if getattr(original, "_ssmax", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        return around(original, *args, **kwargs)
+
+    wrapped.__dict__["_ssmax"] = True
+    setattr(owner, name, type(method)(wrapped) if isinstance(method, (classmethod, staticmethod)) else wrapped)
+
+
+def _refuse_dict(original, cls, config_dict, **kwargs):
+    if is_converted(config_dict) and not getattr(cls, "model_type", "").startswith("ssmax_"):
+        raise ValueError(
+            f"the checkpoint is a converted model (model_type {config_dict.get('model_type')!r}); {cls.__name__} would drop its scales "
+            f"and compute plain softmax. {INSTEAD}"
+        )
+    return original(cls, config_dict, **kwargs)
+
+
+def _refuse_config(converted, original, self, config, *args, **kwargs):
+    foreign = isinstance(config, PreTrainedConfig) and is_converted(config) and not isinstance(self, converted)
+    if foreign and not _building.get():
+        raise ValueError(
+            f"the config is that of a converted model; {type(self).__name__} has no scales and would compute plain softmax. {INSTEAD}"
+        )
+    return original(self, config, *args, **kwargs)
+
+
+def _refuse_folder(converted, original, cls, source=None, *args, config=None, **kwargs):
+    """A config that was given, or is a part of the folder's, says nothing of the folder's own."""
+    part = getattr(cls.config_class, "base_config_key", "")
+    if source is not None and not issubclass(cls, converted) and (config is not None or part):
+        where = {
+            name: kwargs[name]
+            for name in ("cache_dir", "subfolder", "revision", "token", "local_files_only")
+            if name in kwargs
+        }
+        try:
+            found, _ = PreTrainedConfig.get_config_dict(source, **where)
+        except (OSError, ValueError):  # weights without a config.json: their names are looked at when they are loaded
+            found = {}
+        _refuse_dict(lambda *_: None, cls, found)
+    return original(cls, source, *args, config=config, **kwargs)
+
+
+def _refuse_lost_scales(original, *args, **kwargs):
+    info = original(*args, **kwargs)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in getattr(info, kind) if ".ssmax." in str(name))
+        if names:
+            raise ValueError(
+                f"the checkpoint's SSMax scales do not fit its config.ssmax: {kind.replace('_', ' ')} "
+                f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}; it would compute something else"
+            )
+    return info

@@ -87,7 +87,14 @@ def test_ranks_that_are_not_alike_write_nothing(what, corpus, tmp_path, record):
 
 
 def test_stopped_ranks_save_together(corpus, together, tmp_path, record):
-    command = ["train", tmp_path / "run", *TRAIN[:-1], "1000", "--corpus", corpus]  # it makes no checkpoint but that of the stop
+    command = [
+        "train",
+        tmp_path / "run",
+        *TRAIN[:-1],
+        "1000",
+        "--corpus",
+        corpus,
+    ]  # it makes no checkpoint but that of the stop
     process = start("-m", "ssmax", *command)
     wait_for(lambda: list(tmp_path.glob("run/models/*/pretrain-checkpoints")), process)
     process.terminate()

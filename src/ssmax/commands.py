@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ssmax.calibration import Calibration, calibrate, piece_length
 from ssmax.errors import RunFailed, UserError
 from ssmax.files import written_whole
 from ssmax.hf import convert
+from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.lab.sources import documents
@@ -26,8 +26,6 @@ from ssmax.results import Row, write_atomically
 
 __all__ = ["calibrate_folder", "convert_folder", "inspect_folder"]
 
-# What belongs to a model beside its weights and config.
-COMPANIONS = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "preprocessor")
 TEXT_LIMIT = 64 * 2**20  # bytes read for a calibration
 NO_SPACE = "os error 28"  # as safetensors words it
 
@@ -45,8 +43,7 @@ def convert_folder(source: str, target: Path, *, dry_run: bool, **options: Any) 
     lines = _describe(model)
     if dry_run:
         return [*lines, "dry run: nothing was written"]
-    _save(model, source, target)
-    return [*lines, f"saved as {target.resolve()}"]
+    return [*lines, *_save(model, source, target)]
 
 
 def calibrate_folder(
@@ -89,8 +86,7 @@ def calibrate_folder(
         raise RunFailed(str(error)) from error
     if found.chosen is None:
         return [str(found), f"{target} was not written"]
-    _save(model, source, target, found)
-    return [str(found), f"saved as {target.resolve()}"]
+    return [str(found), *_save(model, source, target, found)]
 
 
 def inspect_folder(source: str, figure: Path | None) -> list[str]:
@@ -205,16 +201,16 @@ def _refuse_existing(target: Path) -> None:
         raise UserError(f"{target} exists already; give a new folder")
 
 
-def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration | None = None) -> None:
+def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration | None = None) -> list[str]:
+    """Write the new folder with all that belongs to the model; return the lines that say so."""
     try:
         with written_whole(target, owner="model") as temporary:
             model.save_pretrained(temporary)
             if found is not None:
                 (temporary / "calibration.json").write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-            for path in sorted(Path(source).iterdir()) if Path(source).is_dir() else ():
-                if path.is_file() and path.name.startswith(COMPANIONS):
-                    shutil.copyfile(path, temporary / path.name)
+            behind = copy_companions(source, temporary, getattr(model.config, "_commit_hash", None))
     except SafetensorError as error:
         if NO_SPACE in str(error):
             raise RunFailed(f"no space left to write {target}; nothing of it was kept") from error
         raise
+    return [*filter(None, [behind]), f"saved as {target.resolve()}"]

@@ -1,0 +1,76 @@
+"""What belongs to a model beside its weights and config: tokenizer, processor, templates, licence; carried from folder to folder."""
+
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ssmax.files import SEAL
+
+__all__ = ["copy_companions"]
+
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
+    *(".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".ot", ".nemo", ".distcp", ".index.json"),
+)
+CODE = (".py", ".pyc", ".so", ".ipynb", ".sh")  # what a converted folder carries may be run by who trusts it
+
+
+def copy_companions(source: str, target: Path, commit: str | None = None) -> str | None:
+    """Copy all files of a model but weights, code and what target has already; return what stayed behind, in one line.
+
+    Hidden files stay too, and folders with weights of their own (another model), and links that lead out of the folder.
+
+    Args:
+        source: a folder, or a name on a hub.
+        target: a folder that the model was saved to.
+        commit: of the hub's model, as its config says.
+    """
+    folder = _folder(source, commit)
+    if folder is None:
+        return f"not copied: tokenizer and other files of {source}, which are neither here nor on the hub"
+    behind = []
+    for here, folders, names in os.walk(folder):
+        where = Path(here)
+        for name in sorted(folders):
+            inner = where / name
+            if name.startswith(".") or inner.is_symlink() or _has_weights(inner):
+                folders.remove(name)
+                if not name.startswith("."):
+                    behind.append(f"{inner.relative_to(folder)}/")
+        for name in sorted(names):
+            path = where / name
+            to = target / path.relative_to(folder)
+            if name.startswith(".") or name == SEAL or name.endswith(WEIGHTS) or to.exists():
+                continue
+            if name.endswith(CODE) or not path.is_file() or not _inside(path, folder):
+                behind.append(str(path.relative_to(folder)))
+                continue
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, to)
+    return f"not copied (code, links out of the folder, other models): {', '.join(sorted(behind))}" if behind else None
+
+
+def _folder(source, commit):
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    try:
+        return Path(
+            snapshot_download(source, revision=commit, ignore_patterns=[f"*{end}" for end in WEIGHTS])
+        ).resolve()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
+def _has_weights(folder):
+    return any(name.endswith(WEIGHTS) for _, _, names in os.walk(folder) for name in names)
+
+
+def _inside(path, folder):
+    """Whether a file really lies in its folder, or, as the hub's cache keeps it, among the blobs of its model."""
+    real = path.resolve()
+    return real.is_relative_to(folder) or (
+        folder.parent.name == "snapshots" and real.is_relative_to(folder.parents[1] / "blobs")
+    )

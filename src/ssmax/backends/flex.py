@@ -41,16 +41,16 @@ def forward(
         position_T = torch.arange(key.shape[2], device=query.device)
         documents = document_bounds(cu_seqlens.to(query.device), position_T)
     if softcap is None:
-        query, multiplier_inside = scale_query(query, multiplier * scale), None
+        query, multiplier_inside, cap = scale_query(query, multiplier * scale), None, None
         scale = 1.0
     else:
         multiplier_inside = multiplier.expand(*query.shape[:3])
-        softcap = torch.full((), softcap, device=query.device)  # the kernel takes no symbolic number
+        cap = torch.full((), softcap, device=query.device)  # the kernel takes no symbolic number
     block_mask, bias = _masks(mask, documents, query, key, is_causal, window)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if softcap is not None and multiplier_inside is not None:
-            score = softcap * torch.tanh(score / softcap) * multiplier_inside[b, h, q]
+        if cap is not None and multiplier_inside is not None:
+            score = cap * torch.tanh(score / cap) * multiplier_inside[b, h, q]
         return score if bias is None else score + bias[b, h, q, k]
 
     plain = softcap is None and bias is None

@@ -202,7 +202,7 @@ def _scoped(forward: Callable) -> Callable:
     def scoped(*args, **kwargs):
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        with forward_scope():
+        with forward_scope(kwargs.get("position_ids")):
             return forward(*args, **kwargs)
 
     return scoped

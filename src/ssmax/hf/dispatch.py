@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from ssmax.backends import reference
-from ssmax.hf.visibility import kernel_visible_keys
+from ssmax.hf.visibility import kernel_visible_keys, sees_what_it_is_handed
 
 __all__ = ["install"]
 
@@ -18,7 +18,8 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("this model adds a position bias to its logits; SSMax is not defined for it here")
-    n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs)
+    closed = sees_what_it_is_handed(attend)
+    n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs, closed)
     if kwargs.get("softcap") is not None:
         if implementation != "eager":
             raise ValueError(

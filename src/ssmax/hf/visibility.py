@@ -3,6 +3,8 @@
 The rule follows the mask function registered for the implementation, since that decides what the mask means.
 """
 
+import functools
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,19 +19,21 @@ from transformers.masking_utils import (
     flex_attention_mask,
     sdpa_mask,
 )
+from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
-from ssmax.scaling import log_visible, visible_keys
+from ssmax.scaling import as_bool, is_readable, log_visible, visible_keys
 
-__all__ = ["forward_scope", "kernel_visible_keys"]
+__all__ = ["forward_scope", "kernel_visible_keys", "sees_what_it_is_handed"]
 
-# What this forward has counted already: layers share their masks. Holding the masks keeps their ids theirs.
-_counted: ContextVar[dict[Any, tuple[Any, tuple[Tensor, Tensor]]] | None] = ContextVar("_counted", default=None)
+# What this forward has counted already: layers share their masks. Holding the masks keeps their ids theirs. Beside it the
+# forward's position_ids, which some families do not hand to their kernel.
+_counted: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("_counted", default=None)
 
 
 @contextmanager
-def forward_scope() -> Iterator[None]:
+def forward_scope(position_ids: Any = None) -> Iterator[None]:
     """Count each mask once inside the block, which is one forward of a model; masks may change in place between two."""
-    token = _counted.set({})
+    token = _counted.set({"position_ids": (position_ids, None)})
     try:
         yield
     finally:
@@ -37,7 +41,13 @@ def forward_scope() -> Iterator[None]:
 
 
 def kernel_visible_keys(
-    implementation: str, module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict
+    implementation: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    kwargs: dict,
+    closed: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return n, the number of keys that each query of this kernel call sees, (B or 1, N) or (B, H, N), and log n.
 
@@ -48,9 +58,10 @@ def kernel_visible_keys(
         key: (B, K, S, D), after the cache update.
         mask: as delivered to the kernel: a tensor, a BlockMask or None.
         kwargs: the kernel's further arguments.
+        closed: the kernel sees the keys that it is handed and no others; see sees_what_it_is_handed.
 
     Raises:
-        ValueError: an implementation that masks in an unknown way.
+        ValueError: an implementation that masks in an unknown way, or a split sequence whose n is open.
     """
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation.removeprefix("paged|"))
     rule = _RULES.get(mask_function)
@@ -59,12 +70,14 @@ def kernel_visible_keys(
             f"SSMax does not know what the masks of attention implementation {implementation!r} mean; "
             "use 'sdpa' or 'eager' (attn_implementation=... in from_pretrained, or model.set_attn_implementation)"
         )
+    rule = rule if closed else functools.partial(_open, rule)
     counted = None if torch.compiler.is_compiling() else _counted.get()
     if counted is None:
         return _count(rule, module, query, key, mask, kwargs)
     parts = (mask, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"), kwargs.get("position_ids"))
     name = (
-        rule,
+        mask_function,
+        closed,
         *map(id, parts),
         query.shape[2],
         key.shape[2],
@@ -86,6 +99,77 @@ def _count(rule, module, query, key, mask, kwargs):
 def _is_causal(module, kwargs):
     given = kwargs.get("is_causal")
     return getattr(module, "is_causal", True) if given is None else given
+
+
+def sees_what_it_is_handed(attend: Callable) -> bool:
+    """Whether a kernel is transformers' own, on torch's own: a function from elsewhere may read the keys of other ranks.
+
+    So do ring attention and Ulysses, registered under a name of theirs or of transformers, and torch's context_parallel,
+    which replaces scaled_dot_product_attention.
+    """
+    while isinstance(attend, functools.partial):
+        attend = attend.func
+    inner = attend.__globals__.get("_flash_attention_forward") if isinstance(attend, types.FunctionType) else None
+    return (
+        all(f is None or getattr(f, "__module__", "").startswith("transformers.") for f in (attend, inner))
+        and attend.__class__ is types.FunctionType
+        and isinstance(torch.nn.functional.scaled_dot_product_attention, types.BuiltinFunctionType)
+    )
+
+
+def _open(rule, module, query, key, mask, kwargs):
+    """n of a kernel that may see more keys than it is handed: a query whose position is beyond them shows that it does.
+
+    Positions are then global, and n is position + 1 within the window: the position of a query in its own document.
+    """
+    n, position_ids = rule(module, query, key, mask, kwargs), kwargs.get("position_ids")
+    if position_ids is None and not torch.compiler.is_compiling():
+        position_ids = (_counted.get() or {}).get("position_ids", (None, None))[0]
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    explained_by_a_cache = mask is not None and num_keys > num_queries  # one that rolls forgets keys
+    offsets = kwargs.get("cu_seq_lens_q")
+    if position_ids is None or tuple(position_ids.shape[1:]) != (num_queries,) or explained_by_a_cache:
+        if offsets is not None and is_readable(offsets) and offsets[-1] > query.shape[0] * num_queries:
+            raise ValueError(
+                f"cu_seq_lens_q ends at {int(offsets[-1])}, but this rank holds {num_queries} queries; on a sequence that is "
+                "split over ranks SSMax needs the global position_ids"
+            )
+        return n
+    position = position_ids.to(query.device).long()
+    split = (position > torch.arange(num_keys - num_queries, num_keys, device=query.device)).any()
+    if is_readable(position):
+        if not split:
+            return n
+        _check_split(module, position, mask, kwargs)
+    window = kwargs.get("sliding_window")
+    return torch.where(split, position + 1 if window is None else (position + 1).clamp(max=window), n)
+
+
+def _check_split(module, position_BN, mask, kwargs):
+    """Raise ValueError unless positions alone say what a query of a split sequence sees."""
+    if not _is_causal(module, kwargs):
+        raise ValueError(
+            "position_ids are those of a sequence that is split over ranks; how many keys there are in all is not known "
+            "without causal attention, and SSMax needs it"
+        )
+    if not isinstance(mask, Tensor):
+        return
+    if mask.ndim == 4:  # transformers takes jumps of the positions for borders of documents
+        jumps = position_BN.diff(dim=1, prepend=position_BN[:, :1] - 1) != 1
+        document, row = jumps.cumsum(1), torch.arange(position_BN.shape[1], device=position_BN.device)
+        gap = row[:, None] - row
+        expected = (gap >= 0) & (gap < (kwargs.get("sliding_window") or len(row)))
+        expected = expected & (document[:, :, None] == document[:, None])
+        plain = (gap >= 0) & (gap < (kwargs.get("sliding_window") or len(row)))
+        seen = as_bool(mask)
+        if any(bool((seen == want).all()) for want in (expected[:, None], plain)):
+            return
+    elif as_bool(mask).all():
+        return
+    raise ValueError(
+        "position_ids are those of a sequence that is split over ranks, and the attention mask covers the keys of this rank "
+        "only, so that n is not known; leave attention_mask out, and let position_ids count real tokens from each document's start"
+    )
 
 
 def _sdpa(module, query, key, mask, kwargs):
@@ -112,33 +196,56 @@ def _flex(module, query, key, mask, kwargs):
 
 
 def _flash(module, query, key, mask, kwargs):
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    window, offsets = kwargs.get("sliding_window"), kwargs.get("cu_seq_lens_k")
-    if not _is_causal(module, kwargs):
-        return (
-            visible_keys(mask=mask, num_queries=num_queries, causal=False)
-            if mask is not None
-            else _all_keys(query, key)
-        )
-    if offsets is not None:
-        return _packed(kwargs["cu_seq_lens_q"].long(), offsets.long(), num_queries, window)
+    """What transformers' _flash_attention_forward makes of these arguments, in its order of precedence."""
+    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
+    offsets = tuple(kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    lengths = (kwargs.get("max_length_q"), kwargs.get("max_length_k"))
+    position_ids, cache, window = (kwargs.get(name) for name in ("position_ids", "cache", "sliding_window"))
+    if window is not None and cache is None and num_keys <= window:
+        window = None  # left out as if it hid nothing, which is not so where a document runs over several rows
+    seen = functools.partial(_seen, window=window, causal=_is_causal(module, kwargs))
+    if cache is not None and isinstance(offsets[1], dict):  # pages of several kinds of layers
+        windowed = "sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"
+        allocators = getattr(cache, "layer_to_allocator", None)  # transformers before 5.2x asks the module instead
+        offsets = (offsets[0], offsets[1][windowed if allocators is None else allocators[module.layer_idx].layer_type])
     if mask is not None:
-        return visible_keys(mask=mask, num_queries=num_queries, window=window)
-    position_ids = kwargs.get("position_ids")
-    if position_ids is not None and num_queries == num_keys and query.shape[0] == 1:
-        # Restarting positions pack documents; otherwise they are 0, 1, 2, ... and give the same n as no mask.
-        return visible_keys(position_ids=position_ids - position_ids[..., :1], window=window)
-    return visible_keys(num_keys=num_keys, num_queries=num_queries, window=window).to(query.device)
+        return _unpadded(as_bool(mask), num_queries, seen)
+    if any(part is None for part in (*offsets, *(() if cache is not None else lengths))):
+        if not _is_packed_sequence(position_ids, batch):
+            return seen(torch.arange(num_keys - num_queries, num_keys, device=query.device), num_keys)[None]
+        offsets, _ = prepare_fa_kwargs_from_position_ids(position_ids)
+    return _packed(*offsets, batch * num_queries, seen).view(batch, num_queries)
 
 
-def _packed(ends_q, ends_k, num_queries, window):
-    """Rows are packed queries; those of a document are the last of its keys."""
+def _unpadded(real_BS, num_queries, seen):
+    """Padding is cut out before the kernel: a window counts real keys only, and a single query sees the last of them."""
+    keys_B1 = real_BS.sum(1, keepdim=True)
+    if num_queries == 1:
+        return seen(keys_B1 - 1, keys_B1)
+    n = seen((real_BS.cumsum(1) - 1)[:, -num_queries:], keys_B1)
+    return torch.where(real_BS[:, -num_queries:], n, 0)
+
+
+def _packed(ends_q, ends_k, num_queries, seen):
+    """Rows are packed queries; those of a document are the last of its keys. Rows outside of all documents see nothing."""
+    ends_q, ends_k = ends_q.long(), ends_k.long()
     row = torch.arange(num_queries, device=ends_q.device)
-    document = torch.searchsorted(ends_q, row, right=True).clamp(max=ends_q.numel() - 1)
-    keys = ends_k[document] - ends_k[(document - 1).clamp(min=0)]
-    n = keys - (ends_q[document] - 1 - row)
-    n = n if window is None else n.clamp(max=window)
-    return torch.where(row < ends_q[-1], n, 0)[None]
+    end = torch.searchsorted(ends_q, row, right=True)
+    inside = (end > 0) & (end < ends_q.numel())
+    end = end.clamp(1, ends_q.numel() - 1)
+    keys = ends_k[end] - ends_k[end - 1]
+    return torch.where(inside, seen(keys - (ends_q[end] - row), keys), 0)
+
+
+def _seen(place, num_keys, window, causal):
+    """Keys that FlashAttention shows to a query which stands at a place (from 0) among its keys."""
+    after = torch.full_like(place, 0 if causal else _ENDLESS if window is None else window - 1)
+    before = torch.full_like(place, _ENDLESS if window is None else window - 1)
+    stop = torch.minimum(place + after + 1, torch.as_tensor(num_keys, device=place.device))
+    return (stop - (place - before).clamp(min=0)).clamp(min=0)
+
+
+_ENDLESS = 2**40
 
 
 def _all_keys(query, key):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from faults import PATIENCE, wait_for
 
+from ssmax import cli
 from ssmax.lab.recipes import Recipe
 from ssmax.results import read_rows
 
@@ -180,6 +181,45 @@ def test_bad_input_is_one_clear_line(arguments, words, tmp_path):
     (tmp_path / "folder").mkdir()
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     one_line(run("reproduce", *arguments, "--out", tmp_path / "out"), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value", "right"),
+    [
+        (["reproduce", "--counting", "tiny"], "tiny", "reproduce tiny --counting"),
+        (["reproduce", "--models", "paper:ab", "smoke"], "smoke", "reproduce smoke --models"),
+        (["prepare", "--seeds", "0", "1", "smoke", "--corpus", "x"], "smoke", "prepare smoke --seeds"),
+        (["evaluate", "--sizes", "64", "128", "model"], "model", "evaluate model --sizes"),
+        (["evaluate", "--tasks", "needle", "one", "two"], "one", "evaluate one two --tasks"),
+        (["evaluate", "--theta_factor", "1", "--depths", "0.5", "model"], "model", "evaluate model --depths"),
+        (["calibrate", "--layers", "0", "1", "model", "new"], "model", "calibrate model new --layers"),
+        (["calibrate", "--inits", "0.5", "matched", "model", "new"], "model", "calibrate model new --inits"),
+        (["convert", "--layers", "1", "model"], "model", "convert model --layers"),
+        (["train", "--seeds", "1", "2", "runs/mine"], "runs/mine", "train runs/mine --seeds"),
+    ],
+)
+def test_an_option_of_several_values_that_took_what_follows(arguments, value, right, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(arguments)
+    assert status.value.code == 2
+    option = right.split()[-1]
+    meant = {"reproduce": "recipe", "prepare": "recipe", "evaluate": "model", "train": "out"}.get(
+        arguments[0], "source"
+    )
+    assert capsys.readouterr().err == (
+        f"ssmax: {option} took {value!r} as one of its values; put the {meant} first: ssmax {right} ...\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["reproduce", "--help"], ["huge"], ["reproduce", "smoke", "--dry-run"]])
+def test_a_reader_that_goes_away_is_no_error(arguments, tmp_path):
+    told = tmp_path / "told"
+    with told.open("wb") as file:
+        errors = subprocess.STDOUT if arguments == ["huge"] else file
+        with subprocess.Popen([SSMAX, *arguments], stdout=subprocess.PIPE, stderr=errors, cwd=tmp_path) as process:
+            process.stdout.close()
+            assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+    assert told.read_bytes() == b""
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

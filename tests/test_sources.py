@@ -161,6 +161,23 @@ def test_rows_that_are_no_text_are_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize("first", ['{"id": 1}', '{"text": null}', '{"id": 1, "text": ""}'])
+def test_the_text_may_come_late(first, tmp_path):
+    file = written(tmp_path, {"a.jsonl": (first + "\n") * 2000 + LINES.decode()}) / "a.jsonl"
+    texts, named = read(file)
+    assert texts == PAGES
+    assert named == ([] if '""' in first else ["rows without 'text': 2,000 (a.jsonl, line 1)"])
+
+
+@pytest.mark.parametrize("broken", ['{"text": "half of a', "words", "{", '["a"', '{"text": "a"}}'])
+def test_a_broken_line_costs_itself(broken, tmp_path):
+    for at in range(3):
+        lines = LINES.decode().splitlines(keepends=True)
+        lines.insert(at, broken + "\n")
+        file = written(tmp_path, {"a.jsonl": "".join(lines)}) / "a.jsonl"
+        assert read(file) == (PAGES, [f"lines that are no JSON object: 1 (a.jsonl, line {at + 1})"])
+
+
 CONTENTS = {
     "a.jsonl": LINES, "a.ndjson": LINES, "a.json": LINES, "a.JSONL": LINES, "one.jsonl": LINES, "bom.jsonl": b"\xef\xbb\xbf" + LINES,
     "wide.jsonl": LINES.decode().encode("utf-16"), "windows.jsonl": LINES.replace(b"\n", b"\r\n"),
@@ -174,6 +191,7 @@ CONTENTS = {
     "a.csv.gz": gzip.compress(b"id,text\n" + "".join(f'{row["id"]},"{row["text"]}"\n' for row in ROWS).encode()),
     "a.tsv": "id\ttext\n" + "".join(f"{row['id']}\t{row['text']}\n" for row in ROWS),
     "only.csv": "id,body\n" + "".join(f"{row['id']},{row['text']}\n" for row in ROWS),
+    "semicolons.csv": "id;text\n" + "".join(f"{row['id']};{row['text']}\n" for row in ROWS),
     "content.csv": "id,title,content\n" + "".join(f"{row['id']},title,{row['text']}\n" for row in ROWS),
     "a.parquet": parquet(text=PAGES, id=[0, 1, 2]), "a.parquet.zst": zstd(parquet(text=PAGES)),
     "bytes.parquet": parquet(text=pa.array([page.encode() for page in PAGES])),
@@ -211,6 +229,7 @@ def test_csv_fields_hold_commas_quotes_and_lines(tmp_path):
         ("config.json", '{"hidden_size": 4, "model_type": "llama"}', "holds no rows; left out JSON files without rows: 1 (config.json)"),
         ("a.json", '{"text": ', "cannot be read to their end: 1 (a.json, no JSON: Expecting value: line 1 column 10"),
         ("a.jsonl", "[1]\n{", "no JSON"),
+        ("a.jsonl", json.dumps(ROWS[0], indent=1) * 2, "no JSON: Extra data: line 4 column 2"),
         ("a.jsonl", "words\nwords\n", "lines that are no JSON object: 2 (a.jsonl, line 1)"),
         ("chat.jsonl", '{"messages": [{"role": "user"}]}', "no column 'text', but messages (lists)"),
         ("chat.jsonl#messages", '{"messages": [{"role": "user"}]}', "the column 'messages' holds lists, not text"),

@@ -54,7 +54,7 @@ def find_corpus(folder: Path, files: list[Path], wanted: str | None, account: Ac
         column = rows.column_of_files(tables, wanted, str(folder), named=texts)
     except UserError:
         tables = [path for path in tables if path.suffix.lower() != ".json"]  # in a folder of text that is text
-        if wanted or (tables and not texts):
+        if wanted or (tables and not texts) or not any(path.stat().st_size for path in others):
             raise
         for path in tables:
             account.add("files of rows without a column 'text' beside text", name_in(folder, path))

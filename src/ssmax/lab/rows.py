@@ -26,7 +26,7 @@ from ssmax.lab.text import (
 __all__ = ["LOOK", "SUFFIXES", "choose_column", "column_of_files", "is_rows", "text_of", "texts"]
 
 NAMED = ("text", "content")
-LOOK = 1000  # rows by which a column is chosen
+LOOK, LOOK_LONGEST = 1000, 100_000  # rows by which a column is chosen, and among which one is looked for
 # A field of a CSV file ends somewhere; a quote that is never closed must not take the rest of the file.
 LONGEST_FIELD = 2**24
 Say = Callable[..., None]  # kind of what was left out, where in the file, and how much
@@ -111,20 +111,16 @@ def choose_column(
         UserError: there is none, or it holds something else.
     """
     kinds: dict[str, set[str]] = defaultdict(set)
-    empty = True
-    for row in itertools.islice(rows, LOOK):
-        empty = False
+    count = 0
+    for count, row in enumerate(itertools.islice(rows, LOOK_LONGEST), 1):
         for name, value in row.items():
             kinds[name] |= {_kind(value, untyped)} - {""}
-        if "text" in kinds.get(wanted or "text", ()):
-            return wanted or "text"
-    if empty:
+        if "text" in kinds.get(wanted or "text", ()) or (count >= LOOK and _candidate(kinds, wanted, named)):
+            break
+    if not count:
         return None
     where = f" in {place}" if place not in ("", source, Path(source).name) else ""
-    chosen = wanted or next((name for name in NAMED if name in kinds), None)
-    if chosen is None and not named:
-        only = [name for name, found in kinds.items() if found == {"text"}]
-        chosen = only[0] if len(only) == 1 else None
+    chosen = _candidate(kinds, wanted, named) or wanted
     if chosen is None:
         columns = ", ".join(name + (f" ({'/'.join(sorted(found))})" if found else "") for name, found in kinds.items())
         raise UserError(f"data set {source!r} has no column 'text'{where}, but {columns}; name one as {source}#COLUMN")
@@ -136,6 +132,15 @@ def choose_column(
             f"another as {source}#COLUMN, or write the text of each row into one"
         )
     return chosen
+
+
+def _candidate(kinds: dict[str, set[str]], wanted: str | None, named: bool) -> str | None:
+    """The column to take of those that were seen, if there is one."""
+    for name in (wanted,) if wanted else NAMED:
+        if name in kinds:
+            return name
+    only = [] if named or wanted else [name for name, found in kinds.items() if found == {"text"}]
+    return only[0] if len(only) == 1 else None
 
 
 def _kind(value: Any, untyped: bool = False) -> str:
@@ -222,7 +227,9 @@ def _of_batches(batches):
 def _csv(path, column, say):
     csv.field_size_limit(LONGEST_FIELD)
     with opened_text(path, newline="") as file:
-        lines = csv.reader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+        head = file.readline()
+        delimiter = "\t" if _suffix(path) == ".tsv" else max(",;\t", key=head.count)
+        lines = csv.reader(itertools.chain([head], file), delimiter=delimiter, strict=True)
         names: list[str] = []
         while True:
             at = f"line {lines.line_num + 1:,}"
@@ -245,14 +252,19 @@ def _json(path, column, say):
     """JSON lines, an array of rows, an object of them or one row, as the file's content shows."""
     with opened_text(path, newline="\n") as file:
         first = list(itertools.islice((line for line in file if line.strip()), 2))
+    if not first:
+        return
     alone = len(first) == 1 and _suffix(path) == ".json"
-    if first and not (alone or _goes_on(first[0])):
+    if not (alone or _goes_on(first[0])):
         yield from _json_lines(path, say)
         return
     try:
         with opened_text(path) as file:
             whole = json.load(file)
     except (ValueError, RecursionError) as error:
+        if isinstance(_parsed(first[-1]), dict):  # lines, of which the first is broken
+            yield from _json_lines(path, say)
+            return
         raise Damage(f"no JSON: {error}") from error
     for number, row in enumerate(_rows_of(whole, column, say), 1):
         if isinstance(row, dict | str):
@@ -275,12 +287,11 @@ def _json_lines(path, say):
 
 def _goes_on(line):
     """Whether a first line is an array, or begins an object that ends further down."""
+    line = line.strip()
     try:
         return isinstance(json.loads(line), list)
     except json.JSONDecodeError as error:
-        return line.lstrip().startswith("[") or (
-            error.pos >= len(line.rstrip()) and not error.msg.startswith("Unterminated")
-        )
+        return line.startswith("[") or (error.pos >= len(line) and not error.msg.startswith("Unterminated"))
     except RecursionError:
         return False
 

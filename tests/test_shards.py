@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import ssmax.hf  # noqa: F401
 from ssmax import cli
-from ssmax.errors import UserError
+from ssmax.errors import LeftOut, UserError
 from ssmax.lab import corpus, preparation, reproduce
 from ssmax.lab.experiments import check_fit, count_task, needle_task, run_stage
 from ssmax.lab.plan import _data, plan
@@ -169,6 +169,15 @@ def test_a_target_ends_the_stream_and_keeps_what_is_held_out(whole, rows, tokeni
     folder, loaded = prepared(rows / "saved", tokenizer, tmp_path, tokens=50)
     assert len(loaded.train) == 50
     assert np.array_equal(loaded.held_out, whole[1].held_out)  # looked for beyond the training text
+
+
+def test_what_was_left_out_stands_in_the_manifest_and_is_said_again(rows, tokenizer, tmp_path):
+    shutil.copytree(rows / "json", tmp_path / "json")
+    (tmp_path / "json" / "LICENSE").write_text("words")
+    for _ in range(2):  # prepared, and found
+        with pytest.warns(LeftOut, match=r"corpus 'json': left out files beside the rows: 1 \(LICENSE\)"):
+            folder, _ = prepared(tmp_path / "json", tokenizer, tmp_path / "cache")
+    assert check(folder).left_out == ["files beside the rows: 1 (LICENSE)"]
 
 
 def test_a_large_text_file_passes_in_pieces(tmp_path):

@@ -28,6 +28,7 @@ from ssmax.lab.plan import _data, plan
 from ssmax.lab.recipes import paper, smoke
 from ssmax.lab.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, token_type, verify
 from ssmax.lab.sources import Documents
+from ssmax.lab.tokenizer import given
 from ssmax.results import read_rows
 
 # datasets leaves files open that it did not read to the end.
@@ -463,6 +464,15 @@ def test_a_name_that_no_hub_answers_is_one_quick_line(rows, tmp_path, monkeypatc
     )
     assert 0 < len(asked) <= 4  # what asks again waits in between, longer each time
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["./gpt", "a/b/c", "tokenizer.json", "{here}/tokenizr", "two words"])
+def test_a_tokenizer_that_can_only_be_a_path_is_said_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    with pytest.raises(UserError, match=r"does not exist; give a folder with a tokenizer\.json"):
+        given(name.format(here="here"))
 
 
 def test_a_tokenizer_without_an_end(tmp_path, rows):

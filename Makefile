@@ -2,16 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# A worker for each core; CONTRIBUTING.md says how tests are spread.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(if $(FAULTS),--faults=$(FAULTS))
+# A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
 .PHONY: docs reproduce test test-faults test-harness fuzz versions lint clean
 
 reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
 
+# All tests, and the numerical ones again as torch computes on processors that can do less than this one.
+LESSER := import torch; own = torch.backends.cpu.get_cpu_capability().lower(); \
+	known = ["default", "avx2", "avx512"]; print(*known[: known.index(own) if own in known else 0])
 test: $(STAMP) lint
 	$(PYTEST)
+	set -e; for kind in $$($(BIN)/python -c '$(LESSER)'); do \
+		echo "as on a processor with $$kind instructions:"; ATEN_CPU_CAPABILITY=$$kind $(PYTEST) -m 'numerical and not slow'; done
 
 # Kills, full disks, lost ranks, random calls; renews the rows of docs/faults.md with FAULTS=docs/results/faults.jsonl
 test-faults: $(STAMP)

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -158,7 +158,7 @@ def row(metric, variant, at, value, samples, device):
         "triton": triton.__version__,
         "python": platform.python_version(),
         "machine": device,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return Row(metric, variant, None, at, value, samples, provenance)
 

@@ -14,7 +14,7 @@ import platform
 import sys
 import sysconfig
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -224,7 +224,7 @@ def main():
             continue
         start = time.perf_counter()
         found = job()
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         rows += [dataclasses.replace(r, provenance=provenance | {"time": now}) for r in found]
         write_rows(ROWS, rows)
         print(name, f"{time.perf_counter() - start:.0f} s", [f"{r.value:.4g}" for r in found], flush=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker; torch reads t
 from ssmax.results import Row, read_rows, write_rows
 
 ROWS = []
+# Files of the marker numerical: make test runs them again with fewer of the processor's instructions.
+NUMERICAL = {"chunks", "functional", "hf", "laws", "nn", "scaling", "serving", "sharp", "sharp_cache", "triton"}
 
 
 def pytest_addoption(parser):
@@ -28,12 +30,9 @@ def pytest_xdist_auto_num_workers():
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests for which a file makes something once stay together (--dist loadgroup); all others go to whoever is free."""
-    for item in items:
-        if any(found[-1].scope == "module" for found in item._fixtureinfo.name2fixturedefs.values()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+def pytest_itemcollected(item):
+    if item.path.stem.removeprefix("test_") in NUMERICAL:
+        item.add_marker(pytest.mark.numerical)
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def record(request):
     def write(fault, tried, lost=0, **at):
         test = f"tests/{request.node.fspath.basename}::{request.node.name.partition('[')[0]}"
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         provenance = {"command": "make test-faults", **versions, "python": platform.python_version(), "time": now}
         row = Row("lost", fault, None, {"test": test, **at}, lost, tried, provenance)
         request.node.user_properties.append(("fault", dataclasses.asdict(row)))

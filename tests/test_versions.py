@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ from packaging.requirements import Requirement
 
 from ssmax.versions import SUPPORTED, TORCH_OF_TRANSFORMERS, require
 
-tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 
 

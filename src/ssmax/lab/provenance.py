@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ __all__ = ["Meter", "commit", "provenance_of", "stamped"]
 
 def stamped(rows: Sequence[Row], provenance: dict[str, Any]) -> list[Row]:
     """Return the rows with their provenance and the present time."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return [dataclasses.replace(row, provenance=provenance | {"time": now}) for row in rows]
 
 

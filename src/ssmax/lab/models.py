@@ -95,7 +95,7 @@ def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: 
         ssmax.convert(model, "matched", **CONVERSIONS[variant])
     if variant == "f":
         for layer in language_layers(model).values():
-            layer.module.ssmax = SwitchedScale(layer.heads, config.ssmax["s"])
+            layer.module.ssmax = SwitchedScale(layer.heads, model.config.ssmax["s"])
     if variant == "p":
         model.learned_p = nn.Parameter(torch.ones(recipe.train_length))
         for layer in language_layers(model).values():

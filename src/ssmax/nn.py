@@ -99,13 +99,17 @@ class SSMaxScale(nn.Module):
         Raises:
             ValueError: the query has another number of heads, or n does not fit it.
         """
-        if query.ndim != 4 or query.shape[1] != self.num_heads:
-            raise ValueError(f"query must be (B, {self.num_heads} heads, N, D), got shape {tuple(query.shape)}")
+        weight, bias = _own(self.weight), _own(self.bias)
+        heads = self.num_heads if weight.shape[0] == 1 else weight.shape[0]
+        if query.ndim != 4 or query.shape[1] != heads:
+            raise ValueError(
+                f"query must be (B, {heads} heads, N, D), got shape {tuple(query.shape)}; under tensor parallelism load a "
+                "converted checkpoint with tp_plan='auto', which shards s and b as well"
+            )
         if not query.is_floating_point():
             raise TypeError(f"query must be floating point, got {query.dtype}")
         # A decode step feels each small operation: view, not indexing, and no conversion that changes nothing.
-        m_BHN1 = self.weight.view(-1, 1, 1) * (log_visible(rows_of(n, query), query) if log_n is None else log_n)
-        bias = self.bias
+        m_BHN1 = weight.view(-1, 1, 1) * (log_visible(rows_of(n, query), query) if log_n is None else log_n)
         scaled = query * (m_BHN1 if bias is None else m_BHN1 + bias.view(-1, 1, 1))
         return scaled if scaled.dtype == query.dtype else scaled.to(query.dtype)
 
@@ -132,3 +136,8 @@ class SSMaxScale(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module in one line."""
         return f"num_heads={self.num_heads}, bias={self.bias is not None}"
+
+
+def _own(parameter: Any) -> Any:
+    """Return this rank's part of a parameter that tensor parallelism shards by heads."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -10,6 +10,7 @@ import transformers  # noqa: E402
 
 require("transformers", transformers.__version__)
 
+from ssmax import sharding  # noqa: E402
 from ssmax.hf import checkpoint, dispatch, training  # noqa: E402
 from ssmax.hf.conversion import convert, converted, revert  # noqa: E402
 from ssmax.hf.folding import fold  # noqa: E402
@@ -21,3 +22,4 @@ __all__ = ["SharpCache", "convert", "converted", "fold", "parameter_groups", "re
 dispatch.install()
 checkpoint.register()
 training.install()
+sharding.install()

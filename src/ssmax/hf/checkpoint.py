@@ -6,6 +6,7 @@ they can be imported, pickled and named in auto_map.
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class SSMaxModel(PreTrainedModel):
         with refusals.building():
             super().__init__(config, *args, **kwargs)
         attach(self)
+        shard_by_heads(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, SSMaxScale):
@@ -154,6 +156,17 @@ def _check_whole(model, state_dict):
         wanted = [key for key, _ in module.ssmax.named_parameters()]
         if wanted and not any(f"{name}.ssmax." in key for key in state_dict):
             raise ValueError(f"the state_dict lacks the SSMax scale of {name}; what is saved could not be loaded again")
+
+
+def shard_by_heads(model: PreTrainedModel) -> None:
+    """Put s and b into the tensor parallel plan of the model where the query projection is split by heads."""
+    plan: dict[str, str] = getattr(model, "_tp_plan", None) or {}
+    for name, module in list(model.named_modules()) if plan else ():
+        scale = getattr(module, "ssmax", None)
+        prefix = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        styles = {plan.get(f"{prefix}.{child}") for child, _ in module.named_children()}
+        if isinstance(scale, SSMaxScale) and styles & {"colwise", "packed_colwise"}:
+            plan.update({f"{prefix}.ssmax.{part}": "colwise" for part, _ in scale.named_parameters()})
 
 
 def _scale(model, recipe, layer):

@@ -214,7 +214,7 @@ def _flash(module, query, key, mask, kwargs):
         if not _is_packed_sequence(position_ids, batch):
             return seen(torch.arange(num_keys - num_queries, num_keys, device=query.device), num_keys)[None]
         offsets, _ = prepare_fa_kwargs_from_position_ids(position_ids)
-    return _packed(*offsets, batch * num_queries, seen).view(batch, num_queries)
+    return _packed(offsets[0], offsets[1], batch * num_queries, seen).view(batch, num_queries)
 
 
 def _unpadded(real_BS, num_queries, seen):

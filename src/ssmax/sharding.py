@@ -1,0 +1,79 @@
+"""FSDP of s and b: a group of their own, since they are float32 and a group has one dtype."""
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+from ssmax.nn import SSMaxScale
+
+__all__ = ["install"]
+
+
+def install() -> None:
+    """Let FSDP2 (fully_shard) and FSDP1 shard each SSMaxScale apart from the layer that holds it, once.
+
+    Classes are changed and no functions, so that it holds for whoever has imported fully_shard before.
+    """
+    if getattr(FSDPParamGroup.__init__, "_ssmax", False):
+        return
+    for kind, apart in ((FSDPParamGroup, _apart_in_fsdp2), (FullyShardedDataParallel, _apart_in_fsdp1)):
+        _before_init(kind, apart)
+
+
+def _before_init(kind: Any, change) -> None:
+    original = kind.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        change(bound.arguments)
+        original(*bound.args, **bound.kwargs)
+
+    __init__.__dict__["_ssmax"] = True
+    kind.__init__ = __init__
+
+
+def _scales(modules):
+    """Return (owner, name, scale) of each SSMaxScale with parameters below these modules, which themselves are none."""
+    return [
+        (owner, name, child)
+        for module in modules
+        for owner in module.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, SSMaxScale)
+    ]
+
+
+def _apart_in_fsdp2(arguments: dict[str, Any]) -> None:
+    params = {id(p): p for p in arguments["params"]}
+    narrow = arguments["mp_policy"].param_dtype
+    for _, _, scale in _scales(arguments["modules"]):
+        own = [id(p) for p in scale.parameters() if id(p) in params]
+        others = {p.dtype for p in arguments["params"] if id(p) not in own}
+        if not own or (others <= {scale.weight.dtype} and narrow in (None, scale.weight.dtype)):
+            continue
+        fully_shard(
+            scale,
+            mesh=arguments["mesh_info"].mesh,
+            # The query keeps its dtype, s is not cast: SSMaxScale multiplies in float32 and rounds once.
+            mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+            offload_policy=arguments["offload_policy"],
+        )
+        arguments["params"] = [p for p in arguments["params"] if id(p) not in own]
+
+
+def _apart_in_fsdp1(arguments: dict[str, Any]) -> None:
+    module: nn.Module = arguments["module"]
+    if isinstance(module, SSMaxScale) or arguments.get("auto_wrap_policy") is not None:
+        return  # a policy makes an FSDP of each layer, which comes here again
+    options = {k: v for k, v in arguments.items() if k not in ("self", "module", "auto_wrap_policy", "mixed_precision")}
+    for owner, name, scale in _scales([module]):
+        others = {p.dtype for p in module.parameters() if not any(p is own for own in scale.parameters())}
+        if others <= {scale.weight.dtype} and arguments.get("mixed_precision") is None:
+            continue
+        setattr(owner, name, FullyShardedDataParallel(scale, **options))

@@ -111,7 +111,7 @@ class Recipe:
     warmup_steps: int = _field(50, "Of pretraining.", zero=True)
     weight_decay: float = _field(0.1, "On parameters of rank >= 2 alone.", zero=True)
     checkpoint_steps: int = _field(0, "Steps between checkpoints inside a training; 0 for none.", zero=True)
-    finetune_steps: int = _field(800, "Of the fine-tuning on needles.")
+    finetune_steps: int = _field(1000, "Of the fine-tuning on needles.")
     count_steps: int = _field(440, "Of the fine-tuning on counting.")
     finetune_batch_size: int = _field(32, "Examples of a step of fine-tuning.")
     finetune_learning_rate: float = _field(1e-3, "Of fine-tuning: linear warm-up, then a cosine to zero.")

@@ -102,7 +102,7 @@ def test_stopped_ranks_save_together(corpus, together, tmp_path, record):
     assert process.returncode != 0
     assert "ssmax: stopped by SIGTERM; the same command continues" in told
     (seal,) = tmp_path.glob("run/models/*/pretrain-checkpoints/checkpoint-*/seal.json")
-    assert 0 < json.loads(seal.with_name("trainer_state.json").read_text())["global_step"] < 120
+    assert 0 < json.loads(seal.with_name("trainer_state.json").read_text())["global_step"] <= 120
     run(*command)
     assert values(tmp_path / "run" / "rows.jsonl") == together
     record("torchrun stopped by SIGTERM", 1)

@@ -179,12 +179,12 @@ def test_a_stopped_training_saves_and_says_how_to_continue(number, word, forks, 
         (checkpoint,) = run.glob("models/*/pretrain-checkpoints/checkpoint-*")
         assert (checkpoint / "seal.json").exists()
         state = json.loads((checkpoint / "trainer_state.json").read_text())
-        assert 0 < state["global_step"] < 120
+        assert 0 < state["global_step"] <= 120
         status, told = forks.run(*command)
         assert status == 0, told
         assert values(run / "rows.jsonl") == rows
         assert whole(run)
-        saved += 1
+        saved += state["global_step"] < 120  # in its midst
     record(f"ssmax train stopped by {word}", saved)
 
 

@@ -159,14 +159,13 @@ def test_a_stopped_training_saves_and_says_how_to_continue(number, word, forks, 
     saved, tries = 0, 0
     while saved < 5:
         tries += 1
-        assert tries < 30
+        assert tries < 40
         run = tmp_path / str(tries)
         command = ["train", run, *TRAIN[:-1], "1000", "--corpus", corpus]  # it makes no checkpoint but that of the stop
         pid = forks.start(*command)
         wait_until(lambda run=run: any(run.glob("models/*/pretrain-checkpoints")), pid)
-        if tries % 2:  # at its first steps, and somewhere in its midst
-            ends = time.monotonic() + rng.uniform(0, duration / 2)
-            wait_until(lambda ends=ends: time.monotonic() > ends, pid)
+        ends = time.monotonic() + rng.uniform(0, duration / 2)  # somewhere; where it was is seen afterwards
+        wait_until(lambda ends=ends: time.monotonic() > ends, pid)
         os.kill(pid, number)
         status, told = forks.end()
         if status == 0:  # it had come to its end
@@ -176,15 +175,17 @@ def test_a_stopped_training_saves_and_says_how_to_continue(number, word, forks, 
             told.splitlines()[-1] == f"ssmax: stopped by {word}; the same command continues, finished stages are kept"
         )
         assert "Traceback" not in told
-        (checkpoint,) = run.glob("models/*/pretrain-checkpoints/checkpoint-*")
-        assert (checkpoint / "seal.json").exists()
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        assert 0 < state["global_step"] <= 120
+        checkpoints = list(run.glob("models/*/pretrain-checkpoints/checkpoint-*"))
+        assert len(checkpoints) <= 1  # none where the stop came before the first step, or behind the last
+        for checkpoint in checkpoints:
+            assert (checkpoint / "seal.json").exists()
+            step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            assert 0 < step <= 120
+            saved += step < 120
         status, told = forks.run(*command)
         assert status == 0, told
         assert values(run / "rows.jsonl") == rows
         assert whole(run)
-        saved += state["global_step"] < 120  # in its midst
     record(f"ssmax train stopped by {word}", saved)
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
+import ssmax.hf
 from ssmax import SSMaxScale
+from ssmax.hf.checkpoint import refuse_split_heads
 
 PROGRAM = str(Path(__file__).parent / "programs" / "ranks.py")
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -33,6 +36,15 @@ def test_fsdp_trains_as_one_process():
 def test_tensor_parallel_trains_as_one_process(tmp_path):
     run(sys.executable, PROGRAM, "save", str(tmp_path))
     assert run(*TWO_RANKS, PROGRAM, "tensor", str(tmp_path)) == {"tensor parallel": 0.0}
+
+
+def test_heads_that_ranks_cannot_share_are_refused():
+    model = ssmax.convert(tiny_model("llama"), 0.5)
+    model._tp_size = 4
+    with pytest.raises(ValueError, match=r"over 4 ranks .* got \[2\]"):
+        refuse_split_heads(model)
+    model._tp_size = 2
+    refuse_split_heads(model)
 
 
 def test_a_query_of_other_heads_names_tensor_parallelism():

@@ -75,7 +75,9 @@ class SSMaxModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, from safetensors alone; ValueError where a scale is missing or does not fit."""
         kwargs.setdefault("use_safetensors", True)  # a pickle would run code
-        return super().from_pretrained(*args, **kwargs)
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        refuse_split_heads(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load as torch does; warn where the weights of an attention come, not strictly, without its scale."""
@@ -156,6 +158,16 @@ def _check_whole(model, state_dict):
         wanted = [key for key, _ in module.ssmax.named_parameters()]
         if wanted and not any(f"{name}.ssmax." in key for key in state_dict):
             raise ValueError(f"the state_dict lacks the SSMax scale of {name}; what is saved could not be loaded again")
+
+
+def refuse_split_heads(model: PreTrainedModel) -> None:
+    """Raise ValueError where the ranks of tensor parallelism cannot share the heads evenly."""
+    ranks = getattr(model, "_tp_size", None) or 1
+    heads = {layer.heads for layer in language_layers(model).values()} if ranks > 1 else set()
+    heads.add(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or ranks)
+    uneven = sorted(n for n in heads if n % ranks)
+    if uneven:
+        raise ValueError(f"tensor parallelism over {ranks} ranks needs heads that they share evenly, got {uneven}")
 
 
 def shard_by_heads(model: PreTrainedModel) -> None:

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: docs reproduce test test-faults test-harness fuzz versions lint clean
+.PHONY: docs reproduce test test-faults test-harness test-modules fuzz versions lint clean
 
 reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
@@ -33,6 +33,12 @@ versions:
 test-harness: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt lm_eval==0.4.13 wonderwords==3.0.1 nltk==3.10.4
 	$(BIN)/python -m pytest tests/test_lm_eval.py
+
+# Models of timm, x-transformers, diffusers and litgpt, converted; litgpt needs huggingface-hub < 1.4, which transformers does not like.
+test-modules: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers
+	$(BIN)/python -m pip install --quiet --no-deps litgpt lightning lightning-utilities torchmetrics
+	$(BIN)/python -m pytest -rs tests/test_packages.py
 
 # The documentation as a site, in site/; a broken link fails.
 docs: $(STAMP)

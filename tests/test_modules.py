@@ -124,6 +124,25 @@ def test_cross_attention_stays_unless_asked_for():
         ssmax.convert(alone, 0.5, example=(x, context))
 
 
+class Core(nn.Module):
+    """Attends for the module around it, which is told by what that one is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_kv, self.attend = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), Sdpa()
+
+    def forward(self, x, context=None):
+        k, v = self.to_kv(x if context is None else context).chunk(2, -1)
+        return merge(self.attend(split(self.to_q(x)), split(k), split(v)))
+
+
+def test_a_core_that_is_given_heads_is_told_by_the_module_around_it():
+    x, context = inputs(2, 5, WIDTH), inputs(2, 5, WIDTH, seed=2)
+    assert ssmax.convert(made(Core), 0.5, example=(x,)).attend.ssmax
+    with pytest.raises(ValueError, match=r"cross attention \(attend\)"):
+        ssmax.convert(made(Core), 0.5, example=(x, context))
+
+
 class Sdpa(nn.Module):
     """One call, as it is asked for."""
 
@@ -163,7 +182,7 @@ def test_n_is_counted_by_torchs_own_rules(shape, options, mask, visible):
     """shape: of the query, and the number of keys behind it."""
     *shape, keys = shape
     q, k, v = (inputs(*shape[:-2], n, shape[-1], seed=i) for i, n in enumerate((shape[-2], keys, keys)))
-    model, ((s, b),) = converted(Sdpa(**options), (q, k, v, mask), cross=True)
+    model, ((s, b),) = converted(Sdpa(**options), (q, k, v, mask))
     heads = HEADS if len(shape) > 3 else 1
     assert s.shape == (heads,)
     lift = (lambda x: x) if len(shape) > 3 else (lambda x: x.unsqueeze(-3))

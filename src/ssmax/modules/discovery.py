@@ -77,7 +77,7 @@ def discover(model: nn.Module, example: Any) -> dict[str, Site]:
     recorder = _Recorder()
     for name, module in trial.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            module.forward = recorder.around(name, module.forward)  # pyrefly: ignore[bad-assignment]
+            module.forward = recorder.around(name, module, module.forward)  # pyrefly: ignore[bad-assignment]
     with _quiet(trial), recorder:
         try:
             trial(**inputs) if isinstance(inputs, dict) else trial(*inputs)
@@ -98,13 +98,15 @@ class _Recorder(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.sites: dict[str, Site] = {}
-        self.running: list[tuple[str, list[Tensor]]] = []
+        self.running: list[tuple[str, list[Tensor], bool]] = []  # name, inputs, whether it has parameters
         self.made_from: dict[int, list[Tensor]] = {}
         self.kept: list[Tensor] = []  # so that ids stay theirs
 
-    def around(self, name, forward):
+    def around(self, name, module, forward):
+        projects = next(module.parameters(), None) is not None
+
         def run(*args, **kwargs):
-            self.running.append((name, [x for x in _tensors((args, kwargs)) if x.is_floating_point()]))
+            self.running.append((name, [x for x in _tensors((args, kwargs)) if x.is_floating_point()], projects))
             try:
                 return forward(*args, **kwargs)
             finally:
@@ -125,7 +127,7 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def _note(self, func, query, key, value, *args, **kwargs):
-        name, given = self.running[-1]
+        name = self.running[-1][0]
         site = self.sites.setdefault(name, Site(query.device))
         try:
             if func is functional.multi_head_attention_forward:
@@ -138,15 +140,23 @@ class _Recorder(TorchFunctionMode):
                 _count(query, key, value, *args, **kwargs)
         except ValueError as error:
             raise _Refused(f"the attention of {name or 'the model'} cannot be converted: {error}") from None
-        site.crossing.append(self._crosses(query, key, given))
+        site.crossing.append(self._crosses(query, key))
 
-    def _crosses(self, query, key, given):
-        """Whether the first of the module's inputs that made the query did not make the key."""
+    def _crosses(self, query, key):
+        """Whether the first of the module's inputs that made the query did not make the key.
+
+        A module without parameters, or one that is given heads, attends for the module around it, whose inputs count.
+        """
         of_query, of_key = self._ancestors(query), self._ancestors(key)
-        stream = next((x for x in given if id(x) in of_query), None)
-        if stream is None:
-            return query.shape[-2] != key.shape[-2]
-        return not any(id(x) in of_key for x in given if _same(x, stream))
+        for _, given, projects in reversed(self.running):
+            if not projects:
+                continue
+            stream = next((x for x in given if id(x) in of_query), None)
+            if stream is None:
+                return query.shape[-2] != key.shape[-2]
+            if not (stream.ndim > 3 and stream.shape == query.shape):
+                return not any(id(x) in of_key for x in given if _same(x, stream))
+        return False
 
     def _ancestors(self, tensor):
         found, left = set(), [tensor]

@@ -34,9 +34,9 @@ test-harness: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt lm_eval==0.4.13 wonderwords==3.0.1 nltk==3.10.4
 	$(BIN)/python -m pytest tests/test_lm_eval.py
 
-# Models of timm, x-transformers, diffusers and litgpt, converted; litgpt needs huggingface-hub < 1.4, which transformers does not like.
+# Models of timm, x-transformers, diffusers and litgpt, converted.
 test-modules: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse
 	$(BIN)/python -m pip install --quiet --no-deps litgpt lightning lightning-utilities torchmetrics
 	$(BIN)/python -m pytest -rs tests/test_packages.py
 

@@ -276,7 +276,7 @@ def _scale_gradients(q, k, v, upstream, dtype):
 
 
 def _of(module: str) -> Callable[[], Iterator[Comparison]]:
-    """The measurements of a module that loads transformers."""
+    """The measurements of a module that is loaded when its case runs."""
     return lambda: importlib.import_module(f"ssmax.bench.{module}").measurements()
 
 
@@ -284,6 +284,7 @@ CASES = {
     "attention": Case("attention() over plain attention, 1,024 to 8,192 causal tokens, and back", 6, causal_attention),
     "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
+    "modules": Case("nn.TransformerEncoder and nanoGPT, converted, over the plain ones", 2, _of("modules")),
     "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),
     "evaluation": Case("loss by position over a plain forward; grids with shared prefixes", 12, _of("evaluation")),
     "training": Case(

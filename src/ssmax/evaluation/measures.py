@@ -42,8 +42,12 @@ def loss_rows(
     confidence interval of the mean over documents (Student's t).
     """
     losses = [loss_by_position(model, ids[None], chunk=chunk, progress=progress).cpu() for ids in documents]
+    together = torch.cat(losses)
+    if not together.isfinite().all():
+        first = int((~together.isfinite()).any(0).nonzero()[0]) + 1
+        raise FloatingPointError(f"{type(model).__name__} gives a loss that is not finite, from position {first} on")
     rows = []
-    for part in binned(torch.cat(losses)):
+    for part in binned(together):
         place = {**at, "position": part.last, "from": part.first}
         if part.low is not None:
             place |= {"low": part.low, "high": part.high}

@@ -4,15 +4,23 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ssmax.errors import Damaged
 from ssmax.files import SEAL, check_folder
 
-__all__ = ["load_config", "load_model", "load_tokenizer"]
+__all__ = ["check_causal", "load_config", "load_model", "load_tokenizer"]
 
 # No pickle, which runs code when it is loaded, and no code of the folder's own.
 SAFE: dict[str, Any] = {"trust_remote_code": False}
+ADAPTER = "adapter_config.json"
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
@@ -24,7 +32,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     Raises:
         ValueError: there is no such model, or its folder is damaged or names files outside of it.
     """
-    _check(Path(source))
+    _check(source)
     return _told(source, lambda: AutoConfig.from_pretrained(source, **SAFE))
 
 
@@ -40,6 +48,8 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
         ValueError: as load_config; or a weight is missing, or there are no safetensors.
     """
     config = load_config(source) if config is None else config
+    check_causal(source, config)
+    _check_weights(Path(source))
     options = {"dtype": getattr(config, "dtype", None) or "auto"} | options
     model, info = _told(
         source,
@@ -69,8 +79,47 @@ def _told(source, load, what="causal language model"):
         raise Damaged(f"{source} cannot be loaded as a {what}: {reason[:300]}") from error
 
 
-def _check(folder):
-    """Where it was sealed, all must be as it was; weight files must lie in the folder."""
+def check_causal(source: str | Path, config: PreTrainedConfig) -> None:
+    """Raise Damaged where a config is not that of a causal language model."""
+    kind = f"{source} cannot be loaded: it is of model type {config.model_type!r}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise Damaged(f"{kind}, an encoder-decoder model; this takes causal language models alone")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise Damaged(f"{kind}, of which transformers has no causal language model")
+
+
+def _check_weights(folder):
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin"))
+        raise Damaged(
+            f"{folder} cannot be loaded: it has no weights as safetensors"
+            + (
+                "; its pickles can run code and are not read: load and save the model with safetensors"
+                if pickled
+                else ""
+            )
+        )
+
+
+def _check(source):
+    """It must be there, whole, a model and no adapter; weight files must lie in the folder."""
+    folder = Path(source)
+    if folder.is_file():
+        raise Damaged(f"{source} cannot be loaded: it is a file; give the folder of a model, or its name on a hub")
+    # A name on a hub has at most one slash; nothing else is asked for there.
+    if not folder.exists() and (len(folder.parts) > 2 or str(source).startswith((".", "/", "~", "\\"))):
+        raise Damaged(
+            f"{source} cannot be loaded: there is no such folder; give the folder of a model, or its name on a hub"
+        )
+    if (folder / ADAPTER).exists():
+        raise Damaged(
+            f"{source} cannot be loaded: it is an adapter (PEFT) of {_base(folder / ADAPTER)}, not a model: load it with peft, merge it with "
+            "merge_and_unload(), save that model with its tokenizer, and give its folder"
+        )
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise Damaged(
+            f"{source} cannot be loaded: it has no config.json, so it is not the folder of a model of transformers"
+        )
     if (folder / SEAL).exists():
         check_folder(folder)
     for index in folder.glob("*.index.json"):
@@ -82,3 +131,10 @@ def _check(folder):
             path = PurePosixPath(str(name))
             if path.is_absolute() or ".." in path.parts or "\\" in str(name):
                 raise Damaged(f"{index} names a file outside of its folder: {name!r}")
+
+
+def _base(path):
+    try:
+        return str(json.loads(path.read_bytes())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError):
+        return "an unknown model"

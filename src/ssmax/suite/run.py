@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import random
+import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,17 +12,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ssmax.errors import RunFailed, UserError
+from ssmax.errors import Damaged, RunFailed, UserError
 from ssmax.evaluation import rope_scaling, rope_theta
-from ssmax.hf.loading import load_config, load_model, load_tokenizer
+from ssmax.files import check_folder
+from ssmax.hf.loading import check_causal, load_config, load_model, load_tokenizer
 from ssmax.lab.folder import RunFolder
 from ssmax.lab.progress import progress_bar
 from ssmax.lab.provenance import provenance_of, stamped
-from ssmax.lab.reproduce import failures, quiet
+from ssmax.lab.reproduce import NO_SPACE, failures, quiet
 from ssmax.lab.sources import documents
 from ssmax.results import read_rows, write_rows
+from ssmax.suite.checks import check_fit, check_model, told_of_numbers
 from ssmax.suite.settings import Contender, Settings
-from ssmax.suite.stages import Material, finetune, run_stage, stage_tokens
+from ssmax.suite.stages import Material, Needs, finetune, finetuned_owner, run_stage, stage_needs
 
 __all__ = ["Machine", "evaluate", "filled_in", "plan"]
 
@@ -84,16 +87,13 @@ def _context(contender):
 
 
 def plan(settings: Settings, source: str | None) -> list[str]:
-    """Return lines that say what would be done, from texts and tokenizers alone."""
+    """Return lines that say what would be done, from texts, tokenizers and configs alone."""
     quiet()
     texts, description = _texts(source, settings)
     lines = [f"text: {description}, {len(texts):,} documents"]
     for contender in settings.jobs:
-        material = Material(settings, texts, _tokenizer(contender.source))
-        stages = settings.stages(contender)
-        with failures(f"{contender.name}: "), _for_people(contender, Machine(), ""):
-            tokens = {stage: stage_tokens(stage, material) for stage in stages}
-        lines += [f"{contender.name}: " + ", ".join(f"{stage} {count:,} tokens" for stage, count in tokens.items())]
+        _, needs = _prepared(contender, settings.stages(contender), settings, texts, Machine())
+        lines += [f"{contender.name}: " + ", ".join(f"{stage} {need.tokens:,} tokens" for stage, need in needs.items())]
         if "retrieval" in settings.measures:
             plain = settings.trials * sum(settings.sizes) * len(settings.depths) * len(settings.tasks)
             lines.append(f"  (retrieval without shared prefixes: {plain:,} tokens)")
@@ -110,63 +110,95 @@ def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Ma
         machine: how.
 
     Raises:
-        UserError: bad models or texts, or a folder that belongs to another configuration.
+        UserError: bad models or texts, models that cannot be measured so, or a folder that belongs to another configuration.
         RunFailed: a stage failed, or memory ran out; all finished ones are kept.
     """
     quiet()
     texts, description = _texts(source, settings)
-    run.claim(_fingerprint(texts, settings))
     provenance = provenance_of(settings, description) | {"device": str(machine.torch_device)}
-    for contender in settings.jobs:
-        _measure(contender, settings, texts, run, machine, provenance)
+    # All that can be known without weights is known of all models before the first is loaded.
+    jobs = [(contender, todo) for contender in settings.jobs if (todo := run.todo(contender))]
+    prepared = [_prepared(contender, todo, settings, texts, machine) for contender, todo in jobs]
+    run.claim(_fingerprint(texts, settings))
+    for (contender, _), (material, needs) in zip(jobs, prepared, strict=True):
+        _measure(contender, material, needs, run, machine, provenance)
     write_rows(run.rows_file, [row for name in run.stages for row in read_rows(run.stage_file(name))], checked=True)
 
 
-def _measure(contender, settings, texts, run, machine, provenance):
-    todo = run.todo(contender)
-    if not todo:
-        return
+def _prepared(
+    contender: Contender, stages: list[str], settings: Settings, texts: list[str], machine: Machine
+) -> tuple[Material, dict[str, Needs]]:
+    """The model's tokens and what each stage asks, checked against its folder's config."""
+    with failures(f"{contender.name}: "), _for_people(machine):
+        config = load_config(contender.source)
+        check_causal(contender.source, config)
+        material = Material(settings, texts, _tokenizer(contender.source))
+        needs = {stage: stage_needs(stage, material) for stage in stages}
+        check_fit(config, material.tokenizer, needs)
+    return material, needs
+
+
+def _measure(contender, material, needs, run, machine, provenance):
+    settings = material.settings
     tuned = run.folder / "models" / contender.name / "finetuned"
-    material = Material(settings, texts, _tokenizer(contender.source))
-    with failures(f"{contender.name}: "), _for_people(contender, machine, "texts"):
-        amounts = {stage: stage_tokens(stage, material) for stage in todo}
     loaded: dict[str, PreTrainedModel] = {}
 
     def model(source: str) -> PreTrainedModel:
         if source not in loaded:
             loaded.clear()
             loaded[source] = _load(source, settings, machine)
+            check_model(loaded[source], material, "attention" in needs, machine.chunk)
         return loaded[source]
 
-    with progress_bar(sum(amounts.values()), contender.name) as bar:
-        for stage in todo:
+    with progress_bar(sum(need.tokens for need in needs.values()), contender.name) as bar:
+        for stage in needs:
             bar.set_description_str(f"{contender.name} {stage}")
-            with failures(f"{contender.name} {stage}: "), _for_people(contender, machine, stage), ExitStack() as rope:
+            with failures(f"{contender.name} {stage}: "), _for_people(machine), ExitStack() as rope:
                 if stage == "finetune":
                     rows = finetune(contender.name, model(contender.source), material, tuned, bar.update)
                     loaded.clear()
                 else:
                     asks = stage in settings.tasks and settings.finetune_steps
+                    if asks:
+                        _check_tuned(tuned, settings)
                     chosen = model(str(tuned) if asks else contender.source)
                     rope.enter_context(rope_scaling(chosen, settings.rope_parameters))
                     rope.enter_context(rope_theta(chosen, settings.theta_factor))
-                    rows = run_stage(stage, contender.name, chosen, material, machine.chunk, bar.update)
+                    with told_of_numbers(chosen):
+                        rows = run_stage(stage, contender.name, chosen, material, machine.chunk, bar.update)
             write_rows(run.stage_file(f"{contender.name}.{stage}"), stamped(rows, provenance), checked=True)
 
 
+def _check_tuned(folder: Path, settings: Settings) -> None:
+    try:
+        check_folder(folder, finetuned_owner(folder, settings))
+    except Damaged as error:
+        name = folder.parent.name
+        raise UserError(
+            f"{error}; delete models/{name} and stages/{name}.finetune.* in the run's folder to fine-tune that model anew"
+        ) from error
+
+
 @contextmanager
-def _for_people(contender: Contender, machine: Machine, stage: str) -> Iterator[None]:
-    """What the user can mend, in words: bad values, and memory that has run out."""
+def _for_people(machine: Machine) -> Iterator[None]:
+    """What the user can mend, in words: bad values, memory that has run out; and what no second try would mend."""
     try:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+    except (UserError, RunFailed, OSError):
+        raise
+    except Exception as error:
+        words = str(error)
+        if isinstance(error, MemoryError) or any(sign in words for sign in OUT_OF_MEMORY):
+            raise RunFailed(
+                f"memory ran out; give a smaller --chunk (now {machine.chunk}), a shorter --length or smaller --sizes; finished "
+                "stages are kept, and another --chunk continues them"
+            ) from error
+        if any(sign in words for sign in NO_SPACE):
             raise
         raise RunFailed(
-            f"memory ran out; give a smaller --chunk (now {machine.chunk}), a shorter --length or smaller --sizes; finished "
-            "stages are kept, and another --chunk continues them"
+            f"{textwrap.shorten(f'{type(error).__name__}: {words}', 300)}; finished stages are kept"
         ) from error
 
 

@@ -17,12 +17,13 @@ from ssmax.errors import UserError
 from ssmax.evaluation import ABCDigits, NeedleTask, PromptForm
 from ssmax.evaluation.measures import attention_rows, draw_trials, loss_rows, retrieval_rows
 from ssmax.evaluation.retrieval import grid_tokens
-from ssmax.lab import training
+from ssmax.files import written_whole
+from ssmax.lab import checkpoints, training
 from ssmax.lab.recipes import Recipe, paper
 from ssmax.results import Row
 from ssmax.suite.settings import Settings
 
-__all__ = ["Material", "finetune", "run_stage", "stage_tokens"]
+__all__ = ["Material", "Needs", "finetune", "finetuned_owner", "run_stage", "stage_needs"]
 
 # How much text a trial may begin in, in lengths of the longest context.
 HAYSTACK_LENGTHS = 8
@@ -77,6 +78,10 @@ class Material:
                 break
         return np.array(found[:wanted], dtype=np.int64)
 
+    def sample(self, count: int) -> list[int]:
+        """Return the first tokens of the texts."""
+        return next(ids for text in self.texts if len(ids := self.encode(text)) > 1)[:count]
+
     def task(self, name: str) -> NeedleTask | ABCDigits:
         """Return the task of a name, in the model's tokens."""
         form = PromptForm.of(self.tokenizer, self.settings.prompt)
@@ -91,14 +96,35 @@ class Material:
         return draw_trials(self.task(name), s.sizes, s.depths, s.trials, s.seed)
 
 
-def stage_tokens(stage: str, material: Material) -> int:
-    """Return the work of a stage for the progress bar, in tokens."""
-    if stage == "finetune":
-        s = material.settings
-        return s.finetune_steps * s.finetune_batch_size * s.finetune_length
+@dataclass(frozen=True)
+class Needs:
+    """What a stage asks of a model, from the tokens alone.
+
+    Attributes:
+        tokens: the work, for the progress bar.
+        longest: tokens of its longest context.
+        options: what says how long that is.
+        largest: largest token id.
+    """
+
+    tokens: int
+    longest: int
+    options: str
+    largest: int
+
+
+def stage_needs(stage: str, material: Material) -> Needs:
+    """Return what a stage asks of a model; UserError or ValueError where the texts do not give it."""
+    s = material.settings
     if stage in ("loss", "attention"):
-        return sum(map(len, material.documents))
-    return grid_tokens(material.trials(stage))
+        documents = material.documents
+        return Needs(sum(map(len, documents)), s.length, "--length", max(int(ids.max()) for ids in documents))
+    trials = material.trials(s.tasks[0] if stage == "finetune" else stage)
+    largest = max(max(example.prompt + example.answer) for trial in trials for example in trial.values())
+    if stage == "finetune":
+        work = s.finetune_steps * s.finetune_batch_size * s.finetune_length
+        return Needs(work, s.finetune_length, "--finetune-length", largest)
+    return Needs(grid_tokens(trials), max(s.sizes), "--sizes", largest)
 
 
 def run_stage(
@@ -137,16 +163,18 @@ def finetune(
     examples = training.Examples(draw, shortest, recipe, recipe.finetune_steps, s.seed)
     scratch = folder.with_name(f"{folder.name}-checkpoints")
     trained = training.finetune(model, recipe, examples, scratch, progress)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    trained.model.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with written_whole(folder, finetuned_owner(folder, s)) as temporary:
+        trained.model.save_pretrained(temporary)
     shutil.rmtree(scratch, ignore_errors=True)
     return [
         Row("train_loss", variant, s.seed, {"stage": "finetune", "step": step}, loss, 1)
         for step, loss in trained.losses
     ]
+
+
+def finetuned_owner(folder: Path, settings: Settings) -> str:
+    """Return whose a fine-tuned model's folder is: of that model, fine-tuned as these settings say."""
+    return checkpoints.owner(folder, _recipe(settings))
 
 
 def _recipe(s: Settings) -> Recipe:

@@ -29,6 +29,7 @@ from ssmax.suite.stages import Material, Needs, finetune, finetuned_owner, run_s
 __all__ = ["Machine", "evaluate", "filled_in", "plan"]
 
 TEXT_LIMIT = 64 * 2**20  # bytes of text that are read
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*", "*.model", "*.tiktoken")
 SIZES = 5  # of contexts, in equal steps, where the user names none
 # As torch words memory that has run out, on a CPU and an accelerator.
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "No executable batch size")
@@ -208,6 +209,9 @@ def _load(source: str, settings: Settings, machine: Machine) -> PreTrainedModel:
 
 
 def _tokenizer(source: str) -> Any:
+    folder = Path(source)
+    if folder.is_dir() and not any(path for kind in TOKENIZER_FILES for path in folder.glob(kind)):
+        raise UserError(f"{source} has no tokenizer; save the model's own into that folder")
     tokenizer = load_tokenizer(source)
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without files
         raise UserError(f"{source} has no tokenizer; save the model's own into that folder")

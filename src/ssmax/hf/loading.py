@@ -16,7 +16,7 @@ from transformers import (
 from ssmax.errors import Damaged
 from ssmax.files import SEAL, check_folder
 
-__all__ = ["check_causal", "load_config", "load_model", "load_tokenizer"]
+__all__ = ["check_causal", "check_weights", "load_config", "load_model", "load_tokenizer"]
 
 # No pickle, which runs code when it is loaded, and no code of the folder's own.
 SAFE: dict[str, Any] = {"trust_remote_code": False}
@@ -49,7 +49,7 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
     """
     config = load_config(source) if config is None else config
     check_causal(source, config)
-    _check_weights(Path(source))
+    check_weights(Path(source))
     options = {"dtype": getattr(config, "dtype", None) or "auto"} | options
     model, info = _told(
         source,
@@ -88,7 +88,8 @@ def check_causal(source: str | Path, config: PreTrainedConfig) -> None:
         raise Damaged(f"{kind}, of which transformers has no causal language model")
 
 
-def _check_weights(folder):
+def check_weights(folder: Path) -> None:
+    """Raise Damaged where a folder holds no safetensors."""
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin"))
         raise Damaged(

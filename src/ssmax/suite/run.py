@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ssmax.errors import Damaged, RunFailed, UserError
 from ssmax.evaluation import rope_scaling, rope_theta
 from ssmax.files import check_folder
-from ssmax.hf.loading import check_causal, load_config, load_model, load_tokenizer
+from ssmax.hf.loading import check_causal, check_weights, load_config, load_model, load_tokenizer
 from ssmax.lab.folder import RunFolder
 from ssmax.lab.progress import progress_bar
 from ssmax.lab.provenance import provenance_of, stamped
@@ -133,6 +133,7 @@ def _prepared(
     with failures(f"{contender.name}: "), _for_people(machine):
         config = load_config(contender.source)
         check_causal(contender.source, config)
+        check_weights(Path(contender.source))
         material = Material(settings, texts, _tokenizer(contender.source))
         needs = {stage: stage_needs(stage, material) for stage in stages}
         check_fit(config, material.tokenizer, needs)

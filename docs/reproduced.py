@@ -35,6 +35,8 @@ def take(run: Path) -> None:
 
 
 def interval(claim: Claim) -> str:
+    if not claim.paired.seeds:
+        return ""
     low, high = claim.paired.interval
     return f"{claim.paired.mean:+.3f} ({low:+.3f} to {high:+.3f})"
 

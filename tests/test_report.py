@@ -73,7 +73,7 @@ def made_up_rows(better):
                     value = 3 + (0 if position <= 16 else 1 - gain) + jitter
                     rows.append(Row("loss_by_position", variant, seed, place, value, 4))
             for length in (16, 128):
-                place = at | {"length": length, "depth": 0.5, "theta_factor": 50}
+                place = at | {"length": length, "depth": 0.5, "theta_factor": 1 if length == 16 else 50}
                 found = 0.95 if length == 16 else 0.5 + gain / 2 + jitter
                 rows.append(Row("retrieval_accuracy", variant, seed, place, found, 20))
             place = at | {"length": 128, "depth": 0.5, "theta_factor": 50}
@@ -121,6 +121,25 @@ def test_models_that_did_not_learn_the_task_are_left_out_and_counted():
     none = needles(lambda variant, seed: 0.5)
     assert none.verdict == OPEN
     assert "6 of 6 models did not learn the task" in none.measured
+
+
+def test_without_a_measure_at_the_trained_theta_all_models_take_part():
+    rows = [row for row in made_up_rows(0.5) if row.metric != "retrieval_accuracy" or row.at["length"] != 16]
+    needles = next(claim for claim in judged.claims(rows, 16) if claim.name == "needles")
+    assert needles.paired.seeds == 3
+
+
+def test_a_headline_without_anything_to_compare_says_so():
+    far = [
+        dataclasses.replace(row, at=row.at | {"length": 256}, value=row.value)
+        for row in made_up_rows(0.5)
+        if row.metric == "retrieval_accuracy" and row.at["length"] == 128
+    ]
+    rows = [dataclasses.replace(r, value=0.5) if r.metric == "retrieval_accuracy" else r for r in made_up_rows(0.5)]
+    found = judged.claims([*rows, *far], 16)
+    line = next(line for line in judged.headlines(found) if line.title == "Key information retrieval")
+    assert line.words.startswith("Nothing to compare; 6 of 6 models did not learn the task")
+    assert "nan" not in report.claims_text(found, 100)
 
 
 def other_models(far, short, late):

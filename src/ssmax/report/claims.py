@@ -102,7 +102,8 @@ def headlines(found: Sequence[Claim]) -> list[Headline]:
         claim = next((claim for claim in found if claim.name == line.claim), None)
         if claim is not None:
             x, y = (format(value, line.format) for value in claim.values)
-            lines.append(Headline(line.title, line.words.format(x=x, y=y), claim))
+            words = line.words.format(x=x, y=y) if claim.paired.seeds else f"{claim.measured}."
+            lines.append(Headline(line.title, words[0].upper() + words[1:], claim))
     return lines
 
 

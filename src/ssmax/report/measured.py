@@ -61,14 +61,16 @@ def _rise(rows, form, train_length):
 
 
 def learned(rows: Sequence[Row], form: str, train_length: int) -> dict[str, dict[int, bool]]:
-    """Return for each model and seed whether it learned to retrieve: at its training length, under the smallest theta measured."""
-    factor = min((row.at["theta_factor"] for row in rows if row.metric == "retrieval_accuracy"), default=1)
-    found = _means(rows, "retrieval_accuracy", form, lambda row: row.at["length"] == train_length, theta_factor=factor)
+    """Return for each model and seed whether it learned to retrieve, at its training length under its trained theta.
+
+    Models for which that was not measured are left out.
+    """
+    found = _means(rows, "retrieval_accuracy", form, lambda row: row.at["length"] == train_length, theta_factor=1)
     return {model: {seed: value >= LEARNED for seed, value in seeds.items()} for model, seeds in found.items()}
 
 
 def _retrieval(rows, form, train_length, chosen):
-    """Of the models that learned the task; where nothing was measured at the training length, of all."""
+    """Of the models that learned the task; where that was not measured, of all."""
     able = learned(rows, form, train_length)
     found = _means(rows, "retrieval_accuracy", form, chosen, theta_factor=raised(rows, "retrieval_accuracy"))
     return {

@@ -118,7 +118,8 @@ def claims_text(found: Sequence[Claim], width: int) -> str:
 
 
 def _evidence(claim):
-    return f"{interval_words(claim.paired).capitalize()}. Figure {claim.figure}, {FORM_NAMES[claim.form]}."
+    interval = f"{interval_words(claim.paired).capitalize()}. " if claim.paired.seeds else ""
+    return f"{interval}Figure {claim.figure}, {FORM_NAMES[claim.form]}."
 
 
 def _abstract(found):

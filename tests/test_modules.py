@@ -519,6 +519,17 @@ def test_scales_stay_float32_and_learn_under_autocast():
     assert model.to(torch.float16).blocks[0].attn.ssmax.s.dtype == torch.float32
 
 
+def test_scales_are_never_decayed():
+    model = ssmax.convert(GPT(), "identity", example=(TOKENS,), bias=True)
+    model.h[0].attn.ssmax.s.requires_grad_(False)
+    groups = ssmax.parameter_groups(model, lr=0.1, weight_decay=0.5, ssmax_lr=0.2)
+    held = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        rates = (0.2, 0.0) if "ssmax" in name else (0.1, 0.5 if parameter.ndim > 1 else 0.0)
+        assert held.pop(id(parameter), None) == (rates if parameter.requires_grad else None)
+    assert not held
+
+
 def test_a_transformers_model_inside_is_named():
     pytest.importorskip("transformers")
     from tiny_models import tiny_model

@@ -16,6 +16,7 @@ _HOMES = {
     "attention": "ssmax.functional",
     "ScreenedKeys": "ssmax.screen",
     "SSMaxScale": "ssmax.nn",
+    "parameter_groups": "ssmax.nn",
     "convert": "ssmax.conversion",
     "revert": "ssmax.conversion",
     "converted": "ssmax.conversion",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ssmax.functional import attention as attention
     from ssmax.hf import fold as fold
     from ssmax.nn import SSMaxScale as SSMaxScale
+    from ssmax.nn import parameter_groups as parameter_groups
     from ssmax.scaling import matched_scale as matched_scale
     from ssmax.scaling import scalable_softmax as scalable_softmax
     from ssmax.scaling import visible_keys as visible_keys

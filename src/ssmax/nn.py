@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssmax.arguments import whole_number
 from ssmax.scaling import log_visible, matched_scale, rows_of
 
-__all__ = ["SSMaxScale", "starting_values"]
+__all__ = ["SSMaxScale", "parameter_groups", "starting_values"]
 
 
 def starting_values(init: str | float, bias: bool | None, train_length: int | None) -> dict[str, Any]:
@@ -141,3 +141,35 @@ class SSMaxScale(nn.Module):
 def _own(parameter: Any) -> Any:
     """Return this rank's part of a parameter that tensor parallelism shards by heads."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def parameter_groups(
+    module: nn.Module, lr: float, weight_decay: float, ssmax_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Return the groups of a torch optimizer: matrices, vectors, and the scales s and b, which are never decayed.
+
+    Only matrices (rank >= 2) are decayed, as in the paper (Table 2 of arXiv 2501.19399). Parameters that do not learn
+    are left out.
+
+    Args:
+        module: any module, also one that is wrapped by DDP, FSDP2 or PEFT.
+        lr: learning rate of all but the scales.
+        weight_decay: of matrices.
+        ssmax_lr: learning rate of s and b; default lr.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(ssmax.parameter_groups(model, lr=1e-3, weight_decay=0.1))
+    """
+    scales = {id(p) for m in module.modules() if isinstance(m, SSMaxScale) for p in m.parameters()}
+    learned = [p for p in module.parameters() if p.requires_grad]
+    others = [p for p in learned if id(p) not in scales]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+        {
+            "params": [p for p in learned if id(p) in scales],
+            "lr": lr if ssmax_lr is None else ssmax_lr,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]

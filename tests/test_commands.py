@@ -183,6 +183,8 @@ def test_calibrate(trained):
     assert model.config.rope_parameters["rope_theta"] == 2 * plain.config.rope_parameters["rope_theta"]
     assert model.config.ssmax["calibrated_at"] == 64
     assert (trained / "new" / "tokenizer.json").exists()
+    card = (trained / "new" / "README.md").read_text()
+    assert f"| all | {found['mean_before']:.4f} | {found['mean_after']:.4f} |" in card
     drawn = run("inspect", trained / "new", "--figure", trained / "s.png")
     assert drawn.returncode == 0, drawn.stderr
     assert (trained / "s.png").read_bytes().startswith(b"\x89PNG")

@@ -20,6 +20,7 @@ from ssmax.hf import convert
 from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
+from ssmax.hf.portable.card import write_card
 from ssmax.lab.sources import documents
 from ssmax.nn import SSMaxScale
 from ssmax.results import Row, write_atomically
@@ -207,6 +208,7 @@ def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration 
         with written_whole(target, owner="model") as temporary:
             model.save_pretrained(temporary)
             if found is not None:
+                write_card(model, "AutoModelForCausalLM", temporary, *_measured(found))
                 (temporary / "calibration.json").write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
             behind = copy_companions(source, temporary, getattr(model.config, "_commit_hash", None))
     except SafetensorError as error:
@@ -214,3 +216,11 @@ def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration 
             raise RunFailed(f"no space left to write {target}; nothing of it was kept") from error
         raise
     return [*filter(None, [behind]), f"saved as {target.resolve()}"]
+
+
+def _measured(found: Calibration) -> tuple[list[tuple[str, float, float]], str]:
+    """The loss by position of a calibration, as write_card takes it."""
+    starts = [0, *(last + 1 for last in found.positions)]
+    names = [f"{first:,} to {last:,}" for first, last in zip(starts, found.positions, strict=False)]
+    rows = [*zip(names, found.before, found.after, strict=True), ("all", found.mean_before, found.mean_after)]
+    return rows, f"on {found.pieces} held-out pieces of {found.length:,} tokens, before and after ssmax calibrate"

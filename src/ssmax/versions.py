@@ -2,8 +2,11 @@
 
 import re
 
-__all__ = ["SUPPORTED", "TORCH_OF_TRANSFORMERS", "require"]
+__all__ = ["INSTALL", "SUPPORTED", "TORCH_OF_TRANSFORMERS", "require"]
 
+# How to install this package with its extra NAME, wherever we say it. It is on no package index: whoever took its name there could
+# run code on the machines of those who follow us. To be changed when it is released.
+INSTALL = "pip install '.[NAME]' in a clone of its repository"
 # Lowest, and the first that is not supported; pyproject.toml says the same.
 SUPPORTED = {"torch": ((2, 6), None), "transformers": ((5, 10), (6, 0))}
 # transformers 5.10 does not load with torch 2.6.

@@ -15,10 +15,10 @@ from ssmax.cli.experiments import Prepare, Reproduce, Train
 from ssmax.cli.models import Bench, Calibrate, Convert, Evaluate, Inspect
 from ssmax.cli.swallowed import check_values
 from ssmax.errors import LeftOut, RunFailed, Stopped, UserError
+from ssmax.versions import INSTALL
 
 __all__ = ["main"]
 
-EXTRAS = "pip install 'ssmax[lab]'"
 COMMANDS: dict[str, Any] = {
     "reproduce": Reproduce,
     "train": Train,
@@ -80,7 +80,7 @@ def _run(command: Any) -> int:
     except Stopped as stopped:
         return _say(f"stopped by {signal.Signals(stopped.args[0]).name}; {again}", 128 + stopped.args[0])
     except ModuleNotFoundError as error:
-        return _say(f"the package {error.name!r} is missing; {EXTRAS} brings it", 2)
+        return _say(f"the package {error.name!r} is missing; {INSTALL.replace('NAME', 'lab')} brings it", 2)
     except ImportError as error:
         return _say(str(error), 2)
     except BrokenPipeError:

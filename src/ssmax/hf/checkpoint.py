@@ -30,6 +30,8 @@ from transformers.utils import logging
 import ssmax
 from ssmax.hf import refusals
 from ssmax.hf.layers import computing_device, language_layers
+from ssmax.hf.portable.card import CARD, keep_card, write_card
+from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
 from ssmax.hf.visibility import forward_scope
 from ssmax.laws import LawScale
 from ssmax.nn import SSMaxScale
@@ -38,8 +40,6 @@ __all__ = ["attach", "config_class", "model_class", "register"]
 
 logger = logging.get_logger(__name__)
 
-PREFIX = "SSMax"
-CODE_FILE = "modeling_ssmax"
 AUTO_CLASSES: list[Any] = [
     auto
     for auto in vars(modeling_auto).values()
@@ -95,32 +95,67 @@ class SSMaxModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Save as transformers does, with the file by which trust_remote_code finds this library.
+        """Save as transformers does, with the code and the card by which others load and judge it.
 
         Raises:
             ValueError: a scale that config.ssmax names is not there, in the model or in a state_dict that was given.
         """
         if is_main_process:
             _check_whole(self, state_dict)
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            base: Any = type(self).__bases__[1]
+            classes, folder = heads(base), Path(save_directory)
+            self.config.auto_map = auto_map(base)
+            write_code(self, classes, folder)
+            write_card(self, next((auto for auto, head in classes.items() if head is base), "AutoModel"), folder)
+            self.__dict__["_ssmax_card"] = (folder / CARD).read_bytes()
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-        if is_main_process:
-            # Of the class, not of the config, which may come from anywhere and would become code.
-            names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in auto_map(type(self).__bases__[1]).values()))
-            code = f"# Needs the package ssmax.\nfrom {__name__} import {names}\n"
-            Path(save_directory, f"{CODE_FILE}.py").write_text(code)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: dict, *args: Any, **kwargs: Any):
+        """Let a push to a hub include the code and the card, which were written before transformers looked at the folder."""
+        keep_card(Path(working_dir), self.__dict__["_ssmax_card"])
+        times = {name: time for name, time in files_timestamps.items() if name not in (CARD, f"{CODE_FILE}.py")}
+        return super()._upload_modified_files(working_dir, repo_id, times, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: transformers would copy the source of this package into saved folders."""
 
 
 @functools.cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Return the config class of converted models whose own config class is base."""
-    return type(f"{PREFIX}{base.__name__}", (base,), {"model_type": f"ssmax_{base.model_type}", "__module__": __name__})
+    """Return the config class of converted models whose own config class is base; all Auto classes know it."""
+    config = _config_class(base)
+    for auto, head in _auto_heads(base).items():
+        auto.register(config, model_class(head), exist_ok=True)
+    for mapping in COMPANIONS:
+        if base in mapping:
+            mapping.register(config, mapping[base], exist_ok=True)
+    return config
+
+
+@functools.cache
+def _config_class(base):
+    attributes = {
+        "model_type": f"ssmax_{base.model_type}",
+        "register_for_auto_class": SSMaxModel.register_for_auto_class,
+        "__module__": __name__,
+    }
+    return type(f"{PREFIX}{base.__name__}", (base,), attributes)
+
+
+def _auto_heads(base):
+    """Auto class -> transformers' class for a config class."""
+    found = {auto: auto._model_mapping.get(base, None) for auto in AUTO_CLASSES}
+    # Mllama's CausalLM class is found by the whole config, and takes the text config alone.
+    return {auto: head for auto, head in found.items() if getattr(head, "config_class", None) is base}
 
 
 @functools.cache
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class of converted models whose own class is base."""
     attributes = {
-        "config_class": config_class(base.config_class),
+        "config_class": _config_class(base.config_class),
         "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or []), "ssmax"],
         "forward": _scoped(base.forward),
         "__module__": __name__,
@@ -233,13 +268,16 @@ def _scoped(forward: Callable) -> Callable:
     return scoped
 
 
+def heads(base: type[PreTrainedModel]) -> dict[str, type[PreTrainedModel]]:
+    """Return the name of each Auto class that knows the family of base, and transformers' class behind it."""
+    return {auto.__name__: head for auto, head in _auto_heads(base.config_class).items()}
+
+
 def auto_map(base: type[PreTrainedModel]) -> dict[str, str]:
     """Return config.auto_map of a converted model: which class of the code file serves which Auto class."""
-    entries = {"AutoConfig": config_class(base.config_class).__name__}
-    for auto in AUTO_CLASSES:
-        if auto._model_mapping.get(base.config_class, None) is base:
-            entries[auto.__name__] = f"{PREFIX}{base.__name__}"
-    return {auto: f"{CODE_FILE}.{name}" for auto, name in entries.items()}
+    config: Any = base.config_class
+    names = {"AutoConfig": config.__name__, **{auto: head.__name__ for auto, head in heads(base).items()}}
+    return {auto: f"{CODE_FILE}.{PREFIX}{name}" for auto, name in names.items()}
 
 
 class _SavedTypes(dict):
@@ -254,14 +292,6 @@ class _SavedTypes(dict):
     def __missing__(self, model_type: str) -> type[PreTrainedConfig]:
         base = CONFIG_MAPPING[_base_type(model_type) or model_type]
         self[model_type] = config = config_class(base)
-        for auto in AUTO_CLASSES:
-            base_model: Any = auto._model_mapping.get(base, None)
-            # Mllama's CausalLM class is found by the whole config, and takes the text config alone.
-            if getattr(base_model, "config_class", None) is base:
-                auto.register(config, model_class(base_model), exist_ok=True)
-        for mapping in COMPANIONS:
-            if base in mapping:
-                mapping.register(config, mapping[base], exist_ok=True)
         return config
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.modeling_utils import AttentionInterface
@@ -55,13 +56,16 @@ def install() -> None:
     The implementation's own name stays in the config: a model under a name of ours would lose its masks and SSMax
     itself as soon as anybody chooses another implementation.
     """
-    original = AttentionInterface.get_interface
-    if getattr(original, "_ssmax", False):
+    wrapped = hasattr(AttentionInterface, "_ssmax_attend")  # by the code file of a saved model, which steps back here
+    AttentionInterface._ssmax_attend = staticmethod(_attend)  # pyrefly: ignore[missing-attribute]
+    if wrapped:
         return
+    original = AttentionInterface.get_interface
 
     @functools.wraps(original)
     def get_interface(self, attn_implementation, default):
-        return functools.partial(_attend, original(self, attn_implementation, default), attn_implementation)
+        attend = original(self, attn_implementation, default)
+        current: Any = AttentionInterface
+        return functools.partial(current._ssmax_attend, attend, attn_implementation)
 
-    get_interface.__dict__["_ssmax"] = True
     AttentionInterface.get_interface = get_interface

@@ -1,0 +1,204 @@
+"""README.md: the model card of a saved model."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ssmax.files import write_atomically
+from ssmax.hf.portable.code_file import CODE_FILE, formula
+from ssmax.versions import INSTALL, SUPPORTED
+
+__all__ = ["CARD", "keep_card", "write_card"]
+
+CARD = "README.md"
+TEMPLATE = (
+    "This model card has been automatically generated"  # in the card that transformers pushes where there is none
+)
+TAGS = ["ssmax", "scalable-softmax", "long-context", "custom_code", "arxiv:2501.19399"]
+# What a source's card may say that holds for a model made from it as well.
+INHERITED = ("license", "license_name", "license_link", "base_model", "language")
+SIGNED = "<!-- Written by ssmax ({}). A card that was changed is kept. -->\n"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+TEXT = """---
+{data}
+---
+
+# {title}
+
+In {scaled} of its attention modules, each query is multiplied by {formula} before attention
+([Scalable-Softmax](https://arxiv.org/abs/2501.19399)). n is the number of keys that the query sees{learned}.
+{origin}
+## How to load it
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained(path, trust_remote_code=True)  # path: this folder, or this repository's name
+```
+
+`{code}.py` in this folder computes the model with transformers {version} or later alone. With the package ssmax
+({install}), `import ssmax.hf` takes the place of `trust_remote_code=True`.
+
+**Without both, it is another model.** A plain class, as in `{base}.from_pretrained`, loads the softmax model without the scales.
+transformers then prints a table of unexpected keys that end in `ssmax.weight`, and raises no error.
+{values}{losses}"""
+
+
+def write_card(
+    model: PreTrainedModel,
+    auto: str,
+    folder: Path,
+    losses: Sequence[tuple[str, float, float]] = (),
+    measured: str = "",
+) -> None:
+    """Write the card of a converted model into a folder, unless one that others wrote or changed is there.
+
+    License, base model and language are those that the source's own card or config names; what is not known is left out.
+
+    Args:
+        model: a converted model.
+        auto: the Auto class that loads it.
+        folder: where the model is saved.
+        losses: loss by position where it was measured: (positions, before, after) in nats.
+        measured: on what.
+    """
+    path = folder / CARD
+    if path.exists() and not _ours(path):
+        return
+    text = _text(model, auto, losses, measured)
+    write_atomically(path, text + SIGNED.format(_digest(text)))
+
+
+def keep_card(folder: Path, card: bytes) -> None:
+    """Put a card back into a folder where transformers has put its empty template in its place, as it does before a push."""
+    path = folder / CARD
+    if path.exists() and TEMPLATE in path.read_text(errors="replace"):
+        write_atomically(path, card)
+
+
+def _ours(path):
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    text = "".join(lines[:-1])
+    return bool(lines) and lines[-1] == SIGNED.format(_digest(text))
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _text(model, auto, losses, measured):
+    scales = {name: module.ssmax for name, module in model.named_modules() if hasattr(module, "ssmax")}
+    law, base = formula(next(iter(scales.values()))), type(model).__bases__[1].__name__
+    facts = _facts(str(getattr(model.config, "_name_or_path", "") or ""))
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation" if auto == "AutoModelForCausalLM" else None,
+        tags=TAGS,
+        **facts,
+    )
+    named = facts.get("base_model")
+    return TEXT.format(
+        data=data.to_yaml(),
+        title=f"{named if isinstance(named, str) else base} with Scalable-Softmax",
+        scaled=len(scales),
+        formula=law,
+        learned="; " + law.replace(" log n", "").replace(" +", " and") + " are learned, one for each head"
+        if law[:2] == "s "
+        else "",
+        origin=_origin(facts),
+        auto=auto,
+        code=CODE_FILE,
+        version=".".join(map(str, SUPPORTED["transformers"][0])),
+        install=INSTALL.replace("NAME", "hf"),
+        base=base,
+        values=_values(scales),
+        losses=_losses(losses, measured),
+    )
+
+
+def _facts(source: str) -> dict[str, Any]:
+    """License, base model and language of the model that was loaded from source, as far as its card or config says."""
+    folder = Path(source)
+    if source and folder.is_dir():
+        facts, named = _card_data(folder / CARD), _config_name(folder / "config.json")
+    elif HUB_NAME.fullmatch(source):
+        card = try_to_load_from_cache(source, CARD)
+        facts, named = _card_data(Path(card)) if isinstance(card, str) else {}, source
+    else:
+        return {}
+    return {**facts, **({"base_model": named} if HUB_NAME.fullmatch(named) else {})}
+
+
+def _card_data(path):
+    try:
+        data = metadata_load(path) or {}
+    except Exception:  # no card, or one whose data yaml cannot read: nothing is known then
+        return {}
+    return {name: data[name] for name in INHERITED if name in data and _is_plain(name, data[name])}
+
+
+def _is_plain(name, value):
+    words = value if isinstance(value, list) else [value]
+    pattern = {"base_model": HUB_NAME, "license_link": re.compile(r"https://\S+")}.get(
+        name, re.compile(r"[\w. -]{1,80}")
+    )
+    return bool(words) and all(isinstance(word, str) and pattern.fullmatch(word) for word in words)
+
+
+def _config_name(path):
+    try:
+        config = json.loads(path.read_bytes())
+        named = config.get("_name_or_path", "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return named if isinstance(named, str) and not Path(named).exists() else ""
+
+
+def _origin(facts):
+    if "base_model" not in facts:
+        return "\nThe model that it was made from is not recorded here, and its license holds for this one as well.\n"
+    license = "" if "license" in facts else " Its license, which is not recorded here, holds for this one as well."
+    named = facts["base_model"] if isinstance(facts["base_model"], list) else [facts["base_model"]]
+    return f"\nMade from {', '.join(named)}.{license}\n"
+
+
+def _values(scales):
+    """s and b of each module in a table; nothing where there are none, or where they do not lie whole on this process."""
+    rows = [(name, [part for part in (getattr(scale, "weight", None), getattr(scale, "bias", None)) if part is not None])
+            for name, scale in scales.items()]  # fmt: skip
+    if not all(parts and all(_is_here(part) for part in parts) for _, parts in rows):
+        return ""
+    names = ["s", "b"][: len(rows[0][1])]
+    lines = [
+        "\n## s" + (" and b" if len(names) > 1 else "") + "\n",
+        "| attention module | " + " | ".join(f"{name}: least | median | largest" for name in names) + " |",
+        "|---|" + "---:|" * 3 * len(names),
+    ]
+    for name, parts in rows:
+        cells = [f"{float(x):.4f}" for part in parts for x in _spread(part.detach().float().cpu())]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values):
+    return values.min(), values.quantile(0.5), values.max()
+
+
+def _is_here(part):
+    return type(part.data) is Tensor and not part.is_meta
+
+
+def _losses(losses, measured):
+    if not losses:
+        return ""
+    rows = [f"| {name} | {before:.4f} | {after:.4f} | {after - before:+.4f} |" for name, before, after in losses]
+    head = ["| positions | softmax model before | this model | change |", "|---|---:|---:|---:|"]
+    return "\n".join([f"\n## Loss by position\n\nIn nats per token, {measured}.\n", *head, *rows]) + "\n"

@@ -1,0 +1,158 @@
+"""modeling_ssmax.py: the code with which a saved model loads where the package ssmax is not installed."""
+
+import inspect
+import re
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ssmax.files import write_atomically
+from ssmax.hf.portable import pieces
+from ssmax.laws import LAWS, LawScale
+from ssmax.nn import SSMaxScale
+from ssmax.versions import SUPPORTED
+
+__all__ = ["CODE_FILE", "PREFIX", "formula", "write_code"]
+
+CODE_FILE = "modeling_ssmax"
+PREFIX = "SSMax"
+
+TEXT = '''"""{family} with Scalable-Softmax (arXiv 2501.19399): queries are multiplied by {formula}; n is how many keys a query sees.
+
+Needs transformers {version} or later and nothing else. Where the package ssmax is installed, that is used instead.
+"""
+
+import functools
+import inspect
+{math}
+import torch
+from torch import nn
+from transformers import (
+    {imports},
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+# The attention modules that are scaled: how many heads each has.
+SCALES = {scales}
+{scale}
+
+{dispatch}
+
+try:  # the same model, on more attention implementations
+    from ssmax.hf.checkpoint import (
+        {saved},
+    )
+except ImportError:
+    install()
+
+    class {config}({base_config}):
+        model_type = "ssmax_{model_type}"
+
+{models}
+
+    # Where transformers builds one model inside of another, it looks the inner one up.
+{registered}
+'''
+MODEL = """    class {prefix}{name}(Converted, {name}):
+        config_class = {config}"""
+
+
+def write_code(model: PreTrainedModel, heads: dict[str, type[PreTrainedModel]], folder: Path) -> None:
+    """Write the code file of a converted model into a folder.
+
+    Args:
+        model: a converted model. What becomes code is taken from its classes and modules, never from its config, which may
+            come from anywhere.
+        heads: name of each Auto class that knows the family, and transformers' own class behind it.
+        folder: where the model is saved.
+    """
+    write_atomically(folder / f"{CODE_FILE}.py", _code(model, heads))
+
+
+def formula(scale: nn.Module) -> str:
+    """Return what a scale multiplies queries by, in words of mathematics."""
+    if isinstance(scale, LawScale):
+        return LAWS[scale.law].formula
+    return "s log n" if getattr(scale, "bias", None) is None else "s log n + b"
+
+
+def _code(model, heads):
+    scaled = {name: module.ssmax for name, module in model.base_model.named_modules() if hasattr(module, "ssmax")}
+    scale = next(iter(scaled.values()))
+    if not isinstance(scale, (SSMaxScale, LawScale)):
+        raise ValueError(f"a model is saved with scales of ssmax, got {type(scale).__name__}, which nothing could load")
+    base_config: type[PreTrainedConfig] = model.config_class.__bases__[0]
+    classes, config = sorted({base.__name__ for base in heads.values()}), f"{PREFIX}{base_config.__name__}"
+    return TEXT.format(
+        family=base_config.__name__.removesuffix("Config"),
+        formula=formula(scale),
+        version=".".join(map(str, SUPPORTED["transformers"][0])),
+        math="import math\n" if isinstance(scale, LawScale) else "",
+        imports=",\n    ".join(sorted({base_config.__name__, *heads, *classes})),
+        scales=_scales({name: _size(one) for name, one in scaled.items()}),
+        scale=_fixed(scale) if isinstance(scale, LawScale) else _learned(scale),
+        dispatch=_sources(pieces.wide, pieces.visible_keys, pieces.attend, pieces.install, pieces.Converted),
+        saved=",\n        ".join([config, *(f"{PREFIX}{name}" for name in classes)]),
+        config=config,
+        base_config=base_config.__name__,
+        model_type=base_config.model_type,
+        models="\n\n".join(MODEL.format(prefix=PREFIX, name=name, config=config) for name in classes),
+        registered="\n".join(
+            f"    {auto}.register({config}, {PREFIX}{base.__name__}, exist_ok=True)" for auto, base in heads.items()
+        ),
+    )
+
+
+def _sources(*objects):
+    return "\n\n".join(inspect.getsource(one) for one in objects)
+
+
+def _size(scale):
+    return 0 if isinstance(scale, LawScale) else scale.weight.numel()
+
+
+def _learned(scale):
+    start = {"s": scale.init_s} | ({} if scale.bias is None else {"b": scale.init_b})
+    return (
+        f"# What a new model starts with; a checkpoint brings its own.\nSTART = {start}\n\n\n{_sources(pieces.Scale)}"
+    )
+
+
+def _fixed(scale):
+    """The law's own function, a function that calls it, and the module."""
+    law = LAWS[scale.law]
+    named = f"{law.function.__module__}.{law.function.__name__}"
+    arguments = {**law.defaults, **scale.parameters_of_law}
+    call = ", ".join(["n" if law.of == "n" else "(n - 1)", *(f"{name}={value!r}" for name, value in arguments.items())])
+    if named.startswith("ssmax."):
+        named, source = law.function.__name__, f"{_sources(law.function)}\n\n"
+    else:
+        named, source = f"torch.{law.function.__name__}", ""
+    docstring = f'"""{law.formula}: {law.source}."""'
+    module = _sources(pieces.FixedScale).replace("class FixedScale", "class Scale")
+    return f"\n\n{source}def multiplier(n):\n    {docstring}\n    return {named}({call})\n\n\n{module}"
+
+
+def _scales(sizes):
+    """A dictionary as source, layers that differ by their number alone in one line."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    single = {}
+    for name, size in sizes.items():
+        numbers = re.findall(r"\.(\d+)\.", name)
+        if len(numbers) == 1:
+            groups.setdefault((re.sub(r"\.\d+\.", ".{i}.", name), size), []).append(int(numbers[0]))
+        else:
+            single[name] = size
+    parts = [f'f"{name}": {size} for i in {_numbers(found)}' for (name, size), found in groups.items()]
+    if single or len(parts) > 1:
+        return (
+            "{" + ", ".join([*(f"**{{{part}}}" for part in parts), *(f"{n!r}: {s}" for n, s in single.items())]) + "}"
+        )
+    return "{" + parts[0] + "}"
+
+
+def _numbers(found):
+    whole = range(found[0], found[-1] + 1)
+    return f"range({whole.start}, {whole.stop})".replace("(0, ", "(") if found == list(whole) else repr(tuple(found))

@@ -1,0 +1,124 @@
+"""Load saved models with their own code alone, in a process where ssmax cannot be imported at first; leave what they compute.
+
+    python without_ssmax.py JOBS.pt OUT.pt
+
+JOBS holds tokens, a mask and folders. OUT holds, for each folder, what the model computes without ssmax, and what the same model
+and one that is loaded anew compute once ssmax.hf was imported. What must fail is asserted here.
+"""
+
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.modeling_utils import AttentionInterface
+
+warnings.filterwarnings("ignore")
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+class Blocker:
+    """Makes the package unknown, as where it is not installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ssmax":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def compute(model, jobs):
+    found = {}
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        batch = {"input_ids": jobs["tokens"], "attention_mask": jobs["mask"]}
+        with torch.no_grad():
+            found[implementation] = model(**batch).logits
+        found[f"{implementation} tokens"] = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    return found
+
+
+def raises(call, *words):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def precision_and_heads(folder, model, jobs):
+    narrow = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    for _ in range(2):
+        kinds = {parameter.dtype for name, parameter in narrow.named_parameters() if ".ssmax." in name}
+        assert kinds == {torch.float32} != {narrow.dtype}
+        narrow.to(torch.float16)
+    inner = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        hidden = inner(jobs["tokens"], attention_mask=jobs["mask"]).last_hidden_state
+        got, want = model.lm_head(hidden), model(jobs["tokens"], attention_mask=jobs["mask"]).logits
+    seen = jobs["mask"] > 0
+    torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=1e-4)
+    AutoModelForSequenceClassification.from_config(model.config, trust_remote_code=True)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def refusals(folder, softcapped, model, jobs):
+    tokens, padded = jobs["tokens"], {"input_ids": jobs["tokens"], "attention_mask": jobs["mask"]}
+    model.set_attn_implementation("packing")
+    raises(lambda: model(**padded), "packing", "sdpa")
+    packed = torch.tensor([[*range(5), *range(25)]])
+    with torch.no_grad():
+        both = model(tokens[:1], position_ids=packed).logits
+        apart = torch.cat([model(tokens[:1, :5]).logits, model(tokens[:1, 5:]).logits], 1)
+    torch.testing.assert_close(both, apart, rtol=0, atol=1e-5)
+    model.set_attn_implementation("flex_attention")
+    raises(lambda: model(tokens), "flex_attention", "sdpa")
+    model.set_attn_implementation("eager")
+    bias = torch.zeros(2, 1, 30, 30) - 0.5
+    raises(lambda: model(tokens, attention_mask=bias), "bias")
+    capped = AutoModelForCausalLM.from_pretrained(softcapped, trust_remote_code=True, attn_implementation="eager")
+    raises(lambda: capped(tokens), "softcap")
+    path = f"{folder}/model.safetensors"
+    whole = load_file(path)
+    save_file({k: v for k, v in whole.items() if "1.self_attn.ssmax" not in k}, path, metadata={"format": "pt"})
+    raises(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), "scales do not fit")
+    save_file(whole, path, metadata={"format": "pt"})
+
+
+def packing(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
+    """FlashAttention's conventions: positions that start again part documents."""
+    starts = (position_ids[0] == 0).cumsum(0)
+    mask = (starts[:, None] == starts[None]) & torch.ones(len(starts), len(starts), dtype=torch.bool).tril()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+def main():
+    jobs = torch.load(sys.argv[1])
+    sys.meta_path.insert(0, Blocker())
+    AttentionInterface.register("packing", packing)
+    AttentionMaskInterface.register("packing", flash_attention_mask)
+    folders, softcapped = jobs["folders"], jobs["softcapped"]
+    models = {name: AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval() for name in folders}
+    found = {name: {"alone": compute(model, jobs)} for name, model in models.items()}
+    first = models[folders[0]]
+    precision_and_heads(folders[0], first, jobs)
+    refusals(folders[0], softcapped, first, jobs)
+    first.save_pretrained(f"{folders[0]}-again")
+    again = AutoModelForCausalLM.from_pretrained(f"{folders[0]}-again", trust_remote_code=True).eval()
+    found[folders[0]]["saved again"] = compute(again, jobs)
+    assert not any(name.split(".")[0] == "ssmax" for name in sys.modules)
+
+    del sys.meta_path[0]
+    import ssmax.hf  # noqa: F401
+
+    for name, model in models.items():
+        found[name]["then with ssmax"] = compute(model, jobs)
+        found[name]["of ssmax"] = compute(AutoModelForCausalLM.from_pretrained(name).eval(), jobs)
+    torch.save(found, sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()

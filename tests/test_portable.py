@@ -1,0 +1,258 @@
+"""Saved models are complete: their own code computes them where ssmax is not installed, and their card says what they are."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.errors import EntryNotFoundError
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.utils import hub
+
+import ssmax
+from ssmax.commands import convert_folder
+
+PROGRAMS = Path(__file__).parent / "programs"
+WINDOWED = {"num_hidden_layers": 4, "sliding_window": 5}
+# What a family needs to be converted with and without b.
+CASES = {
+    "llama": ("llama", {}, {"init": 0.5}),
+    "llama-b": ("llama", {}, {"init": 0.5, "bias": True}),
+    "qwen3": ("qwen3", {}, {"init": 0.5}),
+    "qwen3-b": ("qwen3", {}, {"init": 0.5, "bias": True}),
+    "olmo3": ("olmo3", WINDOWED, {"init": 0.5, "layers": [1, 3]}),
+    "olmo3-b": ("olmo3", WINDOWED, {"init": 0.5, "bias": True, "layers": [0, 1, 2, 3]}),
+    "gpt2": ("gpt2", {}, {"init": 0.5}),
+    "gpt2-b": ("gpt2", {}, {"init": 0.5, "bias": True, "layers": [1]}),
+    "gemma3-b": ("gemma3_text", {**WINDOWED, "num_hidden_layers": 6}, {"init": 0.5, "bias": True, "layers": [0, 5]}),
+    "mixtral": ("mixtral", {"tie_word_embeddings": True}, {"init": 0.5}),
+    "llama-ssmax-fixed": ("llama", {}, {"law": "ssmax-fixed"}),
+    "llama-qwen-1": ("llama", {}, {"law": "qwen-1", "train_length": 3}),
+    "llama-yarn": ("llama", {}, {"law": "yarn", "law_parameters": {"factor": 40.0}}),
+    "llama-llama-4": ("llama", {}, {"law": "llama-4", "law_parameters": {"floor": 2}}),
+    "llama-ministral-3": ("llama", {}, {"law": "ministral-3", "law_parameters": {"scale": 0.5, "length": 3}}),
+}
+GENERATOR = torch.Generator().manual_seed(5)
+TOKENS = torch.randint(3, 99, (2, 30), generator=GENERATOR)
+MASK = torch.ones_like(TOKENS)
+MASK[0, :5] = 0  # left padding
+
+
+def spread(model):
+    """s and b of each head from 0.1 to 0.9: far from softmax."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".ssmax." in name:
+            parameter.data.copy_(0.1 + 0.8 * torch.rand(parameter.shape, generator=generator))
+    return model
+
+
+def converted(case):
+    family, changes, options = CASES[case]
+    return spread(ssmax.convert(tiny_model(family, **changes), **options))
+
+
+def compute(model):
+    batch = {"input_ids": TOKENS, "attention_mask": MASK}
+    with torch.no_grad():
+        return model(**batch).logits, model.generate(**batch, max_new_tokens=12, do_sample=False)
+
+
+def program(*arguments, home, code=None):
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *(["-c", code] if code else []), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """For each case what one process computed from the folders, first without ssmax."""
+    root = tmp_path_factory.mktemp("portable")
+    folders = {case: str(root / f"{case}.model") for case in CASES}
+    for case, folder in folders.items():
+        converted(case).save_pretrained(folder)
+    ssmax.convert(tiny_model("gemma2"), 0.5).save_pretrained(root / "softcapped")
+    write_tokenizer(folders["llama"])
+    jobs = {"tokens": TOKENS, "mask": MASK, "folders": list(folders.values()), "softcapped": str(root / "softcapped")}
+    torch.save(jobs, root / "jobs.pt")
+    program(PROGRAMS / "without_ssmax.py", root / "jobs.pt", root / "found.pt", home=root / "home")
+    found = torch.load(root / "found.pt")
+    return {case: found[folder] for case, folder in folders.items()}
+
+
+def write_tokenizer(folder):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_the_folder_alone_computes_the_model(computed, case):
+    model = converted(case)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        logits, tokens = compute(model)
+        for way, found in computed[case].items():
+            torch.testing.assert_close(found[implementation][MASK > 0], logits[MASK > 0], rtol=0, atol=1e-4, msg=way)
+            assert torch.equal(found[f"{implementation} tokens"], tokens), way
+    assert set(computed[case]) >= {"alone", "then with ssmax", "of ssmax"}
+    plain, plain_tokens = compute(ssmax.revert(model))
+    assert (plain - logits)[MASK > 0].abs().max() > 0.05
+    assert not torch.equal(plain_tokens, tokens), "softmax gives the same tokens: this case shows nothing"
+
+
+OLD_CODE = "# Needs the package ssmax.\nfrom ssmax.hf.checkpoint import SSMaxLlamaConfig, SSMaxLlamaForCausalLM\n"
+WITH_SSMAX = """
+import pickle, sys
+from pathlib import Path
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+folder, old, pickled = map(Path, sys.argv[1:])
+config = pickle.loads(pickled.read_bytes())
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
+    assert auto.from_config(config).base_model.layers[1].self_attn.ssmax.num_heads == 4
+for path in (folder, old):
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    model.save_pretrained(path / "again")
+    assert sorted(p.name for p in (path / "again").glob("*.py")) == ["modeling_ssmax.py"]
+    assert "package ssmax is installed" in (path / "again" / "modeling_ssmax.py").read_text()
+    assert "SSMax" in type(AutoModelForCausalLM.from_pretrained(path / "again")).__name__
+"""
+
+
+def test_where_ssmax_is_installed_the_code_uses_it_and_old_folders_load(tmp_path):
+    model = converted("llama-b")
+    for name in ("folder", "old"):
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "old" / "modeling_ssmax.py").write_text(OLD_CODE)
+    path = tmp_path / "old" / "config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"] = {name: config["auto_map"][name] for name in ("AutoConfig", "AutoModelForCausalLM")}
+    path.write_text(json.dumps(config))
+    (tmp_path / "pickled").write_bytes(pickle.dumps(model.config))
+    program(tmp_path / "folder", tmp_path / "old", tmp_path / "pickled", home=tmp_path / "home", code=WITH_SSMAX)
+
+
+def test_auto_map_names_all_heads_of_the_family(tmp_path):
+    converted("qwen3").save_pretrained(tmp_path)
+    code, names = (
+        (tmp_path / "modeling_ssmax.py").read_text(),
+        json.loads((tmp_path / "config.json").read_text())["auto_map"],
+    )
+    assert names.keys() >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    for auto, name in names.items():
+        assert f"class {name.removeprefix('modeling_ssmax.')}(" in code
+        assert f"    {auto}.register(" in code or auto == "AutoConfig"
+    assert len(code.splitlines()) < 250
+
+
+CARD_OF_THE_SOURCE = """---
+license: apache-2.0
+base_model: someone/base-model
+language: [en, de]
+datasets: [a/b]
+---
+Words.
+"""
+
+
+@pytest.mark.parametrize(
+    ("source_card", "known"),
+    [
+        (CARD_OF_THE_SOURCE, {"license": "apache-2.0", "base_model": "someone/base-model", "language": ["en", "de"]}),
+        ("No data.", {}),
+        ("---\n: [\n---\n", {}),
+        ("---\nlicense: |\n  two\n  lines\nbase_model: 'a/b](x'\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_card_says_what_the_source_says_and_no_more(tmp_path, source_card, known):
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    if source_card is not None:
+        (tmp_path / "source" / "README.md").write_text(source_card)
+    convert_folder(str(tmp_path / "source"), tmp_path / "target", dry_run=False, init="identity")
+    data = metadata_load(tmp_path / "target" / "README.md")
+    assert {name: data.get(name) for name in ("license", "base_model", "language") if name in data} == known
+    assert set(data["tags"]) == {"ssmax", "scalable-softmax", "long-context", "custom_code", "arxiv:2501.19399"}
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    again.save_pretrained(tmp_path / "again")
+    assert metadata_load(tmp_path / "again" / "README.md") == data, "what is known is handed on"
+
+
+def test_the_card_tells_how_to_load_it_and_what_s_is(tmp_path):
+    model = converted("llama-b")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    for words in ("s log n + b", "trust_remote_code=True", "`LlamaForCausalLM.from_pretrained`", "unexpected keys"):
+        assert words in text
+    s = model.model.layers[1].self_attn.ssmax.s
+    assert f"| model.layers.1.self_attn | {s.min():.4f} |" in text
+    assert "pip install ssmax" not in text
+
+
+def test_a_card_that_was_changed_is_kept_and_another_is_renewed(tmp_path):
+    model = converted("llama")
+    model.save_pretrained(tmp_path)
+    first = (tmp_path / "README.md").read_text()
+    model.model.layers[0].self_attn.ssmax.s.data.fill_(0.77)
+    model.save_pretrained(tmp_path)
+    second = (tmp_path / "README.md").read_text()
+    assert "0.7700" in second
+    assert "0.7700" not in first
+    (tmp_path / "README.md").write_text(second.replace("Load", "load") + "My words.\n")
+    mine = (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == mine
+
+
+class Hub:
+    """What transformers asks of a hub when it pushes; a hub cannot be run here."""
+
+    def __init__(self):
+        self.files = {}
+
+    def create_repo(self, repo_id, **options):
+        return type("Url", (), {"repo_id": repo_id})
+
+    def create_commit(self, repo_id, operations, **options):
+        self.files = {op.path_in_repo: Path(op.path_or_fileobj).read_text(errors="replace") for op in operations}
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
+@pytest.mark.parametrize("there", [None, "# Of the user\n"])
+def test_a_push_includes_the_code_and_the_card(tmp_path, monkeypatch, way, there):
+    """there: the card that the user has in the folder, or in the repository."""
+    site, model, folder = Hub(), converted("llama"), tmp_path / "model"
+
+    def load(repo_id, **options):
+        if there is None or way == "save_pretrained":
+            raise EntryNotFoundError("no card")
+        return ModelCard(there)
+
+    for module in (hub, sys.modules["transformers.modeling_utils"]):
+        monkeypatch.setattr(module, "hf_api", lambda: site)
+    monkeypatch.setattr(hub, "ModelCard", type("Card", (ModelCard,), {"load": staticmethod(load)}))
+    if way == "push_to_hub":
+        model.push_to_hub("me/model")
+    else:
+        folder.mkdir()
+        if there is not None:
+            (folder / "README.md").write_text(there)
+        model.save_pretrained(folder, push_to_hub=True, repo_id="me/model")
+    assert site.files.keys() >= {"README.md", "modeling_ssmax.py", "config.json", "model.safetensors"}
+    assert "class Scale" in site.files["modeling_ssmax.py"]
+    assert ("# Of the user" in site.files["README.md"]) == (there is not None)
+    assert ("Scalable-Softmax" in site.files["README.md"]) == (there is None)

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: docs reproduce test test-faults test-harness test-modules fuzz versions lint clean
+.PHONY: docs reproduce test test-faults test-harness test-llama test-modules fuzz versions lint clean
 
 reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
@@ -44,6 +44,11 @@ test-modules: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Builds llama.cpp from source: a C++ compiler and cmake, minutes. Compares exported models with it.
+test-llama: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]'
+	$(BIN)/python tests/programs/llama.py .venvs/llama
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

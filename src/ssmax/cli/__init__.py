@@ -1,4 +1,4 @@
-"""The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect, bench."""
+"""The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect, bench, export."""
 
 import errno
 import os
@@ -12,6 +12,7 @@ import tyro
 
 from ssmax import signals
 from ssmax.cli.experiments import Prepare, Reproduce, Train
+from ssmax.cli.export import Export
 from ssmax.cli.models import Bench, Calibrate, Convert, Evaluate, Inspect
 from ssmax.cli.swallowed import check_values
 from ssmax.errors import LeftOut, RunFailed, Stopped, UserError
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Any] = {
     "calibrate": Calibrate,
     "inspect": Inspect,
     "bench": Bench,
+    "export": Export,
 }
 # The machine's own failures, which may be gone when the same command runs again.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}

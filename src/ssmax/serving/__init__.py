@@ -1,0 +1,1 @@
+"""Engines other than transformers: what they need to run converted models exactly."""

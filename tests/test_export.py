@@ -1,0 +1,49 @@
+"""ssmax export: what llama.cpp would not run exactly is refused in one line, with the way out; the rest make test-llama compares."""
+
+import re
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+import ssmax
+from ssmax.errors import UserError
+from ssmax.serving.gguf import export_gguf
+
+REFUSED = {
+    "b": ("llama", {}, {"init": "identity"}, "layer 0 has a bias b.*'matched' instead of 'identity'.*calibrate without b"),
+    "QK-norm": ("qwen3", {}, {}, "q_norm .QK-norm."),
+    "windows": ("mistral", {"sliding_window": 4}, {"layers": [0, 1]}, "windowed layers"),
+    "some layers": ("llama", {}, {"layers": [1]}, "layer 0 is not converted.*convert all"),
+    "another law": ("llama", {}, {"law": "qwen-1"}, "layer 0 has law qwen-1"),
+    "another family": ("gpt_neox", {}, {}, "family gpt_neox is none of llama, mistral, qwen2"),
+    "RoPE": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, {}, "RoPE of type 'linear'"),
+    "activation": ("llama", {"hidden_act": "gelu"}, {}, "activation is 'gelu'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_would_not_run_exactly_is_refused(case, tmp_path):
+    family, changes, options, words = REFUSED[case]
+    ssmax.convert(tiny_model(family, **changes), **options).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=words):
+        export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_an_infinite_s_is_refused(tmp_path):
+    model = ssmax.convert(tiny_model("llama"))
+    model.model.layers[1].self_attn.ssmax.s.data[0] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="layer 1 has an s that is not finite"):
+        export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf")
+
+
+def test_what_it_runs_passes_the_checks(tmp_path):
+    for family, law in (("llama", "ssmax"), ("qwen2", "ssmax"), ("llama", "ssmax-fixed")):
+        ssmax.convert(tiny_model(family), law=law).save_pretrained(tmp_path / law / family)
+        lines = export_gguf(str(tmp_path / law / family), tmp_path / "out.gguf", dry_run=True)
+        assert re.search("s log n in 2 layers", lines[0])
+    (tmp_path / "out.gguf").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        export_gguf(str(tmp_path / law / family), tmp_path / "out.gguf")

@@ -9,9 +9,13 @@ taken from what a kernel happened to err by on some machine.
 import math
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 DRAWS, MARGIN = 32, 10.0
 EXP = 4.0  # roundings in an exponential: MARGIN times it is 20 ulp, what torch's fastest vectorised one is allowed
+WHOLE_MARGIN = 6.0  # of a sum of thousands of errors, which is normal: it passes this once in a thousand million times
 NAMES = ("output", "dq", "dk", "dv", "ds", "db")
 
 
@@ -149,3 +153,190 @@ def attention(
 
     bounds = spread(compute)
     return bounds[0] if upstream is None else dict(zip(NAMES, bounds, strict=True))
+
+
+def gamma(terms, unit):
+    """The relative error of a sum of so many products: terms u at most, sqrt(terms) u where roundings do not conspire."""
+    return min(terms, MARGIN * math.sqrt(terms)) * unit
+
+
+def closed_form(q, k, v, m, visible, scale, stored, wide=torch.float32):
+    """A bound of attention's output that costs one product more than the output, and draws nothing.
+
+    Rounding moves the logit of key j by at most d_j: its two factors are rounded to stored, the sum of its D products to
+    wide, and the exponential is as good as a logit that is off by some roundings more. So P_j becomes
+    P_j e^x_j / sum_i P_i e^x_i with |x_j| <= d_j, which moves the output by no more than
+    sum_j P_j (e^d_j - 1) |v_j - o| / sum_j P_j e^-d_j. The sum over the values and the rounding of P come on top.
+
+    Args:
+        q, k, v: (B, H, N, D), (B, K, S, D), (B, K, S, V).
+        m: multipliers, broadcast to (B, H, N).
+        visible: bool, broadcast to (B, H, N, S), or True.
+        scale: of the scores.
+        stored: the dtype of q, k, v and the output.
+        wide: in which sums are kept.
+    """
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (x.double() for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+    factor, one, u = scale * torch.as_tensor(m).double().expand(q.shape[:3])[..., None], unit(stored), unit(wide)
+    visible = torch.as_tensor(visible)
+    logits = (factor * (q @ k.mT)).masked_fill(~visible, -math.inf)
+    p = logits.softmax(-1).nan_to_num(0.0)
+    off = factor.abs() * (q.abs() @ k.mT.abs())
+    narrow = one if stored != wide else 0.0
+    # Log, s, b, scale and the product are rounded; the maximum that is subtracted is rounded with its own logit.
+    off = off * (narrow + gamma(q.shape[-1], u) + 6 * u)
+    off = off + 3 * u * (logits - logits.amax(-1, keepdim=True)).abs() + MARGIN * EXP * u
+    off = off.masked_fill(~visible, 0.0).clamp(max=300.0)  # beyond, the bound is no bound, and still a number
+    output = p @ v
+    distance = (v[:, :, None] - output[..., None, :]).abs()
+    moved = ((p * off.expm1())[..., None] * distance).sum(-2) / (p * (-off).exp()).sum(-1, keepdim=True).clamp(
+        min=1e-300
+    )
+    summed = (2 * gamma(k.shape[2], u) + narrow) * (p @ v.abs())
+    return moved + summed + 2 * one * output.abs() + torch.finfo(stored).smallest_normal
+
+
+# What these return was an argument's already, or is not rounded.
+EXACT = [
+    "arange",
+    "clone",
+    "cat",
+    "stack",
+    "index",
+    "index_select",
+    "gather",
+    "embedding",
+    "where",
+    "masked_fill",
+    "copy",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "scalar_tensor",
+    "neg",
+    "abs",
+    "repeat",
+    "constant_pad_nd",
+    "max",
+    "min",
+    "amax",
+    "amin",
+    "maximum",
+    "minimum",
+    "clamp",
+    "topk",
+    "sort",
+    "relu",
+    "triu",
+    "tril",
+    "roll",
+    "histc",
+    "slice_backward",
+    "select_backward",
+    "slice_scatter",
+    "index_put",
+    "scatter",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "empty_strided",
+    "lift_fresh",
+    "floor",
+    "ceil",
+    "round",
+    "sign",
+    "argmax",
+    "repeat_interleave",
+    "index_copy",
+    "where",
+    "detach",
+    "flip",
+]
+SUMS = [
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "mv",
+    "dot",
+    "convolution",
+    "_grouped_mm",
+    "sum",
+    "mean",
+    "cumsum",
+    "index_add",
+    "scatter_add",
+    "scatter_reduce",
+]
+
+BASIC = [
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "sqrt",
+    "reciprocal",
+    "_to_copy",
+]  # rounded correctly; others as an exponential
+
+
+class Rounded(TorchDispatchMode):
+    """Every operation of torch returns its result with an error as large as a rounding can be, drawn anew."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        result = func(*args, **kwargs)
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        if not given or name in EXACT or any(x.alias_info is not None for x in func._schema.returns):
+            return result
+        if name == "_to_copy" and result.dtype.itemsize >= given[0].dtype.itemsize:
+            return result
+        sizes, terms = result, 1 if name in BASIC else EXP**2
+        if name in SUMS:
+            sizes = func(*tree_map(_magnitude, args), **tree_map(_magnitude, kwargs))
+            terms = max(x.shape[-1] if x.ndim else 1 for x in given) + 2
+            if len(given) == 1:
+                terms = given[0].numel() / max(1, result.numel()) + 2
+        return tree_map(lambda x, size: self.moved(x, size, terms), result, sizes)
+
+    def moved(self, x, size, terms):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        # A rounding is off by anything up to the unit, evenly. The finite minus infinity of masks and the infinite ones stay.
+        deviation = math.sqrt(terms / 3) * unit(x.dtype) * size.abs().double()
+        noise = torch.randn(x.shape, dtype=torch.float64, generator=self.generator).mul_(deviation)
+        return torch.where(x.abs() < 1e30, noise.add_(x).to(x.dtype), x)
+
+
+def _magnitude(x):
+    return x.abs() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def of(run, draws=DRAWS):
+    """The bound of each number that run() returns, for whatever it computes: a model's logits, a loss, gradients.
+
+    It runs draws times, and each of its operations is off by an error of its own, as large as rounding can make it; attention
+    is written out. All numbers of a row (the last dimension) have the same bound. Where both sides of a comparison were
+    rounded, each has one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=[]):
+        for _ in range(draws):
+            with Rounded(generator):
+                found.append(torch.as_tensor(run()).detach().double())
+    variance = torch.stack(found).var(0)
+    return WHOLE_MARGIN * (variance.mean(-1, keepdim=True) if variance.ndim else variance).sqrt()

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import rounding
+import torch
 from faults import PATIENCE, TRAIN, make_corpus, values, wait_for, whole
 
 pytestmark = pytest.mark.slow
@@ -45,6 +47,19 @@ def together(corpus, tmp_path_factory):
     return values(folder / "rows.jsonl")
 
 
+def same(got, want):
+    """The same rows, but for the rounding of a loss that is logged.
+
+    That is a mean over two steps and two ranks in float32. A checkpoint between the two steps holds the mean over the ranks,
+    so that the same numbers are added in another order: three sums and a quotient, on either side, for the trainer and for us.
+    """
+    for (metric, *mine, value, samples), (name, *theirs, wanted, count) in zip(got, want, strict=True):
+        assert (metric, mine, samples) == (name, theirs, count)
+        bound = rounding.gamma(16, rounding.unit(torch.float32)) * wanted if metric == "train_loss" else 0.0
+        assert abs(value - wanted) <= bound, (metric, mine)
+    return True
+
+
 def started(process, folder):
     """Wait until the second checkpoint is sealed; return the process ids of the ranks by their number."""
     wait_for(lambda: len(list(folder.glob("models/*/pretrain-checkpoints/checkpoint-*/seal.json"))) >= 2, process)
@@ -68,7 +83,7 @@ def test_a_rank_that_is_gone_is_named(rank, number, fault, corpus, together, tmp
     assert f"ssmax: rank {rank} does not answer: it hangs or was killed" in told
     assert not (tmp_path / "run" / "model").exists()
     run(*command)
-    assert values(tmp_path / "run" / "rows.jsonl") == together
+    assert same(values(tmp_path / "run" / "rows.jsonl"), together)
     assert whole(tmp_path / "run")
     record(f"a rank of two {fault}", 1)
 
@@ -87,22 +102,17 @@ def test_ranks_that_are_not_alike_write_nothing(what, corpus, tmp_path, record):
 
 
 def test_stopped_ranks_save_together(corpus, together, tmp_path, record):
-    command = [
-        "train",
-        tmp_path / "run",
-        *TRAIN[:-1],
-        "1000",
-        "--corpus",
-        corpus,
-    ]  # it makes no checkpoint but that of the stop
+    command = ["train", tmp_path / "run", *TRAIN[:-1], "30", "--corpus", corpus]
     process = start("-m", "ssmax", *command)
-    wait_for(lambda: list(tmp_path.glob("run/models/*/pretrain-checkpoints")), process)
+    seals = "run/models/*/pretrain-checkpoints/checkpoint-*/seal.json"
+    wait_for(lambda: list(tmp_path.glob(seals)), process)  # before its first step a training has nothing to save
     process.terminate()
     _, told = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "ssmax: stopped by SIGTERM; the same command continues" in told
-    (seal,) = tmp_path.glob("run/models/*/pretrain-checkpoints/checkpoint-*/seal.json")
-    assert 0 < json.loads(seal.with_name("trainer_state.json").read_text())["global_step"] <= 120
+    states = [seal.with_name("trainer_state.json") for seal in tmp_path.glob(seals)]
+    newest = max(json.loads(state.read_text())["global_step"] for state in states)
+    assert 30 < newest <= 120, "the stop saved nothing"
     run(*command)
-    assert values(tmp_path / "run" / "rows.jsonl") == together
+    assert same(values(tmp_path / "run" / "rows.jsonl"), together)
     record("torchrun stopped by SIGTERM", 1)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import oracle
 import pytest
+import rounding
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
@@ -61,6 +62,16 @@ def spread_scales(model):
     return model
 
 
+# Of a query times s log n + b: the logarithm (1 ulp, u 2), its products and sums (4 more) and the last product, doubled.
+SCALED = rounding.gamma(16, rounding.unit(torch.float32))
+
+
+@torch.no_grad()
+def logits_bound(model, **inputs):
+    """What rounding may do to the logits of TOKENS."""
+    return rounding.of(lambda: model(TOKENS, use_cache=False, **inputs).logits, draws=8)
+
+
 def recorded_attention(model, **inputs):
     """Run the model; return for each layer what its kernel got before scaling, and what came out."""
     calls = []
@@ -105,9 +116,12 @@ def test_each_query_is_scaled_by_its_own_n(model, implementation, padding):
     for layer, (query, scaled) in zip(model.model.layers, calls, strict=True):
         s, b = (p.detach().numpy() for p in (layer.self_attn.ssmax.s, layer.self_attn.ssmax.b))
         m = s[None, :, None] * np.log(np.maximum(n, 1))[:, None] + b[None, :, None]
-        want = query.numpy() * m[..., None]
-        where = np.broadcast_to(real[:, None, :], m.shape)
-        np.testing.assert_allclose(scaled.numpy()[where], want[where], rtol=2e-6)
+        want, where = query.numpy() * m[..., None], np.broadcast_to(real[:, None, :], m.shape)
+        terms = (
+            query.numpy()
+            * (np.abs(s)[None, :, None] * np.log(np.maximum(n, 1))[:, None] + np.abs(b)[None, :, None])[..., None]
+        )
+        rounding.assert_within(scaled.numpy()[where], want[where], SCALED * np.abs(terms)[where])
         assert abs(want).max() > 0.1
 
 
@@ -154,7 +168,7 @@ def test_logits_equal_a_llama_written_out_in_float64():
         got = model(TOKENS).logits.numpy()
     want = naive_llama(model, TOKENS)
     assert abs(want).max() > 1
-    np.testing.assert_allclose(got, want, atol=3e-5)
+    rounding.assert_within(got, want, logits_bound(model))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -174,7 +188,7 @@ def test_caches_equal_one_pass(model, implementation, cache):
         for piece in TOKENS.split(pieces, 1):
             at += piece.shape[1]
             parts.append(model(piece, past_key_values=store).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=3e-5)
+        rounding.assert_within(torch.cat(parts, 1), whole, 2 * logits_bound(model))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -194,7 +208,7 @@ def test_a_left_padded_batch_generates_what_each_row_generates_alone(model, impl
 def test_identity_is_the_same_model_and_learns(model):
     before = model(TOKENS).logits
     ssmax.convert(model, "identity")
-    torch.testing.assert_close(model(TOKENS).logits, before, rtol=0, atol=1e-5)
+    rounding.assert_within(model(TOKENS).logits, before, 2 * logits_bound(model))
     model(TOKENS, labels=TOKENS).loss.backward()
     for name, parameter in model.named_parameters():
         if ".ssmax." in name:
@@ -392,12 +406,12 @@ def test_training_moves_s_and_the_norms_of_s_are_not_decayed(model):
 def test_fold_is_the_same_llama_and_refuses_where_it_would_not_be(tmp_path):
     torch.manual_seed(0)
     model = spread_scales(ssmax.convert(LlamaForCausalLM(LlamaConfig(**SHAPE)).eval(), 0.5))
-    want = model(TOKENS).logits
+    want, bound = model(TOKENS).logits, 2 * logits_bound(model)
     ssmax.fold(model)
-    torch.testing.assert_close(model(TOKENS).logits, want, rtol=0, atol=3e-5)
+    rounding.assert_within(model(TOKENS).logits, want, bound)
     assert all(layer.self_attn.ssmax.s.eq(1).all() for layer in model.model.layers)
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, want, rtol=0, atol=3e-5)
+    rounding.assert_within(AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, want, bound)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +450,8 @@ def test_laws_that_learn_nothing(model, law, tmp_path):
     real = N_OF_LEFT_PADDED > 0
     for query, scaled in calls:
         want = query.numpy() * formula(np.maximum(N_OF_LEFT_PADDED, 1))[:, None, :, None]
-        np.testing.assert_allclose(scaled.numpy().swapaxes(1, 2)[real], want.swapaxes(1, 2)[real], rtol=2e-6)
+        scaled, want = scaled.numpy().swapaxes(1, 2)[real], want.swapaxes(1, 2)[real]
+        rounding.assert_within(scaled, want, SCALED * np.abs(want))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.config.ssmax["law"] == law

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import oracle
 import pytest
+import rounding
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -20,6 +21,14 @@ def tensors(rows=N, keys=S, heads=H, key_heads=H, dtype=torch.float64, seed=0):
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     s, b = (torch.rand(heads, generator=generator, dtype=torch.float64) + 0.2 for _ in range(2))
     return [x.to(dtype) for x in (q, k, v)], s, b
+
+
+CAUSAL = torch.tensor(oracle.causal(N, S))
+
+
+def multipliers(s, b):
+    """Of N causal queries, (H, N)."""
+    return s[:, None] * torch.arange(1, N + 1).double().log() + b[:, None]
 
 
 def padding(side):
@@ -74,7 +83,8 @@ def test_every_layout_equals_the_oracle(layout, impl):
     assert abs(want).max() > 0.1
     np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
     narrow = attention(q.float(), k.float(), v.float(), s, b, impl=impl, **_cast(arguments))
-    np.testing.assert_allclose(narrow.numpy(), want, atol=1e-5)
+    bound = rounding.attention(q, k, v, s, b, torch.as_tensor(open_keys), folded=impl == "sdpa")
+    rounding.assert_within(narrow, want, bound)
 
 
 def _cast(arguments):
@@ -220,7 +230,8 @@ def test_fp16_products_near_1e5_stay_finite():
     got = attention(q, k, q, 0.43, is_causal=True, impl="sdpa")
     want = attention(q.double(), k.double(), q.double(), 0.43, is_causal=True)
     assert got.isfinite().all()
-    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=0)
+    m = 0.43 * torch.arange(1, 5).double().log()
+    rounding.assert_within(got, want, rounding.closed_form(q, k, q, m, CAUSAL[:4, :4], 64**-0.5, torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,7 +255,8 @@ def test_the_output_has_the_querys_dtype_under_autocast_too(impl):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = attention(q, k, v, s, b, is_causal=True, impl=impl)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want, rtol=0, atol=2**-5)
+    bound = rounding.closed_form(q, k, v, multipliers(s, b), CAUSAL, D**-0.5, torch.bfloat16)
+    rounding.assert_within(got, want, 2 * bound)
 
 
 def test_numpys_integers_are_integers():
@@ -291,7 +303,11 @@ def test_a_bias_wider_than_the_query_is_not_rounded():
     (q, k, v), s, b = tensors(dtype=torch.float16)
     shifted = attention(q, k, v, s, b, n=S, attn_mask=torch.full((N, S), -1e5))
     plain = attention(q, k, v, s, b, n=S)
-    torch.testing.assert_close(shifted, plain, rtol=0, atol=2e-2)
+    open_keys = torch.ones(N, S, dtype=torch.bool)
+    m = (s * math.log(S) + b)[:, None]
+    bound = 2 * rounding.closed_form(q, k, v, m, open_keys, D**-0.5, torch.float16)
+    logit = 2 * rounding.unit(torch.float32) * 1e5  # the bias is added, and the largest logit taken away
+    rounding.assert_within(shifted, plain, bound + math.expm1(2 * logit) * v.abs().max())
 
 
 def packed(lengths, padding):

@@ -1,37 +1,74 @@
 """Writes the numbers of README.md and REPRODUCING.md from a run of tiny: python docs/reproduced.py [runs/tiny].
 
-With a run's folder its rows become docs/results/tiny.jsonl and its figures docs/images/tiny-*.png first. The text between
+With a run's folder its rows become docs/results/tiny.jsonl first. README's figure is drawn from them, and the text between
 the marks <!-- tiny NAME --> and <!-- end --> is replaced, nothing else.
 """
 
 import re
-import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 
 from ssmax.lab.experiments import formula_rows
 from ssmax.lab.recipes import tiny
 from ssmax.report.claims import Claim, claims, headlines
+from ssmax.report.drawing import STYLE, band, panels, tokens
 from ssmax.report.measured import raised
 from ssmax.report.select import FORM_NAMES, NAMES, Spread, by, forms, pick, spread, variants
 from ssmax.results import Row, read_rows, write_rows
 
 DOCS = Path(__file__).parent
 ROWS = DOCS / "results" / "tiny.jsonl"
-SHOWN = (5,)  # figures that stand in README
-PICTURE = "![Loss by position of the six variants](docs/images/tiny-figure5.png)"
+FRONT = DOCS / "images" / "front.png"
+PICTURE = (
+    "![Left: the largest attention weight against the number of keys. Right: loss by position far past the training length]"
+    "(docs/images/front.png)"
+)
+COLOURS = {"a": "#c2410c", "b": "#0369a1"}
 BANDS = ((0, 1), (1, 4), (4, 8), (8, 16), (16, 32))  # of positions, in training lengths
 
 
 def take(run: Path) -> None:
-    """Copy rows and figures of a finished run; rows of the formula alone are left out."""
+    """Copy the rows of a finished run; rows of the formula alone are left out."""
     rows = [row for row in read_rows(run / "rows.jsonl") if row.metric not in ("focus_weight", "max_weight")]
     write_rows(ROWS, rows)
-    for figure in SHOWN:
-        shutil.copyfile(run / "figures" / f"figure{figure}.png", DOCS / "images" / f"tiny-figure{figure}.png")
+
+
+def draw_front(rows: list[Row], length: int) -> None:
+    """Draw README's figure: what fades, and what that costs, in one picture."""
+    factor = raised(rows, "loss_by_position")
+    with rc_context({**STYLE, "font.size": 11, "axes.titlesize": 12}):
+        figure, axes = panels(1, 2, 10, 3.6)
+        left, right = axes[0]
+        for variant, colour in COLOURS.items():
+            weights = by(pick(formula_rows(), "max_weight", variant), "n")
+            left.plot(list(weights), [w[0] for w in weights.values()], color=colour, lw=2.5)
+            left.annotate(NAMES[variant], (list(weights)[-1], list(weights.values())[-1][0]), color=colour, **LABEL)
+            losses = by(pick(rows, "loss_by_position", variant, form="paper", theta_factor=factor), "position")
+            kept = {position: values for position, values in losses.items() if position >= length / 8}
+            middle = [np.mean(values) for values in kept.values()]
+            ends = [min(v) for v in kept.values()], [max(v) for v in kept.values()]
+            band(right, list(kept), middle, ends, colour, NAMES[variant], lw=2.5)
+            right.annotate(NAMES[variant], (list(kept)[-1], middle[-1]), color=colour, **LABEL)
+        right.axvline(length, color="#64748b", ls=":")
+        right.annotate("training length", (length, right.get_ylim()[1]), color="#64748b", va="top", fontsize=9)
+        tokens(left, [2, 32, 1024, 32768], "number of keys")
+        tokens(right, [length // 4, length, length * 4, length * 16], "position (tokens)")
+        left.set_title("Largest attention weight")
+        right.set_title("Loss (nats a token), mean and range over seeds")
+        figure.savefig(FRONT, dpi=130)
+
+
+LABEL = {
+    "xytext": (4, 0),
+    "textcoords": "offset points",
+    "va": "center",
+    "fontweight": "bold",
+    "annotation_clip": False,
+}
 
 
 def interval(claim: Claim) -> str:
@@ -136,8 +173,9 @@ if __name__ == "__main__":
         take(Path(sys.argv[1]))
     rows, length = read_rows(ROWS), tiny().train_length
     found = claims([*formula_rows(), *rows], length)
+    draw_front(rows, length)
     blocks = {
-        "README.md": {"abstract": f"{abstract(found, 'figure')}\n\n{PICTURE}"},
+        "README.md": {"figure": PICTURE, "abstract": abstract(found, "figure")},
         "REPRODUCING.md": {
             "made": made(rows),
             "abstract": abstract(found, "figure"),

@@ -90,10 +90,11 @@ def skeleton(config):
         ),
     ],
 )
-def test_a_plain_class_or_config_is_refused_for_a_converted_model(folders, law, load):
+def test_a_plain_class_or_config_is_refused_for_a_converted_model(folders, law, load, record):
     config, plain = AutoConfig.from_pretrained(folders / law), AutoConfig.from_pretrained(folders / "plain")
     with pytest.raises(ValueError, match=r"converted model|convert the model anew"):
         load(folders / law, config, plain)
+    record("a converted model given to a plain class or config", 1)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +115,10 @@ def test_a_plain_class_or_config_is_refused_for_a_converted_model(folders, law, 
         ),  # other names of weights
     ],
 )
-def test_weights_without_the_scales_of_their_config_are_refused(folders, load):
+def test_weights_without_the_scales_of_their_config_are_refused(folders, load, record):
     with pytest.raises(ValueError, match="SSMax scales do not fit"):
         load(folders, AutoConfig.from_pretrained(folders / "ssmax"))
+    record("weights without the scales of their config", 1)
 
 
 def test_a_scale_of_another_shape_is_refused_where_mismatches_are_ignored(folders):
@@ -150,13 +152,14 @@ def test_a_folder_whose_config_forgot_everything_is_refused_by_its_weights_names
         ({"b": 1.0}, "needs bias=True"),
     ],
 )
-def test_a_recipe_edited_by_hand_is_refused(folders, change, words):
+def test_a_recipe_edited_by_hand_is_refused(folders, change, words, record):
     path = folders / "ssmax" / "config.json"
     config = json.loads(path.read_text())
     config["ssmax"] |= change
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
         AutoModelForCausalLM.from_pretrained(folders / "ssmax")
+    record("a scale's recipe edited by hand", 1)
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -62,7 +62,7 @@ def family(name):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_losses_are_those_of_a_plain_forward(name):
+def test_losses_are_those_of_a_plain_forward(name, record):
     model, ids = family(name), tokens(60, rows=2)
     with torch.no_grad():
         want = cross_entropy(model(input_ids=ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
@@ -70,6 +70,7 @@ def test_losses_are_those_of_a_plain_forward(name):
     for chunk in (1024, 16, 1):
         torch.testing.assert_close(loss_by_position(model, ids, chunk=chunk), want, rtol=0, atol=2e-5)
     assert Reader(model, ids, 16).pieces == FAMILIES[name][1]
+    record("a family read in pieces, against a plain forward", 3)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -160,7 +161,7 @@ def test_an_encoder_decoder_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_cache_that_is_swallowed_is_noticed_whatever_its_name():
+def test_a_cache_that_is_swallowed_is_noticed_whatever_its_name(record):
     """Transformers' own forward, around a backbone that takes a cache and drops it."""
     model, ids = tiny_model("llama"), tokens(60)
     backbone = model.model.forward
@@ -174,6 +175,7 @@ def test_a_cache_that_is_swallowed_is_noticed_whatever_its_name():
     assert not Reader(model.eval(), ids, 16).pieces
     torch.testing.assert_close(loss_by_position(model, ids, chunk=16), want, rtol=0, atol=1e-5)
     assert model.model.forward is forward
+    record("a cache that a model swallows", 1)
 
 
 @pytest.mark.filterwarnings("ignore")

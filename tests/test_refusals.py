@@ -83,7 +83,7 @@ def evaluate(capsys, tmp_path, text, *options):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_model_that_does_not_fit_is_one_line(kind, capsys, tmp_path, text):
+def test_a_model_that_does_not_fit_is_one_line(kind, capsys, tmp_path, text, record):
     MODELS[kind]().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     status, line, err = evaluate(capsys, tmp_path, text)
@@ -98,6 +98,7 @@ def test_a_model_that_does_not_fit_is_one_line(kind, capsys, tmp_path, text):
             capsys, tmp_path, text, "--measures", "loss", "retrieval", "--out", str(tmp_path / "two")
         )
         assert status == 0, err
+    record("a model that does not fit ssmax evaluate", 1)
 
 
 @pytest.mark.parametrize("measures", [("retrieval",), ("attention",), ("loss",)])

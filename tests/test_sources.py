@@ -130,12 +130,13 @@ CHANGING = {
 
 @pytest.mark.parametrize("changing", CHANGING)
 @pytest.mark.parametrize("files", [1, 2])
-def test_only_the_text_of_rows_matters(changing, files, tmp_path):
+def test_only_the_text_of_rows_matters(changing, files, tmp_path, record):
     rows = CHANGING[changing]
     for i in range(files):
         part = rows[i * len(rows) // files : (i + 1) * len(rows) // files]
         (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     assert read(tmp_path) == ([row["text"] for row in rows], [])
+    record("rows whose other fields change", 1)
 
 
 def test_rows_that_are_no_text_are_named(tmp_path):
@@ -170,12 +171,13 @@ def test_the_text_may_come_late(first, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ['{"text": "half of a', "words", "{", '["a"', '{"text": "a"}}'])
-def test_a_broken_line_costs_itself(broken, tmp_path):
+def test_a_broken_line_costs_itself(broken, tmp_path, record):
     for at in range(3):
         lines = LINES.decode().splitlines(keepends=True)
         lines.insert(at, broken + "\n")
         file = written(tmp_path, {"a.jsonl": "".join(lines)}) / "a.jsonl"
         assert read(file) == (PAGES, [f"lines that are no JSON object: 1 (a.jsonl, line {at + 1})"])
+    record("a broken line among rows", 3)
 
 
 CONTENTS = {
@@ -247,7 +249,7 @@ def test_csv_fields_hold_commas_quotes_and_lines(tmp_path):
         ("a.txt.gz", gzip.compress(b"words " * 9)[:-9], "cannot be read to their end: 1 (a.txt.gz, Compressed file ended"),
     ],
 )  # fmt: skip
-def test_what_is_no_text_is_one_line(name, content, words, tmp_path):
+def test_what_is_no_text_is_one_line(name, content, words, tmp_path, record):
     written(tmp_path, {name.partition("#")[0]: content})
     for _ in range(2):
         with pytest.raises(UserError) as error:
@@ -256,6 +258,7 @@ def test_what_is_no_text_is_one_line(name, content, words, tmp_path):
         assert name.partition("#")[0] in str(error.value)
         assert "\n" not in str(error.value)
         assert "same command" not in str(error.value)
+    record("a corpus that is no text", 2)
 
 
 LINE_OF_A_BOOK = "A line of the b\u00f6\u00f6k.\n"
@@ -274,9 +277,10 @@ LINE_OF_A_BOOK = "A line of the b\u00f6\u00f6k.\n"
         (b"A line.\r\n" * 3 + b"\xff\xff\n", "A line.\n" * 3, ["3 (a.txt, the first at byte 27)"]),
     ],
 )  # fmt: skip
-def test_bytes_that_are_not_utf8(content, text, named, tmp_path):
+def test_bytes_that_are_not_utf8(content, text, named, tmp_path, record):
     file = written(tmp_path, {"a.txt": content}) / "a.txt"
     assert read(file) == ([text], [f"bytes that are not UTF-8: {line}" for line in named])
+    record("a text file in another encoding, or with bad bytes", 1)
 
 
 def test_a_bad_byte_of_a_large_book_costs_its_line(tmp_path):

@@ -115,7 +115,7 @@ def has_seen_it(kind, task, style, depth):
 @pytest.mark.parametrize("style", ["base", "chat"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_perfect_copier_is_right_and_the_span_is_the_needle(kind, task, style):
+def test_a_perfect_copier_is_right_and_the_span_is_the_needle(kind, task, style, record):
     tokenizer = TOKENIZERS[kind]()
 
     def encode(text):
@@ -141,6 +141,7 @@ def test_a_perfect_copier_is_right_and_the_span_is_the_needle(kind, task, style)
             assert not any(c.isdigit() for c in spell(example.answer[: example.first - 1]))
             assert example.prompt[: len(form.head)] == list(form.head)
             assert len(example.prompt) + len(example.answer) <= 900
+    record("a needle's answer in the tokens of another kind of tokenizer", 3)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TOKENIZERS if kind != "digit with what follows"])

@@ -92,7 +92,7 @@ def random_call(draw):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_n_is_what_flash_attention_is_shown(counting_flash, seed):
+def test_n_is_what_flash_attention_is_shown(counting_flash, seed, record):
     draw = torch.Generator().manual_seed(seed)
     config = types.SimpleNamespace(_attn_implementation="flash_attention_2", dtype=torch.float64)
     for _ in range(150):
@@ -105,6 +105,7 @@ def test_n_is_what_flash_attention_is_shown(counting_flash, seed):
         torch.testing.assert_close(
             n.expand(batch, rows).double(), want, rtol=0, atol=0, msg=f"{mask} {kwargs} {causal}"
         )
+    record("random calls of FlashAttention, n against what the kernel shows", 150)
 
 
 SHARDS: dict = {}

@@ -84,7 +84,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_failure_at_any_statement_leaves_the_model_as_it_was(change):
+def test_a_failure_at_any_statement_leaves_the_model_as_it_was(change, record):
     prepare, call = CHANGES[change]
     model = prepare(tiny_model("llama", num_hidden_layers=1))
     call(copy.deepcopy(model))  # once before, since classes are made once
@@ -104,6 +104,7 @@ def test_a_failure_at_any_statement_leaves_the_model_as_it_was(change):
             assert again == met[: at + 1]
             assert came, f"swallowed at {again[-1]}"
             assert_same(state(model), before)
+    record(f"{change} that fails at a statement", len(firsts))
 
 
 def test_converted_reverts_where_its_body_fails():

@@ -45,7 +45,9 @@ def forward(
         scale = 1.0
     else:
         multiplier_inside = multiplier.expand(*query.shape[:3])
-        cap = torch.full((), softcap, device=query.device)  # the kernel takes no symbolic number
+        cap = torch.full(
+            (), softcap, dtype=multiplier.dtype, device=query.device
+        )  # the kernel takes no symbolic number
     block_mask, bias = _masks(mask, documents, query, key, is_causal, window)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

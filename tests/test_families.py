@@ -396,13 +396,12 @@ def test_each_mask_is_counted_once_a_forward(monkeypatch):
             lambda: T5ForConditionalGeneration(
                 T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9)
             ),
-            "encoder-decoder",
+            "adds a bias of the position to its logits",
         ),
         (lambda: tiny_model("falcon"), "attention interface"),
         (lambda: tiny_model("llama4_text"), "temperature tuning"),
         (lambda: tiny_model("ministral3"), "llama_4_scaling_beta"),
         (lambda: tiny_model("mamba"), "it has no attention"),
-        (lambda: tiny_model("bert"), "not that of a causal decoder"),
     ],
 )
 def test_what_cannot_be_converted_says_why_and_stays_as_it_was(build, words):

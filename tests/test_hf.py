@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
+    BloomConfig,
+    BloomModel,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -372,10 +372,8 @@ def test_wrong_models_are_refused(model):
         ssmax.revert(ssmax.revert(model))
     with pytest.raises(TypeError, match="PreTrainedModel"):
         ssmax.hf.convert(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="no causal self-attention of bert"):
-        ssmax.convert(
-            BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
-        )
+    with pytest.raises(ValueError, match="no causal self-attention of bloom"):
+        ssmax.convert(BloomModel(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=9)))
 
 
 def test_an_unknown_attention_implementation_is_refused(model):

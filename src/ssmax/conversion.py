@@ -36,14 +36,16 @@ def convert(
     Softmax in silence.
 
     Args:
-        model: a transformers model, or any torch.nn.Module that was not wrapped for training yet (DDP, FSDP).
+        model: a transformers model, also one that PEFT wraps (an adapter's own file holds no s and b: save the model, or name
+            "ssmax" in modules_to_save), or any torch.nn.Module that was not wrapped for training yet (DDP, FSDP).
         init: "matched": s = matched_scale(train_length) and no bias, the paper's start, on average as sharp as before;
             "identity": s = 0 and b = 1, exactly the same model, and it can learn; or a number for s.
         train_length: what "matched" is matched to; a transformers model's default is its max_position_embeddings, other
             modules have none.
         bias: learn b as well; default as init says.
-        layers: which attention to convert. Of transformers models indices of the layers, default every layer that attends
-            in full. Of other modules names as in named_modules, cross attention included; default all self-attention.
+        layers: which attention to convert: names as in named_modules, cross attention included; default all self-attention
+            (of transformers models that which attends in full). Of decoder-only language models indices too, and without
+            names the language model alone is converted, not a vision or audio tower.
         law: for transformers models: "ssmax", or one of ssmax.laws that has nothing to learn: "ssmax-fixed" (log n),
             "qwen-1", "yarn", "llama-4", "ministral-3"; then init and bias have no meaning.
         law_parameters: of such a law; the training length defaults to train_length or the config's.
@@ -68,18 +70,20 @@ def convert(
         >>> ssmax.convert(encoder, train_length=512)
         >>> ssmax.convert(my_gpt, "identity", example=(tokens,))
     """
-    if _is_transformers(model):
+    whole = _transformers_model(model)
+    if whole is not None:
         if example is not None:
             raise ValueError("example is for modules that are no transformers models; leave it out")
         from ssmax import hf
 
-        options: dict[str, Any] = {"train_length": train_length, "bias": bias, "layers": layers}
-        return hf.convert(model, init, law=law, law_parameters=law_parameters, **options)
+        options: dict[str, Any] = {"train_length": train_length, "bias": bias, "layers": layers, "cross": cross}
+        hf.convert(whole, init, law=law, law_parameters=law_parameters, **options)
+        return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
     if law != "ssmax" or law_parameters:
         raise ValueError("law and law_parameters are for transformers models; other modules take s log n + b")
-    inner = next((f"{name} ({type(m).__name__})" for name, m in model.named_modules() if _is_transformers(m)), None)
+    inner = next((f"{name} ({type(m).__name__})" for name, m in model.named_modules() if _transformers_model(m)), None)
     if inner is not None:
         raise ValueError(
             f"{type(model).__name__} holds a transformers model, {inner}; convert that one, as in ssmax.convert(model.{inner.split()[0]})"
@@ -100,11 +104,13 @@ def revert(model: Any) -> Any:
     Raises:
         ValueError: the model is not converted.
     """
-    if not _is_transformers(model):
+    whole = _transformers_model(model)
+    if whole is None:
         return modules.revert(model)
     from ssmax import hf
 
-    return hf.revert(model)
+    hf.revert(whole)
+    return model
 
 
 @contextmanager
@@ -117,7 +123,9 @@ def converted(model: Any, init: str | float = "matched", **options: Any) -> Iter
         revert(model)
 
 
-def _is_transformers(model: Any) -> Any:
-    """Whether it is a transformers model; where transformers was not loaded there is none."""
-    loaded = sys.modules.get("transformers.modeling_utils")
-    return loaded is not None and isinstance(model, loaded.PreTrainedModel)
+def _transformers_model(model: Any) -> Any:
+    """The model itself, or the one that PEFT wraps, where it is a transformers model; else None."""
+    loaded, peft = sys.modules.get("transformers.modeling_utils"), sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftModel):
+        model = model.get_base_model()
+    return model if loaded is not None and isinstance(model, loaded.PreTrainedModel) else None

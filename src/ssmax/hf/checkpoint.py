@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 import ssmax
 from ssmax.hf import refusals
-from ssmax.hf.layers import computing_device, language_layers
+from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.portable.card import CARD, keep_card, write_card
 from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
 from ssmax.hf.visibility import forward_scope
@@ -102,8 +102,9 @@ class SSMaxModel(PreTrainedModel):
         """
         if is_main_process:
             _check_whole(self, state_dict)
-        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
-            base: Any = type(self).__bases__[1]
+        base: Any = type(self).__bases__[1]
+        own = not _is_transformers(base)  # a class of the user's own has its own code
+        if is_main_process and not own and not getattr(self, "_hf_peft_config_loaded", False):
             classes, folder = heads(base), Path(save_directory)
             self.config.auto_map = auto_map(base)
             write_code(self, classes, folder)
@@ -113,6 +114,8 @@ class SSMaxModel(PreTrainedModel):
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: dict, *args: Any, **kwargs: Any):
         """Let a push to a hub include the code and the card, which were written before transformers looked at the folder."""
+        if "_ssmax_card" not in self.__dict__:
+            return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
         keep_card(Path(working_dir), self.__dict__["_ssmax_card"])
         times = {name: time for name, time in files_timestamps.items() if name not in (CARD, f"{CODE_FILE}.py")}
         return super()._upload_modified_files(working_dir, repo_id, times, *args, **kwargs)
@@ -120,6 +123,26 @@ class SSMaxModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Do nothing: transformers would copy the source of this package into saved folders."""
+
+
+def _reduced(instance: Any, protocol: Any) -> Any:
+    """What pickle keeps of a converted model or config: classes made of transformers' own are found by name, others made anew."""
+    kept, base = object.__reduce_ex__(instance, protocol), type(instance).__bases__[-1]
+    make = model_class if isinstance(instance, PreTrainedModel) else _config_class
+    anew = type(instance) is make(base) and not _is_transformers(base)
+    return (_new, (make, base), *kept[2:]) if anew else kept
+
+
+def _new(make, base):
+    return make(base).__new__(make(base))
+
+
+# Of classes whose file is not this one: a file of code that was registered for the base class makes the base class.
+MADE_ON_DEMAND = {"__module__": __name__, "__reduce_ex__": _reduced, "_auto_class": None}
+
+
+def _is_transformers(base):
+    return getattr(transformers, base.__name__, None) is base
 
 
 @functools.cache
@@ -139,7 +162,7 @@ def _config_class(base):
     attributes = {
         "model_type": f"ssmax_{base.model_type}",
         "register_for_auto_class": SSMaxModel.register_for_auto_class,
-        "__module__": __name__,
+        **MADE_ON_DEMAND,
     }
     return type(f"{PREFIX}{base.__name__}", (base,), attributes)
 
@@ -158,15 +181,19 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "config_class": _config_class(base.config_class),
         "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or []), "ssmax"],
         "forward": _scoped(base.forward),
-        "__module__": __name__,
+        **MADE_ON_DEMAND,
     }
     return type(f"{PREFIX}{base.__name__}", (SSMaxModel, base), attributes)
 
 
 def attach(model: PreTrainedModel) -> None:
     """Give the layers named in config.ssmax their scale, at its starting value."""
-    layers = language_layers(model)
-    recipe = _checked_recipe(model, layers)
+    _check_fields(model.config, type(model))
+    recipe = model.config.ssmax
+    layers = layers_of(model, recipe["layers"])
+    unknown = [key for key in recipe["layers"] if key not in layers]
+    if unknown:
+        raise ValueError(f"config.ssmax names layers {unknown}; {type(model).__name__} has {sorted(layers)}")
     try:
         scales = {index: _scale(model, recipe, layers[index]) for index in recipe["layers"]}
     except (KeyError, TypeError, ValueError) as error:
@@ -182,12 +209,12 @@ def _carriers(model):
 
 
 def _check_whole(model, state_dict):
-    carriers = _carriers(model)
-    named = sorted(model.config.ssmax["layers"])
-    if sorted(module.layer_idx for _, module in carriers) != named:
-        found = sorted(module.layer_idx for _, module in carriers)
+    carriers, named = _carriers(model), model.config.ssmax["layers"]
+    layers = layers_of(model, named)
+    lost = [key for key in named if getattr(layers[key].module, "ssmax", None) is None]
+    if lost or len(carriers) != len(named):
         raise ValueError(
-            f"config.ssmax names scales in layers {named}, and the model has them in {found}; convert it anew"
+            f"config.ssmax names scales in layers {named}, and the model has {len(carriers)}, none in {lost}; convert it anew"
         )
     for name, module in carriers if state_dict is not None else ():
         wanted = [key for key, _ in module.ssmax.named_parameters()]
@@ -198,7 +225,7 @@ def _check_whole(model, state_dict):
 def refuse_split_heads(model: PreTrainedModel) -> None:
     """Raise ValueError where the ranks of tensor parallelism cannot share the heads evenly."""
     ranks = getattr(model, "_tp_size", None) or 1
-    heads = {layer.heads for layer in language_layers(model).values()} if ranks > 1 else set()
+    heads = {layer.heads for layer in layers_of(model, model.config.ssmax["layers"]).values()} if ranks > 1 else set()
     heads.add(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or ranks)
     uneven = sorted(n for n in heads if n % ranks)
     if uneven:
@@ -235,8 +262,8 @@ def _check_fields(config, kind):
     if not isinstance(recipe, dict) or not fields <= set(recipe) or (learned and "parameters" in recipe):
         raise ValueError(f"config.ssmax must hold {', '.join(sorted(fields))}; got {recipe!r}; convert the model anew")
     layers = recipe["layers"]
-    indices = isinstance(layers, (list, tuple)) and layers and all(type(index) is int for index in layers)
-    if not indices or len(set(layers)) < len(layers):
+    keys = isinstance(layers, (list, tuple)) and layers and all(type(key) in (int, str) for key in layers)
+    if not keys or len(set(layers)) < len(layers):
         raise ValueError(f"config.ssmax must name layers, each once; got {layers!r}; convert the model anew")
     if learned and not (
         type(recipe["bias"]) is bool
@@ -245,16 +272,6 @@ def _check_fields(config, kind):
         raise ValueError(
             f"config.ssmax must hold finite numbers s and b and bias true or false; got {recipe!r}; convert the model anew"
         )
-
-
-def _checked_recipe(model, layers):
-    """Return config.ssmax, or raise ValueError where it does not fit the model."""
-    _check_fields(model.config, type(model))
-    recipe = model.config.ssmax
-    unknown = [index for index in recipe["layers"] if index not in layers]
-    if unknown:
-        raise ValueError(f"config.ssmax names layers {unknown}; {type(model).__name__} has {sorted(layers)}")
-    return recipe
 
 
 def _scoped(forward: Callable) -> Callable:
@@ -274,8 +291,10 @@ def heads(base: type[PreTrainedModel]) -> dict[str, type[PreTrainedModel]]:
 
 
 def auto_map(base: type[PreTrainedModel]) -> dict[str, str]:
-    """Return config.auto_map of a converted model: which class of the code file serves which Auto class."""
+    """Return config.auto_map of a converted model: which class of the code file serves which Auto class; none of own classes."""
     config: Any = base.config_class
+    if not _is_transformers(base) or not _is_transformers(config):
+        return {}
     names = {"AutoConfig": config.__name__, **{auto: head.__name__ for auto, head in heads(base).items()}}
     return {auto: f"{CODE_FILE}.{PREFIX}{name}" for auto, name in names.items()}
 

@@ -4,15 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import ssmax
 from ssmax.hf.checkpoint import SSMaxModel, attach, auto_map, config_class, model_class
-from ssmax.hf.layers import FULL, language_layers
+from ssmax.hf.layers import FULL, language_layers, layers_of, named_layers, part_by_hand, refuse_own_law
 from ssmax.laws import LAWS, LawScale
 from ssmax.modules.whole import whole_or_not_at_all
-from ssmax.scaling import matched_scale
+from ssmax.nn import starting_values
 
 __all__ = ["convert", "converted", "revert"]
 
@@ -24,9 +23,10 @@ def convert(
     *,
     train_length: int | None = None,
     bias: bool | None = None,
-    layers: list[int] | None = None,
+    layers: list[int] | list[str] | None = None,
     law: str = "ssmax",
     law_parameters: dict[str, float] | None = None,
+    cross: bool = False,
 ) -> PreTrainedModel:
     """Turn a Softmax model into an SSMax model, in place: softmax((s log n + b) z) in each chosen layer.
 
@@ -36,12 +36,14 @@ def convert(
             "identity": s = 0 and b = 1, exactly the same model, and it can learn; or a number for s.
         train_length: what "matched" is matched to; default the config's max_position_embeddings.
         bias: learn b as well; default as init says.
-        layers: indices of the layers, whatever their kind; default every layer that attends in full. Cross and vision
-            layers are never converted.
+        layers: of a decoder-only language model indices of its layers, whatever their kind; default every layer that attends in
+            full. Names of attention modules, as in named_modules, of any model and any part of it, such as a vision tower. An
+            encoder or encoder-decoder is converted by name, default all self-attention that attends in full.
         law: "ssmax", or one of ssmax.laws that has nothing to learn: "ssmax-fixed" (log n), "qwen-1", "yarn", "llama-4",
             "ministral-3"; then init and bias have no meaning. The last two are laws of the position and do not go into
             windowed layers. The learned laws of production are "ssmax" too: OLMo's is init=1.0, Mistral Large 4's "identity".
         law_parameters: of such a law; the training length defaults to train_length or the config's.
+        cross: convert cross attention too; its n are the encoder's real keys.
 
     Returns:
         The same model. Its class and config become the saved kind (model_type "ssmax_..."), its weights stay.
@@ -49,7 +51,7 @@ def convert(
     Raises:
         TypeError: not a transformers model.
         ValueError: already converted; a family that cannot be converted (an attention of its own, a law of n of its
-            own, an encoder-decoder), with the reason; or an argument that does not fit.
+            own, a bias on its logits), with the reason; or an argument that does not fit.
 
     The training optimiser must not decay s and b (they are vectors; the paper decays matrices only).
     """
@@ -61,30 +63,28 @@ def convert(
         )
     config: Any = model.config
     base = type(model)
-    if getattr(transformers, base.__name__, None) is not base:
-        raise ValueError(
-            f"{base.__name__} is not a class of transformers itself; its checkpoints could not be loaded again"
-        )
-    available = language_layers(model)
-    chosen = _chosen_layers(available, layers)
+    chosen = _chosen_layers(model, layers, cross)
+    available = layers_of(model, chosen)
+    for key in chosen:
+        refuse_own_law(available[key].module, type(config).model_type)
     if law == "ssmax":
         if law_parameters:
             raise ValueError("law 'ssmax' takes init and bias, not law_parameters")
-        recipe = {
-            "law": "s log n" if not _has_bias(init, bias) else "s log n + b",
-            "init": init,
-            **_start(init, bias, train_length, config),
-        }
+        values = starting_values(init, bias, _train_length(train_length, config))
+        recipe = {"law": "s log n + b" if values["bias"] else "s log n", "init": init, **values}
     else:
         if init != "matched" or bias is not None:
             raise ValueError(f"law {law!r} learns nothing; init and bias belong to law 'ssmax'")
-        kinds = [available[index].kind for index in chosen]
+        kinds = [available[key].kind if isinstance(key, int) else "named" for key in chosen]
         recipe = {"law": law, "parameters": _law_parameters(law, law_parameters or {}, kinds, train_length, config)}
     recipe |= {"layers": chosen, "version": ssmax.__version__}
     before = {name: config.__dict__[name] for name in REVERTED if name in config.__dict__}
     config = _own_config(model, config_class(type(config)))
     config.ssmax = recipe
-    config.auto_map = auto_map(base)
+    if auto_map(base):
+        config.auto_map = auto_map(base)
+    else:
+        config.__dict__.pop("auto_map", None)  # code that makes the unconverted class
     config.architectures = [model_class(base).__name__]
     model.__dict__["_ssmax_reverts_to"] = before
     model.__class__ = model_class(base)
@@ -101,9 +101,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, SSMaxModel):
         raise ValueError(f"{type(model).__name__} is not a converted model")
-    for layer in language_layers(model).values():
-        if hasattr(layer.module, "ssmax"):
-            del layer.module.ssmax
+    for module in model.modules():
+        module._modules.pop("ssmax", None)
     config = _own_config(model, type(model.config).__bases__[0])
     model.__class__ = type(model).__bases__[1]
     before = model.__dict__.pop("_ssmax_reverts_to", {"architectures": [type(model).__name__]})  # as loaded
@@ -135,25 +134,6 @@ def converted(model: PreTrainedModel, init: str | float = "matched", **options: 
 REVERTED = ("architectures", "auto_map")  # what convert changes in a config beside adding ssmax
 
 
-def _has_bias(init, bias):
-    return init == "identity" if bias is None else bias
-
-
-def _start(init, bias, train_length, config):
-    if init == "identity":
-        if bias is False:
-            raise ValueError("init='identity' is s = 0 and b = 1; bias=False contradicts it")
-        return {"s": 0.0, "b": 1.0, "bias": True}
-    if init == "matched":
-        length = _train_length(train_length, config)
-        if length is None:
-            raise ValueError("init='matched' needs train_length: the config has no max_position_embeddings")
-        return {"s": matched_scale(length), "b": 0.0, "bias": _has_bias(init, bias)}
-    if isinstance(init, bool) or not isinstance(init, (int, float)):
-        raise ValueError(f"init must be 'matched', 'identity' or a number, got {init!r}")
-    return {"s": float(init), "b": 0.0, "bias": _has_bias(init, bias)}
-
-
 def _train_length(given, config):
     # The text config's own, where it is part of a larger one.
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if given is None else given
@@ -167,7 +147,9 @@ def _law_parameters(law, given, kinds, train_length, config):
     if law not in FIXED_LAWS:
         raise ValueError(f"law must be ssmax, {', '.join(FIXED_LAWS)}; got {law!r}")
     if LAWS[law].of == "p" and set(kinds) != {FULL}:
-        raise ValueError(f"law {law!r} is one of the position, which a windowed layer does not know; leave those out")
+        raise ValueError(
+            f"law {law!r} is one of the position, which a windowed layer does not know, nor one that sees later keys; leave those out"
+        )
     parameters = {**LAWS[law].defaults}
     length = _train_length(train_length, config)
     parameters |= {name: length for name in ("train_length", "length") if name in parameters and length is not None}
@@ -176,17 +158,39 @@ def _law_parameters(law, given, kinds, train_length, config):
     return parameters
 
 
-def _chosen_layers(available, layers):
+def _chosen_layers(model, layers, cross):
+    """The keys of the layers to convert, indices of a decoder-only language model or names, or ValueError."""
     if layers is None:
-        full = sorted(index for index, layer in available.items() if layer.kind == FULL)
-        if not full:
-            kinds = sorted({layer.kind for layer in available.values()})
-            raise ValueError(
-                f"no layer attends in full, all are {', '.join(kinds)}; name some in layers=[...] to convert them"
-            )
-        return full
-    chosen = sorted(set(layers))
-    unknown = [layer for layer in chosen if layer not in available]
-    if unknown or not chosen:
+        return _default_layers(model, cross)
+    if not layers or not all(isinstance(layer, str) for layer in layers):
+        available = language_layers(model)
+        chosen = sorted(set(layers)) if all(type(layer) is int for layer in layers) else layers
+    else:
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        available, chosen = named_layers(model), list(dict.fromkeys(layer.removeprefix(prefix) for layer in layers))
+    if not chosen or any(layer not in available for layer in chosen):
         raise ValueError(f"layers must be some of {sorted(available)}, got {layers}")
     return chosen
+
+
+def _default_layers(model, cross):
+    named = named_layers(model)
+    crossing = [name for name, layer in named.items() if layer.cross] if cross else []
+    try:
+        available: dict[Any, Any] = {**language_layers(model)}
+    except ValueError as reason:
+        available = {name: layer for name, layer in named.items() if not layer.cross}
+        by_hand = part_by_hand(model)
+        if not available or by_hand:
+            part = f"; {by_hand} does not pass through transformers' attention interface" if available else ""
+            hint = f"{part}. Parts of a model are converted by name, layers=[...]" if named else ""
+            raise ValueError(f"{reason}{hint}") from None
+        for layer in available.values():
+            refuse_own_law(layer.module, type(model.config).model_type)
+    full = [key for key, layer in available.items() if layer.kind == FULL]
+    if not full:
+        kinds = sorted({layer.kind for layer in available.values()})
+        raise ValueError(
+            f"no layer attends in full, all are {', '.join(kinds)}; name some in layers=[...] to convert them"
+        )
+    return sorted(full) + crossing if isinstance(full[0], int) else full + crossing

@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,26 +11,38 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["FULL", "Layer", "computing_device", "language_layers"]
+__all__ = [
+    "FULL",
+    "Layer",
+    "computing_device",
+    "language_layers",
+    "layers_of",
+    "named_layers",
+    "part_by_hand",
+    "refuse_own_law",
+]
 
 FULL = "full_attention"
+OTHER_KEYS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
 # Layers that hold a recurrent part beside their attention: what counts here is how the attention sees.
 HYBRID = {"hybrid": FULL, "hybrid_sliding": "sliding_attention"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One self-attention layer of the language model.
+    """One attention module.
 
     Attributes:
         module: its attention module.
         heads: query heads.
         kind: as in the config's layer_types: "full_attention", "sliding_attention", "chunked_attention" or a sparse kind.
+        cross: its keys come from elsewhere than its queries.
     """
 
     module: Any
     heads: int
     kind: str
+    cross: bool = False
 
 
 def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
@@ -57,9 +71,56 @@ def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
             raise ValueError(
                 f"{family} has several self-attention modules in layer {module.layer_idx}; which n is whose is unknown"
             )
-        _refuse_own_law(module, family)
+        refuse_own_law(module, family)
         layers[module.layer_idx] = Layer(module, _heads(module), _kind(module, text_config))
     return layers
+
+
+def named_layers(model: PreTrainedModel) -> dict[str, Layer]:
+    """Return all attention modules that pass through transformers' attention interface, in every part of the model.
+
+    Names are those in the base model, without its prefix, so that a model with a head and one without have the same.
+    """
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    layers: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        if _dispatches(module):
+            config = getattr(module, "config", model.config)
+            layers[name.removeprefix(prefix)] = Layer(
+                module, _heads(module), _kind(module, config), _is_cross(name, module)
+            )
+    return layers
+
+
+def layers_of(model: PreTrainedModel, keys: Iterable[int | str]) -> dict[Any, Layer]:
+    """Return the layers that config.ssmax can name: the language model's by index, where an index is asked for, and all by name."""
+    keys = list(keys)
+    by_index: dict[Any, Layer] = {**language_layers(model)} if any(isinstance(key, int) for key in keys) else {}
+    return by_index | (named_layers(model) if any(isinstance(key, str) for key in keys) else {})
+
+
+def part_by_hand(model: PreTrainedModel) -> str | None:
+    """Return the class of an attention module that does not pass through the interface, or None."""
+    dispatched = [name for name, module in model.named_modules() if _dispatches(module)]
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        around = any(f"{other}.".startswith(f"{name}.") for other in dispatched)
+        inside = any(f"{name}.".startswith(f"{other}.") for other in dispatched)
+        attends = "Attention" in kind and next(module.parameters(), None) is not None
+        pools = any(isinstance(part, nn.MultiheadAttention) for part in module.modules())  # queries that are no tokens
+        if attends and not pools and not around and not inside and not _is_cross(name, module):
+            return kind
+    return None
+
+
+def _is_cross(name, module):
+    """Whether a module attends to keys from elsewhere: it says so, or its name does, or it cannot do without them."""
+    said = getattr(module, "is_cross_attention", None)
+    if isinstance(said, bool):
+        return said
+    arguments = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    needed = any(arguments[name].default is inspect.Parameter.empty for name in OTHER_KEYS & set(arguments))
+    return needed or bool(re.search(r"cross|encoder_attn|encdec", f"{name}.{type(module).__name__}", re.IGNORECASE))
 
 
 def _reason(model):
@@ -83,17 +144,18 @@ def _is_attention(module, text_config_type):
 def _takes_other_keys(module):
     """Whether the keys come from elsewhere: what a module that does not call itself cross attention or not may do."""
     arguments = inspect.signature(inspect.unwrap(type(module).forward)).parameters
-    return bool({"cross_attention_states", "encoder_hidden_states", "key_value_states"} & set(arguments))
+    return bool(OTHER_KEYS & set(arguments))
 
 
 def _dispatches(module):
     """Whether the forward asks transformers' attention interface for its kernel."""
-    return "get_interface" in inspect.unwrap(type(module).forward).__code__.co_names
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "get_interface" in code.co_names
 
 
 def _heads(module):
-    for owner in (module, module.config):
-        for name in ("num_heads", "num_attention_heads"):
+    for owner in (module, getattr(module, "config", None)):
+        for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
             if isinstance(getattr(owner, name, None), int):
                 return getattr(owner, name)
     raise ValueError(f"{type(module).__name__} does not say how many heads it has")
@@ -101,20 +163,27 @@ def _heads(module):
 
 def _kind(module, text_config):
     kinds = getattr(text_config, "layer_types", None)
-    if kinds is not None:
+    if kinds is not None and isinstance(getattr(module, "layer_idx", None), int):
         return HYBRID.get(kinds[module.layer_idx], kinds[module.layer_idx])
     if getattr(module, "sliding_window", None) or getattr(text_config, "sliding_window", None):
         return "sliding_attention"
     return FULL
 
 
-def _refuse_own_law(module, family):
-    """Raise where the model already multiplies its queries by a law of n: twice would be wrong."""
-    rope = getattr(module.config, "rope_parameters", None) or {}
+def refuse_own_law(module: Any, family: str) -> None:
+    """Raise ValueError where SSMax is not defined: a law of n on the queries already, or a bias added to the logits."""
+    config = getattr(module, "config", None)
+    if "position_bias" in inspect.signature(inspect.unwrap(type(module).forward)).parameters:
+        raise ValueError(
+            f"{family} adds a bias of the position to its logits ({type(module).__name__}), which s log n would multiply or not: two "
+            "different models. Choose a family with RoPE or learned positions, or call ssmax.attention, which adds a float "
+            "attn_mask after the multiplier, in an attention of your own"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
     own = {
         "Llama 4's temperature tuning (attn_temperature_tuning)": getattr(module, "attn_temperature_tuning", False),
         "Ministral 3's scaling (llama_4_scaling_beta)": isinstance(rope, dict) and rope.get("llama_4_scaling_beta"),
-        "Qwen 1's log n attention (use_logn_attn)": getattr(module.config, "use_logn_attn", False),
+        "Qwen 1's log n attention (use_logn_attn)": getattr(config, "use_logn_attn", False),
         "s log(position + 1) + b (its SoftmaxScaling modules)": any(
             type(child).__name__.endswith("SoftmaxScaling") for child in module.modules()
         ),

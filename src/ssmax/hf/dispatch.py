@@ -19,7 +19,7 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("this model adds a position bias to its logits; SSMax is not defined for it here")
-    closed = sees_what_it_is_handed(attend)
+    closed = implementation == "vllm" or sees_what_it_is_handed(attend)  # its n does not depend on what it is handed
     n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs, closed)
     if kwargs.get("softcap") is not None:
         if implementation != "eager":

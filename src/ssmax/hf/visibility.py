@@ -64,7 +64,7 @@ def kernel_visible_keys(
         ValueError: an implementation that masks in an unknown way, or a split sequence whose n is open.
     """
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation.removeprefix("paged|"))
-    rule = _RULES.get(mask_function)
+    rule = _RULES.get(implementation, _RULES.get(mask_function))
     if rule is None:
         raise ValueError(
             f"SSMax does not know what the masks of attention implementation {implementation!r} mean; "
@@ -252,7 +252,22 @@ def _all_keys(query, key):
     return torch.full((1, query.shape[2]), key.shape[2], device=query.device)
 
 
+def _vllm(module, query, key, mask, kwargs):
+    """vLLM pages its cache, so that the position alone says how many keys there are, however it batches and splits prompts."""
+    positions, window = kwargs.get("position_ids"), kwargs.get("sliding_window")
+    kinds = getattr(module.config, "layer_types", None)
+    if (
+        positions is None
+        or positions.ndim != 2
+        or not _is_causal(module, kwargs)
+        or (kinds and "chunked" in kinds[module.layer_idx])
+    ):
+        raise ValueError("SSMax in vLLM needs causal attention and plain positions, one number for each token")
+    return positions + 1 if window is None else (positions + 1).clamp(max=window)
+
+
 _RULES: dict[Any, Callable[..., Tensor]] = {
+    "vllm": _vllm,
     sdpa_mask: _sdpa,
     eager_mask: _eager,
     flash_attention_mask: _flash,

@@ -1,0 +1,35 @@
+"""The class that vLLM makes of a converted model; imported by vLLM alone."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.utils import set_weight_attrs
+
+from ssmax.nn import SSMaxScale
+
+__all__ = ["SSMaxForCausalLM"]
+
+
+class SSMaxForCausalLM(TransformersForCausalLM):
+    """A converted decoder; under tensor parallelism s and b are split as the heads are."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        # The config may have come pickled from another process; this lets the Auto classes know it.
+        CONFIG_MAPPING[vllm_config.model_config.hf_config.model_type]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        parts = vllm_config.parallel_config.tensor_parallel_size
+        for module in self.model.modules() if parts > 1 else ():
+            if isinstance(module, SSMaxScale):
+                _split(module, parts)
+
+
+def _split(scale, parts):
+    scale.num_heads //= parts
+    for name, whole in list(scale.named_parameters()):
+        part = nn.Parameter(torch.empty(scale.num_heads, dtype=torch.float32, device=whole.device), requires_grad=False)
+        set_weight_attrs(part, {"weight_loader": sharded_weight_loader(0)})
+        setattr(scale, name, part)

@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from ssmax import modules
+from ssmax.modules.whole import whole_or_not_at_all
 
 __all__ = ["convert", "converted", "revert"]
 
 
+@whole_or_not_at_all()
 def convert(
     model: Any,
     init: str | float = "matched",
@@ -98,6 +100,7 @@ def convert(
     return modules.convert(model, init, **options)
 
 
+@whole_or_not_at_all()
 def revert(model: Any) -> Any:
     """Take SSMax out again, in place: the softmax model's classes, config and state_dict, bit for bit.
 

@@ -125,20 +125,21 @@ class SSMaxModel(PreTrainedModel):
         """Do nothing: transformers would copy the source of this package into saved folders."""
 
 
-def _reduced(instance: Any, protocol: Any) -> Any:
-    """What pickle keeps of a converted model or config: classes made of transformers' own are found by name, others made anew."""
+def _made_on_demand(base):
+    """Attributes of the class of a converted model or config. By its name pickle finds one made of transformers' own, no other."""
+    # A file of code that was registered for the base class makes the base class.
+    attributes = {"__module__": __name__, "_auto_class": None}
+    return attributes if _is_transformers(base) else {**attributes, "__reduce_ex__": _reduced}
+
+
+def _reduced(instance, protocol):
     kept, base = object.__reduce_ex__(instance, protocol), type(instance).__bases__[-1]
     make = model_class if isinstance(instance, PreTrainedModel) else _config_class
-    anew = type(instance) is make(base) and not _is_transformers(base)
-    return (_new, (make, base), *kept[2:]) if anew else kept
+    return (_new, (make, base), *kept[2:]) if type(instance) is make(base) else kept
 
 
 def _new(make, base):
     return make(base).__new__(make(base))
-
-
-# Of classes whose file is not this one: a file of code that was registered for the base class makes the base class.
-MADE_ON_DEMAND = {"__module__": __name__, "__reduce_ex__": _reduced, "_auto_class": None}
 
 
 def _is_transformers(base):
@@ -162,7 +163,7 @@ def _config_class(base):
     attributes = {
         "model_type": f"ssmax_{base.model_type}",
         "register_for_auto_class": SSMaxModel.register_for_auto_class,
-        **MADE_ON_DEMAND,
+        **_made_on_demand(base),
     }
     return type(f"{PREFIX}{base.__name__}", (base,), attributes)
 
@@ -181,7 +182,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "config_class": _config_class(base.config_class),
         "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or []), "ssmax"],
         "forward": _scoped(base.forward),
-        **MADE_ON_DEMAND,
+        **_made_on_demand(base),
     }
     return type(f"{PREFIX}{base.__name__}", (SSMaxModel, base), attributes)
 

@@ -7,13 +7,11 @@ from torch import nn
 
 from ssmax.modules import attach, multihead
 from ssmax.modules.discovery import discover, multihead_sites
-from ssmax.modules.whole import whole_or_not_at_all
 from ssmax.nn import SSMaxScale, starting_values
 
 __all__ = ["convert", "revert"]
 
 
-@whole_or_not_at_all()
 def convert(
     model: nn.Module,
     init: str | float = "matched",
@@ -53,7 +51,6 @@ def convert(
     return model
 
 
-@whole_or_not_at_all()
 def revert(model: nn.Module) -> nn.Module:
     """Take SSMax out of a module again, in place; see ssmax.revert."""
     changed = [module for module in model.modules() if isinstance(module, attach.Changed)]

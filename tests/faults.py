@@ -62,6 +62,11 @@ class Forks:
         self.start(*arguments)
         return self.end()
 
+    def completed(self, *arguments):
+        """Run a command; return what subprocess.run would."""
+        status, err = self.run(*arguments)
+        return subprocess.CompletedProcess(arguments, status, (self.folder / "out.txt").read_text(), err)
+
     def close(self):
         self.process.stdin.close()
         self.process.wait(timeout=PATIENCE)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import PATIENCE
+from faults import PATIENCE, Forks
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
@@ -24,8 +25,16 @@ SSMAX = str(Path(sys.executable).with_name("ssmax"))
 TOKENS = torch.arange(3, 13)[None]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forks(tmp_path_factory):
+    """Commands are real processes, forked from one that has loaded torch and transformers once."""
+    run.forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield
+    run.forks.close()
+
+
 def run(*arguments):
-    return subprocess.run([SSMAX, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    return run.forks.completed(*arguments)
 
 
 @pytest.fixture
@@ -137,13 +146,13 @@ WORDS = [
 ]
 
 
-@pytest.fixture
-def trained(tmp_path):
+@pytest.fixture(scope="module")
+def copier(tmp_path_factory):
     """A model that copies, blunted, with a tokenizer of whole words, and texts to copy."""
-    generator = random.Random(0)
+    generator, folder = random.Random(0), tmp_path_factory.mktemp("copier")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *WORDS])}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "plain")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "plain")
 
     def text():
         half = generator.choices(WORDS, k=32)
@@ -160,11 +169,16 @@ def trained(tmp_path):
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight /= 3
-    model.save_pretrained(tmp_path / "plain")
-    (tmp_path / "texts").mkdir()
+    model.save_pretrained(folder / "plain")
+    (folder / "texts").mkdir()
     for i in range(12):
-        (tmp_path / "texts" / f"{i}.txt").write_text(text())
-    return tmp_path
+        (folder / "texts" / f"{i}.txt").write_text(text())
+    return folder
+
+
+@pytest.fixture
+def trained(copier, tmp_path):
+    return Path(shutil.copytree(copier, tmp_path, dirs_exist_ok=True))
 
 
 def test_calibrate(trained):

@@ -5,7 +5,10 @@ STAMP := .venv/.installed
 # A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: docs reproduce test test-faults test-harness test-llama test-serving test-modules fuzz versions lint clean
+.PHONY: demo docs reproduce test test-browser test-faults test-harness test-llama test-serving test-modules fuzz versions lint clean
+
+demo: $(STAMP)
+	$(BIN)/ssmax demo
 
 reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
@@ -39,6 +42,11 @@ test-modules: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse
 	$(BIN)/python -m pip install --quiet --no-deps litgpt lightning lightning-utilities torchmetrics
 	$(BIN)/python -m pytest -rs tests/test_packages.py
+
+# The demo's page in a real browser: needs Debian's packages chromium and chromium-driver.
+test-browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt selenium
+	$(BIN)/python -m pytest -rs tests/test_demo_page.py
 
 # The documentation as a site, in site/; a broken link fails.
 docs: $(STAMP)

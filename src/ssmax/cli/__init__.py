@@ -1,4 +1,4 @@
-"""The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect, bench, export."""
+"""The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect, bench, export, demo."""
 
 import errno
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from ssmax import signals
+from ssmax.cli.demo import Demo
 from ssmax.cli.experiments import Prepare, Reproduce, Train
 from ssmax.cli.export import Export
 from ssmax.cli.models import Bench, Calibrate, Convert, Evaluate, Inspect
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Any] = {
     "inspect": Inspect,
     "bench": Bench,
     "export": Export,
+    "demo": Demo,
 }
 # The machine's own failures, which may be gone when the same command runs again.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}

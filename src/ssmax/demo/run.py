@@ -1,0 +1,109 @@
+"""ssmax demo: tables in the terminal, and a page with a slider over the context length."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssmax.demo import measure
+from ssmax.demo.measure import MODELS, THETA_FACTOR, Shipped
+from ssmax.demo.page import page
+from ssmax.lab.progress import progress_bar
+from ssmax.results import write_atomically
+
+__all__ = ["demo", "facts_of"]
+
+TRIALS = 4  # needles for each context size and depth
+
+
+def demo(out: Path) -> list[str]:
+    """Measure the shipped models, write the page, and return the lines for the terminal."""
+    started = time.monotonic()
+    shipped = measure.load()
+    per_model = shipped.texts.size + TRIALS * len(measure.DEPTHS) * sum(shipped.lengths)
+    with progress_bar(2 * per_model, "demo", unit="tokens") as bar:
+        facts = facts_of(shipped, bar.update)
+    write_atomically(out, page(facts))
+    return [*_tables(facts), "", f"Page: {out.resolve()} ({time.monotonic() - started:.0f} s)"]
+
+
+def facts_of(shipped: Shipped, progress: Callable[[int], Any], trials: int = TRIALS) -> dict[str, Any]:
+    """Return all that page and tables show, from so many needles for each context size and depth."""
+    by_position = measure.losses(shipped, progress)
+    outcomes = measure.needles(shipped, trials, progress)
+    heads = {name: measure.best_head(found) for name, found in outcomes.items()}
+
+    def share(name: str, n: int) -> float:
+        return float(np.mean([trial.correct for trial in outcomes[name][n]]))
+
+    def attention(name: str, n: int) -> float:
+        return float(np.mean([trial.scores[heads[name]].item() for trial in outcomes[name][n]]))
+
+    return {
+        "lengths": shipped.lengths,
+        "losses": by_position,
+        "found": [{"n": n, **{name: share(name, n) for name in MODELS}} for n in shipped.lengths],
+        "attention": [{"n": n, **{name: attention(name, n) for name in MODELS}} for n in shipped.lengths],
+        "views": [_view(shipped, length, heads) for length in shipped.lengths],
+        "heads": {name: f"layer {layer}, head {head}" for name, (layer, head) in heads.items()},
+        "names": MODELS,
+        "theta": THETA_FACTOR,
+        "asked": trials * len(measure.DEPTHS),
+        "texts": len(shipped.texts),
+        "provenance": shipped.provenance,
+    }
+
+
+def _view(shipped: Shipped, length: int, heads: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """One context for the page: its tokens, and what the best head of each model attends to from the last of them."""
+    example = shipped.task().example(length, 0.5, np.random.default_rng([length, 1]))
+    sights = {name: measure.look(model, example, heads[name]) for name, model in shipped.retrieval.items()}
+    return {
+        "n": len(example.prompt),
+        "tokens": [shipped.tokenizer.decode([token]) for token in example.prompt],
+        "span": example.span,
+        "answer": shipped.tokenizer.decode(example.answer).strip(),
+        "models": {
+            name: {
+                "weights": [round(weight, 5) for weight in sight.weights.tolist()],
+                "needle": sight.needle,
+                "answer": shipped.tokenizer.decode(sight.answer).strip(),
+                "correct": sight.correct,
+            }
+            for name, sight in sights.items()
+        },
+    }
+
+
+def _mean_loss(bins: list[dict[str, Any]], first: int, last: int, name: str) -> float:
+    """Mean loss at the positions first to last, which are whole bins."""
+    inside = [row for row in bins if first <= row["first"] and row["last"] <= last]
+    return sum(row[name] * (row["last"] - row["first"] + 1) for row in inside) / (last - first + 1)
+
+
+def _tables(facts: dict[str, Any]) -> list[str]:
+    softmax, ssmax = MODELS.values()
+    made = facts["provenance"]
+    lines = [
+        f"Two models of {made['parameters']:,} parameters, trained on windows of {made['train_length']} tokens; RoPE theta × "
+        f"{facts['theta']} at test time, nothing trained on longer texts.",
+        "",
+        f"Loss (nats a token) by position, {facts['texts']} held-out texts",
+        f"{'positions':>15}  {softmax:>8}  {ssmax:>8}  {'difference':>10}",
+    ]
+    first = 1
+    for last in [n for n in facts["lengths"] if n <= facts["losses"][-1]["last"]]:
+        a, b = (_mean_loss(facts["losses"], first, last, name) for name in MODELS)
+        lines.append(f"{f'{first:,}-{last:,}':>15}  {a:8.3f}  {b:8.3f}  {b - a:+10.3f}")
+        first = last + 1
+    lines += ["", f"Needles found of {facts['asked']}", f"{'context':>15}  {softmax:>8}  {ssmax:>8}"]
+    lines += [f"{row['n']:>15,}  {row['softmax']:8.0%}  {row['ssmax']:8.0%}" for row in facts["found"]]
+    lines += [
+        "",
+        f"Attention of the best head on the needle, mean of {facts['asked']}",
+        f"{'context':>15}  {softmax:>8}  {ssmax:>8}",
+    ]
+    lines += [f"{row['n']:>15,}  {row['softmax']:8.3f}  {row['ssmax']:8.3f}" for row in facts["attention"]]
+    return lines

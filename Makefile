@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: demo docs reproduce test test-browser test-faults test-harness test-llama test-serving test-modules fuzz versions lint clean
+.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-serving test-modules fuzz versions lint clean
 
 demo: $(STAMP)
 	$(BIN)/ssmax demo
@@ -13,11 +13,13 @@ demo: $(STAMP)
 reproduce: $(STAMP)
 	$(BIN)/ssmax reproduce
 
-# All tests, and the numerical ones again as torch computes on processors that can do less than this one.
-LESSER := import torch; own = torch.backends.cpu.get_cpu_capability().lower(); \
-	known = ["default", "avx2", "avx512"]; print(*known[: known.index(own) if own in known else 0])
 test: $(STAMP) lint
 	$(PYTEST)
+
+# The numerical tests again, as torch computes on processors that can do less than this one.
+LESSER := import torch; own = torch.backends.cpu.get_cpu_capability().lower(); \
+	known = ["default", "avx2", "avx512"]; print(*known[: known.index(own) if own in known else 0])
+test-processors: $(STAMP)
 	set -e; for kind in $$($(BIN)/python -c '$(LESSER)'); do \
 		echo "as on a processor with $$kind instructions:"; ATEN_CPU_CAPABILITY=$$kind $(PYTEST) -m 'numerical and not slow'; done
 

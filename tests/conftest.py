@@ -1,8 +1,10 @@
 """How the tests run side by side, and what was broken on purpose, how often, and what was lost: rows for docs/faults.md."""
 
 import dataclasses
+import getpass
 import os
 import platform
+import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -11,11 +13,14 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker; torch reads this when it is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch keeps compiled kernels by their source alone: those of another instruction set would not build.
+KERNELS = f"torchinductor_{getpass.getuser()}_{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), KERNELS)))
 
-from ssmax.results import Row, read_rows, write_rows
+from ssmax.results import Row, read_rows, write_rows  # noqa: E402 (torch reads the environment when it is loaded)
 
 ROWS = []
-# Files of the marker numerical: make test runs them again with fewer of the processor's instructions.
+# Files of the marker numerical: make test-processors runs them again with fewer of the processor's instructions.
 NUMERICAL = {"chunks", "functional", "hf", "laws", "nn", "scaling", "serving", "sharp", "sharp_cache", "triton"}
 
 

@@ -132,6 +132,8 @@ def test_a_killed_run_continues_to_the_same_rows(number, stage, finished, corpus
         assert time.monotonic() < deadline, "a worker outlived the run"
         time.sleep(0.05)
     (tmp_path / "run" / "stages" / ".half.jsonl.1.tmp").write_text('{"half')
+    (tmp_path / "run" / "models" / ".half.1.tmp").mkdir(parents=True)
+    (tmp_path / "run" / "models" / ".half.1.tmp" / ".half.py.1.tmp").write_text("half of a file in half of a folder")
     again = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert again.returncode == 0, again.stderr
     after = snapshot(tmp_path / "run" / "stages")

@@ -79,7 +79,8 @@ class RunFolder:
                 raise UserError(f"another process runs in {self.folder}; wait for it, or give another --out") from None
             self._check(fingerprint=None)
             for half_written in list(self.folder.rglob(".*.tmp")):  # by a run that was killed
-                shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
+                # One may lie in another, which went before it.
+                shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink(missing_ok=True)
             yield
 
     @property

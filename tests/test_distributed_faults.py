@@ -83,7 +83,7 @@ def test_a_rank_that_is_gone_is_named(rank, number, fault, corpus, together, tmp
     assert f"ssmax: rank {rank} does not answer: it hangs or was killed" in told
     assert not (tmp_path / "run" / "model").exists()
     run(*command)
-    assert same(values(tmp_path / "run" / "rows.jsonl"), together)
+    assert values(tmp_path / "run" / "rows.jsonl") == together
     assert whole(tmp_path / "run")
     record(f"a rank of two {fault}", 1)
 

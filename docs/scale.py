@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ssmax.bench.scale import Shape
 from ssmax.results import read_rows, write_atomically
-from ssmax.screen import MIN_KEYS
+from ssmax.sharp.keys import MIN_KEYS
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = (1024, 4096, 16384, 65536, 262144, 1048576)

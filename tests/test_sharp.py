@@ -7,8 +7,8 @@ import pytest
 import rounding
 import torch
 
-from ssmax import ScreenedKeys, attention, screen
-from ssmax.backends import sharp
+from ssmax import ScreenedKeys, attention
+from ssmax.sharp import decode, keys
 
 S, D = 4352, 16
 KINDS = (
@@ -97,13 +97,13 @@ def rounded(q, k, v, s, visible):
 def used(monkeypatch):
     """Heads that were served from few keys."""
     counted = []
-    original = sharp._attend
+    original = decode._attend
 
     def watched(rows, key, value, seen, found):
         counted.extend(len(keys) for keys in found.values())
         return original(rows, key, value, seen, found)
 
-    monkeypatch.setattr(sharp, "_attend", watched)
+    monkeypatch.setattr(decode, "_attend", watched)
     return counted
 
 
@@ -206,10 +206,10 @@ def test_summed_weights_keep_the_tolerance(used):
         m = s * math.log(16384)
         rows = (q[0] * m * D**-0.5).double()
         found = screened.candidates(rows, np.array([(0, 0), (0, 1)]), None, 1e-2, 1.0)
-        for head, keys in enumerate(found):
+        for head, kept in enumerate(found):
             weights = (rows[head] @ k[0, head].double().T).softmax(-1)[0]
-            assert len(keys) < 0.25 * 16384
-            assert 1 - weights[keys].sum() <= 1e-2
+            assert len(kept) < 0.25 * 16384
+            assert 1 - weights[kept].sum() <= 1e-2
 
 
 def test_appending_rounds_new_keys_only_and_cropping_forgets():
@@ -293,11 +293,11 @@ def test_a_machine_that_saturates_leaves_out_values_only(monkeypatch, used):
         pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
         out.copy_(pairs.sum(-1) - 128 * codes.int().sum(-1))
 
-    assert screen.int8_is_exact()
-    monkeypatch.setattr(screen, "int8_product", saturating)
-    screen.int8_is_exact.cache_clear()
+    assert keys.int8_is_exact()
+    monkeypatch.setattr(keys, "int8_product", saturating)
+    keys.int8_is_exact.cache_clear()
     try:
-        assert not screen.int8_is_exact()
+        assert not keys.int8_is_exact()
         q, k, v, s = draw("needle", 0)
         screened = ScreenedKeys(k)
         assert not screened.ready()
@@ -305,11 +305,11 @@ def test_a_machine_that_saturates_leaves_out_values_only(monkeypatch, used):
         assert worst(got, exact(q, k, v, s)) <= allowed(got, v, 1e-3)
         assert used
         monkeypatch.undo()
-        screen.int8_is_exact.cache_clear()
+        keys.int8_is_exact.cache_clear()
         monkeypatch.delattr(torch, "_int_mm")  # as in a torch that has none
-        assert not screen.int8_is_exact()
+        assert not keys.int8_is_exact()
     finally:
-        screen.int8_is_exact.cache_clear()
+        keys.int8_is_exact.cache_clear()
 
 
 def test_short_caches_windows_and_prefills_are_plain(used):

@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ssmax
-from ssmax.backends import sharp
 from ssmax.hf import SharpCache
+from ssmax.sharp import decode
 
 LENGTH = 4300
 
@@ -32,13 +32,13 @@ def tokens():
 @pytest.fixture
 def kept(monkeypatch):
     counts = []
-    original = sharp._attend
+    original = decode._attend
 
     def watched(rows, key, value, seen, found):
         counts.extend(len(keys) for keys in found.values())
         return original(rows, key, value, seen, found)
 
-    monkeypatch.setattr(sharp, "_attend", watched)
+    monkeypatch.setattr(decode, "_attend", watched)
     return counts
 
 

@@ -14,7 +14,7 @@ _HOMES = {
     "visible_keys": "ssmax.scaling",
     "matched_scale": "ssmax.scaling",
     "attention": "ssmax.functional",
-    "ScreenedKeys": "ssmax.screen",
+    "ScreenedKeys": "ssmax.sharp.keys",
     "SSMaxScale": "ssmax.nn",
     "parameter_groups": "ssmax.nn",
     "convert": "ssmax.conversion",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ssmax.scaling import matched_scale as matched_scale
     from ssmax.scaling import scalable_softmax as scalable_softmax
     from ssmax.scaling import visible_keys as visible_keys
-    from ssmax.screen import ScreenedKeys as ScreenedKeys
+    from ssmax.sharp.keys import ScreenedKeys as ScreenedKeys
 
 
 def __getattr__(name: str) -> Any:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ssmax.arguments import check_flag, check_plain, whole_number
-from ssmax.backends import reference, sdpa, sharp
+from ssmax.backends import reference, sdpa
 from ssmax.scaling import as_bool, check_offsets, head_multiplier, is_readable, rows_of, visible_keys
-from ssmax.screen import ScreenedKeys
+from ssmax.sharp import decode
+from ssmax.sharp.keys import ScreenedKeys
 
 __all__ = ["attention"]
 
@@ -161,7 +162,7 @@ def _backend(name) -> Any:
         from ssmax.backends import triton
 
         return triton
-    return {"reference": reference, "sdpa": sdpa, "sharp": sharp}[name]
+    return {"reference": reference, "sdpa": sdpa, "sharp": decode}[name]
 
 
 def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):

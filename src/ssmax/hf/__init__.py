@@ -14,7 +14,7 @@ from ssmax import sharding  # noqa: E402
 from ssmax.hf import checkpoint, dispatch, training  # noqa: E402
 from ssmax.hf.conversion import convert, converted, revert  # noqa: E402
 from ssmax.hf.folding import fold  # noqa: E402
-from ssmax.hf.sharp import SharpCache  # noqa: E402
+from ssmax.hf.sharp_cache import SharpCache  # noqa: E402
 from ssmax.hf.training import parameter_groups  # noqa: E402
 
 __all__ = ["SharpCache", "convert", "converted", "fold", "parameter_groups", "revert"]

@@ -9,12 +9,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 
-from ssmax.backends import sdpa, sharp
+from ssmax.backends import sdpa
 from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import FULL, language_layers
 from ssmax.hf.visibility import kernel_visible_keys
 from ssmax.scaling import as_bool
-from ssmax.screen import MIN_KEYS, Grown, ScreenedKeys
+from ssmax.sharp import decode
+from ssmax.sharp.keys import MIN_KEYS, Grown, ScreenedKeys
 
 __all__ = ["SharpCache"]
 
@@ -104,7 +105,7 @@ def _attend(attend, implementation, module, query, key, value, attention_mask, *
     served = (
         named is not None
         and implementation == "sdpa"
-        and query.shape[2] <= sharp.MAX_QUERIES
+        and query.shape[2] <= decode.MAX_QUERIES
         and key.shape[2] >= MIN_KEYS
         and (attention_mask is not None or query.shape[2] == 1)
         and not torch.is_grad_enabled()
@@ -115,7 +116,7 @@ def _attend(attend, implementation, module, query, key, value, attention_mask, *
     n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs)
     scaled = module.ssmax(query, n, log_n)
     scale = kwargs.get("scaling")
-    output = sharp.forward(
+    output = decode.forward(
         scaled,
         key,
         value,

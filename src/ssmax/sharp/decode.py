@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmax.screen import MIN_KEYS, ScreenedKeys
+from ssmax.sharp.keys import MIN_KEYS, ScreenedKeys
 
 __all__ = ["forward"]
 

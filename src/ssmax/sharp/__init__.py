@@ -1,0 +1,1 @@
+"""Certified sparse decoding: a query reads only the keys and values that can matter."""

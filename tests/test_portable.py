@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import hub
 
 import ssmax
@@ -108,7 +108,7 @@ def test_the_folder_alone_computes_the_model(computed, case):
         for way, found in computed[case].items():
             torch.testing.assert_close(found[implementation][MASK > 0], logits[MASK > 0], rtol=0, atol=1e-4, msg=way)
             assert torch.equal(found[f"{implementation} tokens"], tokens), way
-    assert set(computed[case]) >= {"alone", "then with ssmax", "of ssmax"}
+    assert set(computed[case]) >= {"alone", "then with ssmax", "of ssmax", "of its own class, with ssmax"}
     plain, plain_tokens = compute(ssmax.revert(model))
     assert (plain - logits)[MASK > 0].abs().max() > 0.05
     assert not torch.equal(plain_tokens, tokens), "softmax gives the same tokens: this case shows nothing"
@@ -145,6 +145,30 @@ def test_where_ssmax_is_installed_the_code_uses_it_and_old_folders_load(tmp_path
     program(tmp_path / "folder", tmp_path / "old", tmp_path / "pickled", home=tmp_path / "home", code=WITH_SSMAX)
 
 
+WITHOUT_SSMAX = """
+import sys
+sys.modules["ssmax"] = None
+import pickle
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import init_hf_modules
+source, pickled = map(Path, sys.argv[1:])
+if not pickled.exists():
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+    pickled.write_bytes(pickle.dumps(model.config))
+else:
+    init_hf_modules()  # where transformers keeps the code files
+    model = AutoModelForCausalLM.from_config(pickle.loads(pickled.read_bytes()))
+    assert model.model.layers[1].self_attn.ssmax.bias.shape == (4,)
+"""
+
+
+def test_a_config_of_the_code_file_survives_pickling_into_another_process(tmp_path):
+    converted("llama-b").save_pretrained(tmp_path / "folder")
+    for _ in range(2):
+        program(tmp_path / "folder", tmp_path / "pickled", home=tmp_path / "home", code=WITHOUT_SSMAX)
+
+
 def test_auto_map_names_all_heads_of_the_family(tmp_path):
     converted("qwen3").save_pretrained(tmp_path)
     code, names = (
@@ -156,6 +180,20 @@ def test_auto_map_names_all_heads_of_the_family(tmp_path):
         assert f"class {name.removeprefix('modeling_ssmax.')}(" in code
         assert f"    {auto}.register(" in code or auto == "AutoConfig"
     assert len(code.splitlines()) < 250
+
+
+def test_a_subclass_of_a_converted_class_saves_loads_and_reverts(tmp_path):
+    model = converted("llama-b")
+    kind = type("Mine", (type(model),), {"__module__": __name__})
+    model.save_pretrained(tmp_path / "first")
+    kind.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    again = kind.from_pretrained(tmp_path / "second").eval()
+    assert type(again) is kind
+    assert torch.equal(compute(again)[0], compute(model)[0])
+    assert "`LlamaForCausalLM.from_pretrained`" in (tmp_path / "second" / "README.md").read_text()
+    plain = ssmax.revert(again)
+    assert type(plain) is LlamaForCausalLM
+    assert torch.equal(compute(plain)[0], compute(ssmax.revert(model))[0])
 
 
 CARD_OF_THE_SOURCE = """---
@@ -196,7 +234,14 @@ def test_the_card_tells_how_to_load_it_and_what_s_is(tmp_path):
     model = converted("llama-b")
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    for words in ("s log n + b", "trust_remote_code=True", "`LlamaForCausalLM.from_pretrained`", "unexpected keys"):
+    told = (
+        "s log n + b",
+        "trust_remote_code=True",
+        "`LlamaForCausalLM.from_pretrained`",
+        "unexpected keys",
+        "weight_decay",
+    )
+    for words in told:
         assert words in text
     s = model.model.layers[1].self_attn.ssmax.s
     assert f"| model.layers.1.self_attn | {s.min():.4f} |" in text

@@ -1,9 +1,9 @@
 """Converted models in vLLM: real engines and a real server, every request compared with transformers. make test-serving.
 
-    python vllm_requests.py
+    python vllm_requests.py [WORDS OF A CASE ...]
 
-Random float32 models, s and b of each head between 0.1 and 0.9, so that plain softmax gives other tokens; prompts of 3 to 700 tokens,
-16 greedy tokens each. Prefills are split into chunks of 64, prefixes and pages are cached.
+Random float32 models, s and b of each head between 0.1 and 0.9, so that plain softmax gives other tokens. Five prompts of 3 to 700 tokens,
+two of which begin alike, and 16 greedy tokens each: all at once in chunks of 64 tokens, then again from the cached prefix.
 """
 
 import contextlib
@@ -18,16 +18,38 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CASES = {
-    "llama with b, eager": ("llama", {"bias": True}, {"enforce_eager": True}),
-    "llama, compiled": ("llama", {}, {}),
-    "qwen3 with b, eager": ("qwen3", {"bias": True}, {"enforce_eager": True}),
-    "olmo3 with windows, eager": ("olmo3", {"layers": [0, 1, 2, 3]}, {"enforce_eager": True}),
-    "llama with b, tensor parallel 2": ("llama", {"bias": True}, {"enforce_eager": True, "tensor_parallel_size": 2}),
-    "llama with b, its own code": ("llama", {"bias": True}, {"enforce_eager": True, "trust_remote_code": True}),
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.08,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
 }
-SIZES = (3, 17, 130, 700)
-NEW = 16
+EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+WINDOWS = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 40}
+ALL, B, EAGER = {"layers": [0, 1, 2, 3]}, {"bias": True}, {"enforce_eager": True}
+# Family, changes of its config, options of convert, options of vLLM.
+CASES = {
+    "Llama with b": ("llama", {}, B, EAGER),
+    "Llama, compiled": ("llama", {}, {}, {}),
+    "Llama of the law yarn": ("llama", {}, {"law": "yarn", "law_parameters": {"factor": 40.0}}, EAGER),
+    "Qwen 3 with b, compiled": ("qwen3", {}, B, {}),
+    "Qwen 3 MoE": ("qwen3_moe", EXPERTS, {}, EAGER),
+    "OLMo 3 with windows": ("olmo3", WINDOWS, ALL, EAGER),
+    "Gemma 3 with windows and b, compiled": ("gemma3_text", WINDOWS, ALL | B, {}),
+    "Llama with b, tensor parallel 2": ("llama", {}, B, EAGER | {"tensor_parallel_size": 2}),
+    "Llama with b, its own code": ("llama", {}, B, EAGER | {"trust_remote_code": True}),
+    "OLMo 3 with windows and b, its own code, compiled": ("olmo3", WINDOWS, ALL | B, {"trust_remote_code": True}),
+}
+SERVED = "Llama with b"  # over HTTP as well
+SIZES, SHARED, NEW = (3, 17, 130, 700, 500), 400, 16
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -37,41 +59,22 @@ ENVIRONMENT = {
 }
 
 
-def make(family, options, folder):
+def make(family, changes, options, folder):
     """Save a random converted model; return the prompts, its greedy answers and those of plain softmax."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import ssmax
 
-    changes = (
-        {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 40}
-        if family == "olmo3"
-        else {}
-    )
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.08,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-        **changes,
-    )
     torch.manual_seed(0)
-    model = ssmax.convert(AutoModelForCausalLM.from_config(config).eval(), 0.5, **options)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE | changes)).eval()
+    ssmax.convert(model, **options if "law" in options else {"init": 0.5, **options})
     for name, parameter in model.named_parameters():
         if ".ssmax." in name:
             parameter.data.uniform_(0.1, 0.9)
     model.save_pretrained(folder)
     prompts = [torch.randint(3, 512, (1, size)) for size in SIZES]
+    prompts[4][:, :SHARED] = prompts[3][:, :SHARED]
 
     def answers():
         found = [model.generate(prompt, max_new_tokens=NEW, do_sample=False) for prompt in prompts]
@@ -82,17 +85,25 @@ def make(family, options, folder):
     return [prompt[0].tolist() for prompt in prompts], wanted, answers()
 
 
-def engine(folder, jobs):
+def engine(folder, prompts, options):
     """Answer in this process: all prompts as one batch, then each again from the cached prefix."""
     from vllm import LLM, SamplingParams
 
-    options = {"dtype": "float32", "max_model_len": 1024, "skip_tokenizer_init": True, "max_num_batched_tokens": 64}
-    options |= {"enable_chunked_prefill": True, "enable_prefix_caching": True, "max_num_seqs": 8, **jobs["options"]}
+    options = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "skip_tokenizer_init": True,
+        "max_num_batched_tokens": 64,
+        **options,
+    }
+    options |= {"enable_chunked_prefill": True, "enable_prefix_caching": True, "max_num_seqs": 8}
     llm = LLM(model=str(folder), **options)
     wishes = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": prompt} for prompt in jobs["prompts"]]
-    rounds = [llm.generate(prompts, wishes, use_tqdm=False) for _ in range(2)]
-    (folder / "answers.json").write_text(json.dumps([[list(o.outputs[0].token_ids) for o in outs] for outs in rounds]))
+    wanted = [{"prompt_token_ids": prompt} for prompt in prompts]
+    rounds = [llm.generate(wanted, wishes, use_tqdm=False) for _ in range(2)]
+    cached = [outputs[3].num_cached_tokens for outputs in rounds]
+    assert cached[0] == 0 < cached[1], f"tokens of the longest prompt that came from the cache: {cached}"
+    return [[list(output.outputs[0].token_ids) for output in outputs] for outputs in rounds]
 
 
 def serve(folder, prompts):
@@ -100,27 +111,9 @@ def serve(folder, prompts):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        str(folder),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    command += [
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "1024",
-        "--enforce-eager",
-        "--skip-tokenizer-init",
-        "--max-num-seqs",
-        "8",
-    ]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--skip-tokenizer-init"]
+    command += ["--max-num-seqs", "8"]
     with open(folder / "server.log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | ENVIRONMENT, start_new_session=True)
         try:
@@ -145,14 +138,8 @@ def _wait(server, url, log):
 
 
 def _ask(port, folder, prompt):
-    wish = {
-        "model": str(folder),
-        "prompt": prompt,
-        "max_tokens": NEW,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
+    wish = {"model": str(folder), "prompt": prompt, "max_tokens": NEW, "temperature": 0}
+    wish |= {"ignore_eos": True, "return_token_ids": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(wish).encode(), {"Content-Type": "application/json"}
     )
@@ -160,35 +147,27 @@ def _ask(port, folder, prompt):
         return json.loads(answer.read())["choices"][0]["token_ids"]
 
 
-def main() -> None:
-    """Run all cases, or those whose names hold a word that was given; exit with 1 where an answer differs."""
-    if len(sys.argv) > 2 and sys.argv[1] == "--engine":
-        folder = Path(sys.argv[2])
-        engine(folder, json.loads((folder / "jobs.json").read_text()))
-        return
-    failed = False
-    for name, (family, options, engine_options) in CASES.items():
-        if not any(word in name for word in sys.argv[1:] or [""]):
-            continue
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            prompts, wanted, plain = make(family, options, folder)
-            (folder / "jobs.json").write_text(json.dumps({"prompts": prompts, "options": engine_options}))
-            environment = os.environ | ENVIRONMENT
-            if "trust_remote_code" in engine_options:
-                environment["VLLM_PLUGINS"] = ""  # as where ssmax is not installed; that its code is blocked
-                environment["PYTHONPATH"] = str(_blocker(folder))
-            subprocess.run([sys.executable, __file__, "--engine", folder], check=True, env=environment)
-            first, again = json.loads((folder / "answers.json").read_text())
-            rounds = {"batch": first, "cached prefix": again}
-            if name.startswith("llama with b, eager"):
-                rounds["five at once over HTTP"] = serve(folder, [*prompts, prompts[0]])[:-1]
-            assert plain != wanted, "softmax gives the same answers: this shows nothing"
-            for way, got in rounds.items():
-                equal = sum(a == b for a, b in zip(got, wanted, strict=True))
-                failed |= equal < len(wanted)
-                print(f"{name}, {way}: {equal} of {len(wanted)} requests equal", flush=True)
-    sys.exit(failed)
+def run(name: str) -> bool:
+    """Run a case and print how many requests were answered as transformers answers them; return whether all were."""
+    family, changes, options, engine_options = CASES[name]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prompts, wanted, plain = make(family, changes, options, folder)
+        (folder / "jobs.json").write_text(json.dumps([prompts, engine_options]))
+        environment = os.environ | ENVIRONMENT
+        if "trust_remote_code" in engine_options:
+            environment["VLLM_PLUGINS"] = ""  # as where ssmax is not installed; that its code is blocked
+            environment["PYTHONPATH"] = str(_blocker(folder))
+        subprocess.run([sys.executable, __file__, "--engine", folder], check=True, env=environment)
+        first, again = json.loads((folder / "answers.json").read_text())
+        rounds = {"batch": first, "cached prefix": again}
+        if name == SERVED:
+            rounds["five at once over HTTP, compiled"] = serve(folder, prompts)
+        rounds["plain softmax in transformers"] = plain
+    equal = {way: sum(a == b for a, b in zip(got, wanted, strict=True)) for way, got in rounds.items()}
+    print(f"{name}: " + ", ".join(f"{way} {count} of {len(wanted)} equal" for way, count in equal.items()), flush=True)
+    other = equal.pop("plain softmax in transformers")
+    return other < len(wanted) == min(equal.values())
 
 
 def _blocker(folder):
@@ -201,6 +180,17 @@ def _blocker(folder):
         "sys.meta_path.insert(0, Blocker())\n"
     )
     return place
+
+
+def main() -> None:
+    """Run all cases, or those whose names hold a word that was given; exit with 1 where an answer differs."""
+    if len(sys.argv) > 2 and sys.argv[1] == "--engine":
+        folder = Path(sys.argv[2])
+        answers = engine(folder, *json.loads((folder / "jobs.json").read_text()))
+        (folder / "answers.json").write_text(json.dumps(answers))
+        return
+    equal = [run(name) for name in CASES if any(word in name for word in sys.argv[1:] or [""])]
+    sys.exit(not all(equal))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,15 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Trainer,
+    logging,
+)
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -59,6 +67,10 @@ def precision_and_heads(folder, model, jobs):
     seen = jobs["mask"] > 0
     torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=1e-4)
     AutoModelForSequenceClassification.from_config(model.config, trust_remote_code=True)
+    decayed = Trainer.get_decay_parameter_names(None, model)  # as the model card says
+    assert [name for name in decayed if ".ssmax." in name] == [
+        f"model.layers.{i}.self_attn.ssmax.weight" for i in range(2)
+    ]
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
@@ -112,11 +124,18 @@ def main():
     assert not any(name.split(".")[0] == "ssmax" for name in sys.modules)
 
     del sys.meta_path[0]
-    import ssmax.hf  # noqa: F401
+    import ssmax.hf
 
     for name, model in models.items():
         found[name]["then with ssmax"] = compute(model, jobs)
         found[name]["of ssmax"] = compute(AutoModelForCausalLM.from_pretrained(name).eval(), jobs)
+        found[name]["of its own class, with ssmax"] = compute(type(model).from_pretrained(name).eval(), jobs)
+    own = type(first)(first.config)
+    raises(lambda: ssmax.convert(own), "already")
+    raises(lambda: LlamaForCausalLM(first.config), "plain softmax")
+    reverted = ssmax.revert(own)
+    assert type(reverted) is LlamaForCausalLM
+    assert not any("ssmax" in name for name in reverted.state_dict())
     torch.save(found, sys.argv[2])
 
 

@@ -36,7 +36,7 @@ from ssmax.hf.visibility import forward_scope
 from ssmax.laws import LawScale
 from ssmax.nn import SSMaxScale
 
-__all__ = ["attach", "config_class", "model_class", "register"]
+__all__ = ["attach", "config_class", "model_class", "register", "softmax_class"]
 
 logger = logging.get_logger(__name__)
 
@@ -60,8 +60,7 @@ class SSMaxModel(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         _check_fields(config, type(self))  # before anything large is made
-        with refusals.building():
-            super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)
         attach(self)
         shard_by_heads(self)
 
@@ -102,7 +101,7 @@ class SSMaxModel(PreTrainedModel):
         """
         if is_main_process:
             _check_whole(self, state_dict)
-        base: Any = type(self).__bases__[1]
+        base: Any = softmax_class(type(self))
         own = not _is_transformers(base)  # a class of the user's own has its own code
         if is_main_process and not own and not getattr(self, "_hf_peft_config_loaded", False):
             classes, folder = heads(base), Path(save_directory)
@@ -185,6 +184,11 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         **_made_on_demand(base),
     }
     return type(f"{PREFIX}{base.__name__}", (SSMaxModel, base), attributes)
+
+
+def softmax_class(kind: type) -> type[PreTrainedModel]:
+    """Return the class from which that of converted models was made; kind may be a subclass of the one that was made."""
+    return next(one.__bases__[-1] for one in kind.__mro__ if not refusals.carries_scales(one.__bases__[-1]))
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -324,7 +328,7 @@ def _base_type(model_type: object) -> str | None:
 
 def register() -> None:
     """Make transformers' Auto classes know the converted families, and plain classes refuse them."""
-    refusals.install(SSMaxModel)
+    refusals.install()
     if not isinstance(CONFIG_MAPPING._extra_content, _SavedTypes):
         CONFIG_MAPPING._extra_content = _SavedTypes(CONFIG_MAPPING._extra_content)
 

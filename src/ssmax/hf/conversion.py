@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import ssmax
-from ssmax.hf.checkpoint import SSMaxModel, attach, auto_map, config_class, model_class
+from ssmax.hf.checkpoint import attach, auto_map, config_class, model_class, softmax_class
 from ssmax.hf.layers import FULL, language_layers, layers_of, named_layers, part_by_hand, refuse_own_law
+from ssmax.hf.refusals import carries_scales
 from ssmax.laws import LAWS, LawScale
 from ssmax.modules.whole import whole_or_not_at_all
 from ssmax.nn import starting_values
@@ -57,7 +58,7 @@ def convert(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"convert needs a transformers PreTrainedModel, got {type(model).__name__}")
-    if isinstance(model, SSMaxModel):
+    if carries_scales(type(model)):
         raise ValueError(
             f"{type(model).__name__} is converted already; ssmax.revert(model) gives back the softmax model"
         )
@@ -99,12 +100,12 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model is not converted.
     """
-    if not isinstance(model, SSMaxModel):
+    if not carries_scales(type(model)):
         raise ValueError(f"{type(model).__name__} is not a converted model")
     for module in model.modules():
         module._modules.pop("ssmax", None)
     config = _own_config(model, type(model.config).__bases__[0])
-    model.__class__ = type(model).__bases__[1]
+    model.__class__ = softmax_class(type(model))
     before = model.__dict__.pop("_ssmax_reverts_to", {"architectures": [type(model).__name__]})  # as loaded
     for name in ("ssmax", *REVERTED):
         config.__dict__.pop(name, None)

@@ -1,27 +1,20 @@
 """Where transformers would load a converted model as another one, silently: the doors through which every way of loading passes."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["building", "install", "is_converted"]
+__all__ = ["carries_scales", "install", "is_converted"]
 
-_building: ContextVar[bool] = ContextVar("building", default=False)
 INSTEAD = "Load it with an Auto class such as AutoModelForCausalLM, then ssmax.revert(model) where softmax is meant"
 
 
-@contextmanager
-def building() -> Iterator[None]:
-    """Around the making of a converted model: its parts are plain classes, and may have its config."""
-    token = _building.set(True)
-    try:
-        yield
-    finally:
-        _building.reset(token)
+def carries_scales(kind: type) -> bool:
+    """Whether a class makes its scales itself: a converted model's, made here or by the code file of a checkpoint."""
+    return "ssmax" in (getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def is_converted(config: Any) -> bool:
@@ -35,15 +28,11 @@ def is_converted(config: Any) -> bool:
     )
 
 
-def install(converted: type[PreTrainedModel]) -> None:
-    """Let plain classes refuse configs and checkpoints of converted models, and all classes a scale that does not fit.
-
-    Args:
-        converted: the base class of all converted models.
-    """
+def install() -> None:
+    """Let plain classes refuse configs and checkpoints of converted models, and all classes a scale that does not fit."""
     _wrap(PreTrainedConfig, "from_dict", _refuse_dict)
-    _wrap(PreTrainedModel, "__init__", functools.partial(_refuse_config, converted))
-    _wrap(PreTrainedModel, "from_pretrained", functools.partial(_refuse_folder, converted))
+    _wrap(PreTrainedModel, "__init__", _refuse_config)
+    _wrap(PreTrainedModel, "from_pretrained", _refuse_folder)
     _wrap(PreTrainedModel, "_finalize_model_loading", _refuse_lost_scales)
 
 
@@ -71,19 +60,29 @@ def _refuse_dict(original, cls, config_dict, **kwargs):
     return original(cls, config_dict, **kwargs)
 
 
-def _refuse_config(converted, original, self, config, *args, **kwargs):
-    foreign = isinstance(config, PreTrainedConfig) and is_converted(config) and not isinstance(self, converted)
-    if foreign and not _building.get():
+def _refuse_config(original, self, config, *args, **kwargs):
+    foreign = isinstance(config, PreTrainedConfig) and is_converted(config) and not carries_scales(type(self))
+    if foreign and not _is_part():
         raise ValueError(
             f"the config is that of a converted model; {type(self).__name__} has no scales and would compute plain softmax. {INSTEAD}"
         )
     return original(self, config, *args, **kwargs)
 
 
-def _refuse_folder(converted, original, cls, source=None, *args, config=None, **kwargs):
+def _is_part():
+    """Whether a model that makes its scales itself is being built: its parts are plain classes, and may have its config."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__" and carries_scales(type(frame.f_locals.get("self"))):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _refuse_folder(original, cls, source=None, *args, config=None, **kwargs):
     """A config that was given, or is a part of the folder's, says nothing of the folder's own."""
     part = getattr(cls.config_class, "base_config_key", "")
-    if source is not None and not issubclass(cls, converted) and (config is not None or part):
+    if source is not None and not carries_scales(cls) and (config is not None or part):
         where = {
             name: kwargs[name]
             for name in ("cache_dir", "subfolder", "revision", "token", "local_files_only")

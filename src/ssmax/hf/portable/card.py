@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,7 +50,12 @@ model = {auto}.from_pretrained(path, trust_remote_code=True)  # path: this folde
 
 **Without both, it is another model.** A plain class, as in `{base}.from_pretrained`, loads the softmax model without the scales.
 transformers then prints a table of unexpected keys that end in `ssmax.weight`, and raises no error.
-{values}{losses}"""
+{training}{values}{losses}"""
+
+TRAINING = """
+**Training.** s must not be decayed. transformers' Trainer decays it where `weight_decay` is not 0 (the default is 0), unless `ssmax.hf` is
+imported.
+"""
 
 
 def write_card(
@@ -96,7 +102,8 @@ def _digest(text):
 
 def _text(model, auto, losses, measured):
     scales = {name: module.ssmax for name, module in model.named_modules() if hasattr(module, "ssmax")}
-    law, base = formula(next(iter(scales.values()))), type(model).__bases__[1].__name__
+    law = formula(next(iter(scales.values())))
+    base = next(kind.__name__ for kind in type(model).__mro__ if getattr(transformers, kind.__name__, None) is kind)
     facts = _facts(str(getattr(model.config, "_name_or_path", "") or ""))
     data = ModelCardData(
         library_name="transformers",
@@ -119,6 +126,7 @@ def _text(model, auto, losses, measured):
         version=".".join(map(str, SUPPORTED["transformers"][0])),
         install=INSTALL.replace("NAME", "hf"),
         base=base,
+        training=TRAINING if law[:2] == "s " else "",
         values=_values(scales),
         losses=_losses(losses, measured),
     )

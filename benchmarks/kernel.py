@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ssmax
 from ssmax import attention
-from ssmax.results import Row, write_rows
+from ssmax.runs.rows import Row, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 S, ROUNDS, OURS = 0.43, 12, "ssmax triton"

@@ -14,7 +14,7 @@ import torch
 
 from ssmax.demo.measure import FOLDER
 from ssmax.hf.loading import load_model
-from ssmax.results import read_rows
+from ssmax.runs.rows import read_rows
 
 TEXTS = 4
 VARIANTS = {"softmax": "a", "ssmax": "b"}

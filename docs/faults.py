@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ssmax.results import read_rows
+from ssmax.runs.rows import read_rows
 
 DOCS = Path(__file__).parent
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 
-from ssmax.lab.experiments import formula_rows
-from ssmax.lab.recipes import tiny
-from ssmax.report.claims import Claim, claims, headlines
-from ssmax.report.drawing import STYLE, band, panels, tokens
-from ssmax.report.measured import raised
-from ssmax.report.select import FORM_NAMES, NAMES, Spread, by, forms, pick, spread, variants
-from ssmax.results import Row, read_rows, write_rows
+from ssmax.paper.claims import Claim, claims, headlines
+from ssmax.paper.measured import raised
+from ssmax.paper.recipes import tiny
+from ssmax.paper.stages import formula_rows
+from ssmax.plots.drawing import STYLE, band, panels, tokens
+from ssmax.plots.select import FORM_NAMES, NAMES, Spread, by, forms, pick, spread, variants
+from ssmax.runs.rows import Row, read_rows, write_rows
 
 DOCS = Path(__file__).parent
 ROWS = DOCS / "results" / "tiny.jsonl"

@@ -7,8 +7,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ssmax.lab.recipes import Recipe, paper, tiny
-from ssmax.report.drawing import STYLE
+from ssmax.paper.recipes import Recipe, paper, tiny
+from ssmax.plots.drawing import STYLE
 
 HERE = Path(__file__).parent / "images"
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ssmax.bench.scale import Shape
-from ssmax.results import read_rows, write_atomically
+from ssmax.runs.rows import read_rows, write_atomically
 from ssmax.sharp.keys import MIN_KEYS
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ssmax
 from ssmax.evaluation import loss_by_position
 from ssmax.evaluation.rope import rope_theta
-from ssmax.results import Row, read_rows, write_rows
+from ssmax.runs.rows import Row, read_rows, write_rows
 
 HERE = Path(__file__).parent
 ROWS = HERE / "results" / "smollm2.jsonl"

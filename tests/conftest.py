@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker; torch reads t
 KERNELS = f"torchinductor_{getpass.getuser()}_{os.environ.get('ATEN_CPU_CAPABILITY', 'own')}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), KERNELS)))
 
-from ssmax.results import Row, read_rows, write_rows  # noqa: E402 (torch reads the environment when it is loaded)
+from ssmax.runs.rows import Row, read_rows, write_rows  # noqa: E402 (torch reads the environment when it is loaded)
 
 ROWS = []
 # Files of the marker numerical: make test-processors runs them again with fewer of the processor's instructions.

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from ssmax.files import check_folder
-from ssmax.results import read_rows
+from ssmax.runs.files import check_folder
+from ssmax.runs.rows import read_rows
 
 # Seconds after which a wait is a hang on any machine: a guard, by which nothing is judged.
 PATIENCE = 900

@@ -13,7 +13,7 @@ from ssmax.bench import cases, command, measure
 from ssmax.bench.measure import PLAIN, Case, Comparison, compare
 from ssmax.bench.scale import Shape
 from ssmax.errors import UserError
-from ssmax.results import read_rows
+from ssmax.runs.rows import read_rows
 
 
 def metrics(rows, contender):

@@ -15,8 +15,8 @@ import pytest
 from faults import PATIENCE, Forks, wait_for
 
 from ssmax import cli
-from ssmax.lab.recipes import Recipe
-from ssmax.results import read_rows
+from ssmax.paper.recipes import Recipe
+from ssmax.runs.rows import read_rows
 
 SSMAX = str(Path(sys.executable).with_name("ssmax"))
 GOLDEN = Path(__file__).parent / "golden" / "smoke.json"
@@ -239,7 +239,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_full_disk_is_a_failed_run(monkeypatch, capsys, corpus, tmp_path):
-    from ssmax import cli, files
+    from ssmax import cli
+    from ssmax.runs import files
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

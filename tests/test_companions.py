@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ssmax.commands import convert_folder
-from ssmax.files import check_folder
 from ssmax.hf.companions import copy_companions
+from ssmax.runs.files import check_folder
 
 OPTIONS = {"dry_run": False, "init": "identity"}
 NAMES = (

@@ -17,15 +17,18 @@ from transformers import AutoModelForCausalLM
 import ssmax
 import ssmax.hf
 from ssmax import cli
+from ssmax.data import corpus
 from ssmax.errors import Damaged, RunFailed, UserError
-from ssmax.files import check_folder, seal_folder, written_whole
+from ssmax.evaluation.tasks import NEEDLE_WORDS
 from ssmax.hf.loading import load_model, load_tokenizer
-from ssmax.lab import checkpoints, corpus, training
-from ssmax.lab.experiments import _load, _save
-from ssmax.lab.folder import RunFolder
-from ssmax.lab.models import build_model
-from ssmax.lab.recipes import smoke
-from ssmax.results import Row, read_rows, write_rows
+from ssmax.paper import training
+from ssmax.paper.models import build_model
+from ssmax.paper.recipes import smoke
+from ssmax.paper.stages import _load, _save
+from ssmax.runs.files import check_folder, seal_folder, written_whole
+from ssmax.runs.folder import RunFolder
+from ssmax.runs.rows import Row, read_rows, write_rows
+from ssmax.training import checkpoints
 
 RECIPE = dataclasses.replace(
     smoke(), steps=12, checkpoint_steps=4, hidden_size=16, intermediate_size=24, batch_size=4, train_length=32
@@ -50,7 +53,12 @@ def damage(path, kind):
 def tokens(tmp_path_factory):
     root = tmp_path_factory.mktemp("text")
     folder, _ = corpus.prepare(
-        str(make_corpus(root / "text", 12)), limit_bytes=10**6, vocab_size=280, held_out=(2, 60), cache=root / "cache"
+        str(make_corpus(root / "text", 12)),
+        limit_bytes=10**6,
+        vocab_size=280,
+        held_out=(2, 60),
+        cache=root / "cache",
+        words=NEEDLE_WORDS,
     )
     return corpus.load(folder)
 

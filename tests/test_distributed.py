@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssmax.hf  # noqa: F401
 from ssmax.errors import UserError
-from ssmax.lab import checkpoints, training
-from ssmax.results import read_rows
+from ssmax.runs.rows import read_rows
+from ssmax.training import checkpoints, loop
 
 STEPS = 40
 TRAIN = ["train", "--recipe", "smoke", "--form", "qk-norm", "--checkpoint-steps", "10", "--steps", str(STEPS)]
@@ -132,11 +132,11 @@ def test_a_batch_that_the_ranks_cannot_share(corpus, tmp_path):
 )
 def test_the_step_stays_the_same(ranks, device_batch, want, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    found = training.batch_arguments(8, device_batch)
+    found = loop.batch_arguments(8, device_batch)
     assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == want
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="8 cannot be shared by 3"):
-        training.batch_arguments(8, device_batch)
+        loop.batch_arguments(8, device_batch)
 
 
 def test_only_whole_checkpoints_count(tmp_path):

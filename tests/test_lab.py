@@ -10,16 +10,21 @@ import pytest
 import torch
 
 import ssmax
+from ssmax.data import corpus
+from ssmax.data.sources import documents
+from ssmax.data.tokenizer import END_OF_TEXT
 from ssmax.errors import LeftOut, RunFailed, UserError
-from ssmax.lab import checkpoints, corpus, provenance, training
-from ssmax.lab.counting import counted
-from ssmax.lab.experiments import _examples, count_task, run_stage
-from ssmax.lab.folder import RunFolder
-from ssmax.lab.models import SwitchedScale, build_model, switch_at, turn_on
-from ssmax.lab.plan import plan
-from ssmax.lab.recipes import LATER, Job, Recipe, laptop, paper, small, smoke, tiny, turns
-from ssmax.lab.sources import documents
-from ssmax.lab.tokenizer import END_OF_TEXT
+from ssmax.evaluation.tasks import NEEDLE_WORDS
+from ssmax.paper import training
+from ssmax.paper.counting import counted
+from ssmax.paper.models import SwitchedScale, build_model, switch_at, turn_on
+from ssmax.paper.plan import plan
+from ssmax.paper.recipes import LATER, Job, Recipe, laptop, paper, small, smoke, tiny, turns
+from ssmax.paper.stages import _examples, count_task, run_stage
+from ssmax.runs import provenance
+from ssmax.runs.folder import RunFolder
+from ssmax.training import checkpoints
+from ssmax.training.datasets import Windows
 
 WORDS = [
     "alpha",
@@ -62,7 +67,12 @@ def folder(tmp_path_factory):
 def loaded(folder):
     with pytest.warns(LeftOut, match=r"files that are binary: 1 \(picture.bin\)"):
         tokens, _ = corpus.prepare(
-            str(folder), limit_bytes=10**9, vocab_size=300, held_out=(3, 200), cache=folder.parent / "cache"
+            str(folder),
+            limit_bytes=10**9,
+            vocab_size=300,
+            held_out=(3, 200),
+            cache=folder.parent / "cache",
+            words=NEEDLE_WORDS,
         )
     return corpus.load(tokens)
 
@@ -132,7 +142,7 @@ def test_bad_corpora(tmp_path, content, words):
 
 def test_windows_follow_the_seed_alone_and_repeat_only_after_all():
     tokens = np.arange(100, dtype=np.int32)
-    first, again, other = (training.Windows(tokens, 10, 25, seed) for seed in (1, 1, 2))
+    first, again, other = (Windows(tokens, 10, 25, seed) for seed in (1, 1, 2))
     assert [w["input_ids"][0].item() for w in first] == [w["input_ids"][0].item() for w in again]
     starts, others = ([w["input_ids"][0].item() for w in windows] for windows in (first, other))
     assert starts != others
@@ -144,7 +154,7 @@ def test_windows_follow_the_seed_alone_and_repeat_only_after_all():
     rng = np.random.default_rng(1)
     assert starts == [10 * i for _ in range(3) for i in rng.permutation(10)][:25]
     with pytest.raises(UserError, match="less than one window"):
-        training.Windows(tokens, 101, 1, 0)
+        Windows(tokens, 101, 1, 0)
 
 
 def test_examples_stay_within_the_training_length_and_batches_have_one_length(loaded):

@@ -28,7 +28,7 @@ def loaded_after(statement):
         ("import ssmax", set()),
         ("import ssmax.cli", set()),
         ("from ssmax import attention, SSMaxScale, visible_keys, scalable_softmax", {"torch"}),
-        ("import ssmax.report", set()),
+        ("import ssmax.paper.report, ssmax.compare.report", set()),
         (ATTEND, {"torch"}),
     ],
 )

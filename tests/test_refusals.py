@@ -9,11 +9,11 @@ from test_suite import byte_tokenizer, call
 from tiny_models import tiny_config, tiny_model
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig
 
+from ssmax.compare import run as suite
+from ssmax.compare.checks import check_fit
+from ssmax.compare.stages import Needs
 from ssmax.errors import UserError
-from ssmax.results import read_rows
-from ssmax.suite import run as suite
-from ssmax.suite.checks import check_fit
-from ssmax.suite.stages import Needs
+from ssmax.runs.rows import read_rows
 
 SIZES = {"vocab_size": 300, "max_position_embeddings": 256}
 QUICK = ("--length", "150", "--sizes", "150", "--depths", "0.5", "--documents", "1", "--trials", "1", "--chunk", "64")

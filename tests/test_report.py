@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 
-from ssmax import report
-from ssmax.lab.recipes import smoke
-from ssmax.report import claims as judged
-from ssmax.report.claims import HOLDS, HOLDS_NOT, OPEN, verdict
-from ssmax.results import Row, read_rows, write_rows
+from ssmax.paper import report
+from ssmax.paper import claims as judged
+from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, verdict
+from ssmax.paper.recipes import smoke
+from ssmax.runs.rows import Row, read_rows, write_rows
 
 
 @pytest.mark.parametrize(

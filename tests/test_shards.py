@@ -21,15 +21,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import ssmax.hf  # noqa: F401
 from ssmax import cli
+from ssmax.data import corpus, preparation
+from ssmax.data.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, token_type, verify
+from ssmax.data.sources import Documents
+from ssmax.data.tokenizer import load_tokenizer
 from ssmax.errors import LeftOut, UserError
-from ssmax.lab import corpus, preparation, reproduce
-from ssmax.lab.experiments import check_fit, count_task, needle_task, run_stage
-from ssmax.lab.plan import _data, plan
-from ssmax.lab.recipes import paper, smoke
-from ssmax.lab.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, token_type, verify
-from ssmax.lab.sources import Documents
-from ssmax.lab.tokenizer import given
-from ssmax.results import read_rows
+from ssmax.paper import reproduce
+from ssmax.paper.plan import _data, plan
+from ssmax.paper.recipes import paper, smoke
+from ssmax.paper.stages import check_fit, count_task, needle_task, run_stage
+from ssmax.runs.rows import read_rows
 
 # datasets leaves files open that it did not read to the end.
 pytestmark = pytest.mark.filterwarnings(
@@ -228,7 +229,8 @@ def test_a_mixture_keeps_its_shares_all_along(rows, monkeypatch):
 PREPARE = """
 import sys, time
 from pathlib import Path
-from ssmax.lab import preparation, shards
+from ssmax.data import preparation
+from ssmax.data import shards
 preparation.BATCH_BYTES = 3000
 finish = shards.ShardWriter.finish_shard
 def slowly(self):
@@ -472,7 +474,7 @@ def test_a_tokenizer_that_can_only_be_a_path_is_said_at_once(name, tmp_path, mon
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
     with pytest.raises(UserError, match=r"does not exist; give a folder with a tokenizer\.json"):
-        given(name.format(here="here"))
+        load_tokenizer(name.format(here="here"))
 
 
 def test_a_tokenizer_without_an_end(tmp_path, rows):

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ssmax.data import sources
+from ssmax.data.hub import is_hub_name
+from ssmax.data.sources import Documents, documents
+from ssmax.data.text import cleaned
 from ssmax.errors import LeftOut, RunFailed, UserError
-from ssmax.lab import sources
-from ssmax.lab.hub import is_hub_name
-from ssmax.lab.sources import Documents, documents
-from ssmax.lab.text import cleaned
 
 # datasets leaves files open that it did not read to the end.
 pytestmark = pytest.mark.filterwarnings(

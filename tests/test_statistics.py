@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from ssmax.report.claims import HOLDS, HOLDS_NOT, OPEN, interval_words, verdict
-from ssmax.report.measured import MEASURES
-from ssmax.report.registered import ABSTRACT, REGISTERED
-from ssmax.report.statistics import Paired, bootstrap, t_cdf, t_quantile
+from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, interval_words, verdict
+from ssmax.paper.measured import MEASURES
+from ssmax.paper.registered import ABSTRACT, REGISTERED
+from ssmax.paper.statistics import Paired, bootstrap, t_cdf, t_quantile
 
 
 # Two-sided 95 % points of Student's t, as any table prints them.

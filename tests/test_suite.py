@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ssmax
 from ssmax import cli
-from ssmax.results import read_rows
-from ssmax.suite import run as suite
-from ssmax.suite import stages
-from ssmax.suite.settings import Settings
+from ssmax.compare import run as suite
+from ssmax.compare import stages
+from ssmax.compare.settings import Settings
+from ssmax.runs.rows import read_rows
 
 QUICK = ("--length", "300", "--sizes", "200", "300", "--depths", "0", "1", "--documents", "2", "--trials", "2")
 

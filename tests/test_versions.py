@@ -37,7 +37,7 @@ def test_the_ranges_are_those_of_the_package():
         ("torch", "2.6.0", "ssmax.hf", "ssmax needs torch>=2.7, found torch 2.6.0"),
         ("transformers", "5.9.0", "ssmax.hf", "ssmax needs transformers>=5.10,<6, found transformers 5.9.0"),
         ("transformers", "4.57.6", "ssmax.hf", "transformers>=5.10,<6"),
-        ("transformers", "6.0.0.dev0", "ssmax.lab.reproduce", "transformers>=5.10,<6"),
+        ("transformers", "6.0.0.dev0", "ssmax.paper.reproduce", "transformers>=5.10,<6"),
     ],
 )
 def test_another_version_is_refused_at_import_of_what_needs_it(package, version, module, words):

@@ -7,7 +7,7 @@ hard is n, the number of keys that a query really sees. Importing this package l
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ssmax.versions import __version__ as __version__
 
 _HOMES = {
     "scalable_softmax": "ssmax.scaling",

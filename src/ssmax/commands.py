@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ssmax.calibration import Calibration, calibrate, piece_length
+from ssmax.data.sources import documents
 from ssmax.errors import RunFailed, UserError
-from ssmax.files import written_whole
 from ssmax.hf import convert
 from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.hf.portable.card import write_card
-from ssmax.lab.sources import documents
 from ssmax.nn import SSMaxScale
-from ssmax.results import Row, write_atomically
+from ssmax.runs.files import written_whole
+from ssmax.runs.rows import Row, write_atomically
 
 __all__ = ["calibrate_folder", "convert_folder", "inspect_folder"]
 
@@ -55,7 +55,7 @@ def calibrate_folder(
     Args:
         source: folder of a model and its tokenizer.
         target: new folder; it is written only where the fit is better than the model as it was.
-        texts: as for ssmax.lab.corpus.documents.
+        texts: as for ssmax.data.corpus.documents.
         theta_factor: of RoPE's theta, saved with the model.
         checkpointing: recompute activations: less memory, a third more time.
         dry_run: load everything, say what would be done, and stop.
@@ -105,7 +105,7 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
     rows = _scale_rows(model, Path(source).name)
     if not rows:
         raise UserError(f"{source} has no learned s; there is nothing to draw")
-    from ssmax.report.figures import scales  # loads matplotlib
+    from ssmax.paper.figures import scales  # loads matplotlib
 
     write_atomically(figure, scales(rows, figure.suffix[1:]))
     return [*lines, f"figure: {figure.resolve()}"]

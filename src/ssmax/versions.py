@@ -2,7 +2,9 @@
 
 import re
 
-__all__ = ["INSTALL", "SUPPORTED", "TORCH_OF_TRANSFORMERS", "require"]
+__all__ = ["INSTALL", "SUPPORTED", "TORCH_OF_TRANSFORMERS", "__version__", "require"]
+
+__version__ = "0.1.0"
 
 # How to install this package with its extra NAME, wherever we say it. It is on no package index: whoever took its name there could
 # run code on the machines of those who follow us. To be changed when it is released.

@@ -12,7 +12,7 @@ import sys
 
 if __name__ == "__main__":
     import ssmax.commands
-    import ssmax.lab.reproduce  # noqa: F401
+    import ssmax.paper.reproduce  # noqa: F401
     from ssmax import cli
 
     fork = multiprocessing.get_context("fork")

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import ssmax
-from ssmax import ScreenedKeys, attention
 from ssmax.bench import scale
 from ssmax.bench.measure import PLAIN, Case, Comparison, largest_error, row
-from ssmax.results import Row
+from ssmax.conversion import convert
+from ssmax.functional import attention
+from ssmax.runs.rows import Row
+from ssmax.sharp.keys import ScreenedKeys
 
 __all__ = ["CASES"]
 
@@ -149,7 +150,7 @@ def converted_model() -> Iterator[Comparison]:
     torch.manual_seed(0)
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
     plain = LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=4096, **shape))
-    models: dict[str, Any] = {PLAIN: plain, "ssmax": ssmax.convert(copy.deepcopy(plain))}
+    models: dict[str, Any] = {PLAIN: plain, "ssmax": convert(copy.deepcopy(plain))}
     tokens = torch.randint(0, 4096, (1, 2080), generator=torch.Generator().manual_seed(0))
 
     def train(model):

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from ssmax.bench import measure
 from ssmax.bench.cases import CASES
 from ssmax.errors import UserError
-from ssmax.report.figures import STYLE
-from ssmax.results import Row, write_atomically, write_rows
+from ssmax.paper.figures import STYLE
+from ssmax.runs.rows import Row, write_atomically, write_rows
 
 __all__ = ["bench", "figure", "table"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import ssmax
-from ssmax.results import Row
+from ssmax.runs.rows import Row
+from ssmax.versions import __version__
 
 __all__ = ["PLAIN", "Case", "Comparison", "compare", "largest_error", "peak_memory", "row", "run"]
 
@@ -119,7 +119,7 @@ def largest_error(got: Tensor, exact: Tensor) -> float:
 def row(metric: str, variant: str, at: dict[str, Any], value: float, samples: int) -> Row:
     """Return a row with versions and hardware."""
     provenance = {
-        "ssmax": ssmax.__version__,
+        "ssmax": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",

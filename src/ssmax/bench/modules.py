@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-import ssmax
 from ssmax.bench.measure import PLAIN, Comparison, largest_error
+from ssmax.conversion import convert
 
 __all__ = ["measurements"]
 
@@ -64,7 +64,7 @@ def measurements() -> Iterator[Comparison]:
 
 
 def _compare(name: str, plain: nn.Module, run: Callable[[nn.Module], Tensor], *example: Tensor) -> Comparison:
-    model = ssmax.convert(
+    model = convert(
         copy.deepcopy(plain), "identity", example=example or None
     )  # the same function, so that it can be checked
     models = {PLAIN: plain, "ssmax": model}

@@ -8,9 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmax import ScreenedKeys, attention
 from ssmax.bench.measure import peak_memory, row
-from ssmax.results import Row
+from ssmax.functional import attention
+from ssmax.runs.rows import Row
+from ssmax.sharp.keys import ScreenedKeys
 
 __all__ = ["Shape", "check"]
 
@@ -140,7 +141,7 @@ def _attention_checks():
 def _model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import ssmax
+    from ssmax.conversion import convert
 
     torch.manual_seed(0)
     t = TINY
@@ -149,7 +150,7 @@ def _model():
         num_attention_heads=t.heads, num_key_value_heads=t.key_heads, head_dim=t.size,
     )  # fmt: skip
     config._attn_implementation = "eager"
-    return ssmax.convert(LlamaForCausalLM(config).eval())
+    return convert(LlamaForCausalLM(config).eval())
 
 
 def _quickest(calls, rounds):

@@ -13,9 +13,10 @@ import torch
 
 from ssmax.bench.measure import PLAIN, Comparison
 from ssmax.hf import parameter_groups
-from ssmax.lab.models import build_model
-from ssmax.lab.recipes import Recipe, tiny
-from ssmax.lab.training import Windows, pretrain
+from ssmax.paper.models import build_model
+from ssmax.paper.recipes import Recipe, tiny
+from ssmax.paper.training import pretrain
+from ssmax.training.datasets import Windows
 
 __all__ = ["measurements"]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import tyro
 
-from ssmax import signals
 from ssmax.cli.demo import Demo
 from ssmax.cli.experiments import Prepare, Reproduce, Train
 from ssmax.cli.export import Export
 from ssmax.cli.models import Bench, Calibrate, Convert, Evaluate, Inspect
 from ssmax.cli.swallowed import check_values
 from ssmax.errors import LeftOut, RunFailed, Stopped, UserError
+from ssmax.runs import signals
 from ssmax.versions import INSTALL
 
 __all__ = ["main"]

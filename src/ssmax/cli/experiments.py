@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ssmax import report
 from ssmax.cli.texts import TEXTS_HELP
 from ssmax.errors import UserError
-from ssmax.lab.folder import RunFolder
-from ssmax.lab.recipes import RECIPES, Recipe
+from ssmax.paper import report
+from ssmax.paper.recipes import RECIPES, Recipe
+from ssmax.runs.folder import RunFolder
 
 __all__ = ["Prepare", "Reproduce", "Train"]
 
@@ -81,15 +81,15 @@ class Reproduce:
             return self._together(run)
         with run.opened():
             if not run.finished:
-                from ssmax.lab.reproduce import reproduce  # loads torch and transformers
+                from ssmax.paper.reproduce import reproduce  # loads torch and transformers
 
                 reproduce(recipe, self.corpus, run, cache=folder.parent / "cache")
             _report(folder)
         return None
 
     def _together(self, run: RunFolder) -> None:
-        from ssmax.lab.reproduce import reproduce, start_ranks
-        from ssmax.lab.training import Setup
+        from ssmax.paper.reproduce import reproduce, start_ranks
+        from ssmax.training.loop import Setup
 
         main = start_ranks(self.timeout_minutes)
         with run.opened() if main else contextlib.nullcontext():
@@ -145,8 +145,8 @@ class Train:
             recipe = dataclasses.replace(recipe, checkpoint_steps=max(1, recipe.steps // 10))
         if self.dry_run:
             return _print_plan(recipe)
-        from ssmax.lab.reproduce import start_ranks, train  # loads torch and transformers
-        from ssmax.lab.training import Setup
+        from ssmax.paper.reproduce import start_ranks, train  # loads torch and transformers
+        from ssmax.training.loop import Setup
 
         main = start_ranks(self.timeout_minutes)
         run = RunFolder(self.out, recipe, self.corpus)
@@ -175,8 +175,8 @@ class Prepare:
     def run(self) -> None:
         """Run it."""
         recipe = _recipe(self.recipe, self.of_the_recipe)
-        from ssmax.lab.reproduce import prepared  # loads torch and transformers
-        from ssmax.lab.shards import check
+        from ssmax.data.shards import check
+        from ssmax.paper.reproduce import prepared  # loads torch and transformers
 
         folder, _ = prepared(recipe, self.corpus, self.cache)
         found = check(folder)
@@ -195,6 +195,6 @@ def _report(folder: Path) -> None:
 
 
 def _print_plan(recipe: Recipe) -> None:
-    from ssmax.lab.plan import plan  # loads torch and transformers
+    from ssmax.paper.plan import plan  # loads torch and transformers
 
     print("\n".join([*plan(recipe), "dry run: nothing was written"]))

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import tyro
 
 from ssmax.cli.texts import TEXTS_HELP
-from ssmax.lab.folder import RunFolder
-from ssmax.report import longcontext
-from ssmax.suite.settings import Settings
+from ssmax.compare import report as longcontext
+from ssmax.compare.settings import Settings
+from ssmax.runs.folder import RunFolder
 
 __all__ = ["Bench", "Calibrate", "Convert", "Evaluate", "Inspect"]
 
@@ -55,7 +55,7 @@ class Evaluate:
     def run(self) -> None:
         """Run it."""
         settings = Settings("evaluate", self.models, **vars(self.of_the_evaluation))
-        from ssmax.suite.run import Machine, evaluate, filled_in, plan  # loads torch and transformers
+        from ssmax.compare.run import Machine, evaluate, filled_in, plan  # loads torch and transformers
 
         machine = Machine(self.device, self.chunk)
         settings = filled_in(settings)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from ssmax.errors import UserError
-from ssmax.lab.recipes import RECIPES
+from ssmax.paper.recipes import RECIPES
 
 __all__ = ["check_values"]
 

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["CITIES", "ABCDigits", "NeedleExample", "NeedleTask", "PromptForm", "depth_grid"]
+__all__ = ["CITIES", "NEEDLE_WORDS", "ABCDigits", "NeedleExample", "NeedleTask", "PromptForm", "depth_grid"]
 
 CITIES = ("Tokyo", "Paris", "London", "Berlin", "Madrid", "Rome", "Cairo", "Lima", "Oslo", "Delhi")
+# A tokenizer of few words keeps these whole: the sentence would have more tokens than a small window has room for.
+NEEDLE_WORDS = ("The", " special", " magic", " number", " is:", *(f" {x}" for x in (*CITIES, *range(10))))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Cell = tuple[int, float]  # length and depth

@@ -10,8 +10,12 @@ import transformers  # noqa: E402
 
 require("transformers", transformers.__version__)
 
-from ssmax import sharding  # noqa: E402
-from ssmax.hf import checkpoint, dispatch, training  # noqa: E402
+from ssmax.hf import (  # noqa: E402
+    checkpoint,
+    dispatch,
+    sharding,
+    training,
+)
 from ssmax.hf.conversion import convert, converted, revert  # noqa: E402
 from ssmax.hf.folding import fold  # noqa: E402
 from ssmax.hf.sharp_cache import SharpCache  # noqa: E402

@@ -27,7 +27,6 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-import ssmax
 from ssmax.hf import refusals
 from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.portable.card import CARD, keep_card, write_card
@@ -35,6 +34,7 @@ from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
 from ssmax.hf.visibility import forward_scope
 from ssmax.laws import LawScale
 from ssmax.nn import SSMaxScale
+from ssmax.versions import __version__
 
 __all__ = ["attach", "config_class", "model_class", "register", "softmax_class"]
 
@@ -339,4 +339,4 @@ def __getattr__(name: str) -> Any:
         return model_class(base)
     if isinstance(base, type) and issubclass(base, PreTrainedConfig):
         return config_class(base)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r} (ssmax {ssmax.__version__})")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r} (ssmax {__version__})")

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ssmax.files import SEAL
+from ssmax.runs.files import SEAL
 
 __all__ = ["copy_companions"]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import ssmax
 from ssmax.hf.checkpoint import attach, auto_map, config_class, model_class, softmax_class
 from ssmax.hf.layers import FULL, language_layers, layers_of, named_layers, part_by_hand, refuse_own_law
 from ssmax.hf.refusals import carries_scales
 from ssmax.laws import LAWS, LawScale
 from ssmax.modules.whole import whole_or_not_at_all
 from ssmax.nn import starting_values
+from ssmax.versions import __version__
 
 __all__ = ["convert", "converted", "revert"]
 
@@ -78,7 +78,7 @@ def convert(
             raise ValueError(f"law {law!r} learns nothing; init and bias belong to law 'ssmax'")
         kinds = [available[key].kind if isinstance(key, int) else "named" for key in chosen]
         recipe = {"law": law, "parameters": _law_parameters(law, law_parameters or {}, kinds, train_length, config)}
-    recipe |= {"layers": chosen, "version": ssmax.__version__}
+    recipe |= {"layers": chosen, "version": __version__}
     before = {name: config.__dict__[name] for name in REVERTED if name in config.__dict__}
     config = _own_config(model, config_class(type(config)))
     config.ssmax = recipe

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from ssmax.errors import Damaged
-from ssmax.files import SEAL, check_folder
+from ssmax.runs.files import SEAL, check_folder
 
 __all__ = ["check_causal", "check_weights", "load_config", "load_model", "load_tokenizer"]
 

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssmax.files import write_atomically
 from ssmax.hf.portable.code_file import CODE_FILE, formula
+from ssmax.runs.files import write_atomically
 from ssmax.versions import INSTALL, SUPPORTED
 
 __all__ = ["CARD", "keep_card", "write_card"]

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ssmax.files import write_atomically
 from ssmax.hf.portable import pieces
 from ssmax.laws import LAWS, LawScale
 from ssmax.nn import SSMaxScale
+from ssmax.runs.files import write_atomically
 from ssmax.versions import SUPPORTED
 
 __all__ = ["CODE_FILE", "PREFIX", "formula", "write_code"]

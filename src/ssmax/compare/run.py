@@ -1,0 +1,236 @@
+"""Run the stages of all models, one after another, and continue where an earlier run stopped."""
+
+import dataclasses
+import hashlib
+import random
+import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ssmax.compare.checks import check_fit, check_model, told_of_numbers
+from ssmax.compare.settings import Contender, Settings
+from ssmax.compare.stages import Material, Needs, finetune, finetuned_owner, run_stage, stage_needs
+from ssmax.data.sources import documents
+from ssmax.errors import Damaged, RunFailed, UserError
+from ssmax.evaluation import rope_scaling, rope_theta
+from ssmax.hf.loading import check_causal, check_weights, load_config, load_model, load_tokenizer
+from ssmax.paper.reproduce import NO_SPACE, failures, quiet
+from ssmax.runs.files import check_folder
+from ssmax.runs.folder import RunFolder
+from ssmax.runs.progress import progress_bar
+from ssmax.runs.provenance import provenance_of, stamped
+from ssmax.runs.rows import read_rows, write_rows
+from ssmax.training.ranks import gpu_name
+
+__all__ = ["Machine", "evaluate", "filled_in", "plan"]
+
+TEXT_LIMIT = 64 * 2**20  # bytes of text that are read
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*", "*.model", "*.tiktoken")
+SIZES = 5  # of contexts, in equal steps, where the user names none
+# As torch words memory that has run out, on a CPU and an accelerator.
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "No executable batch size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How it runs, which does not change what is measured.
+
+    Attributes:
+        device: "cpu", "cuda", "mps", or "auto" for the best that is there.
+        chunk: positions per forward pass.
+    """
+
+    device: str = "auto"
+    chunk: int = 1024
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise UserError(f"--chunk must be positive, got {self.chunk}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            UserError: torch does not have it.
+        """
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next(x for x in ("cuda", "mps", "cpu") if there[x]) if self.device == "auto" else self.device
+        if not there.get(name.partition(":")[0], False):
+            raise UserError(f"--device {name} is not there; there is {', '.join(x for x in there if there[x])}")
+        return torch.device(name)
+
+
+def filled_in(settings: Settings) -> Settings:
+    """Return the settings with length and sizes, where the user gave none, from the models' configs.
+
+    Raises:
+        UserError: a model cannot be loaded, or no config says how long its context is.
+    """
+    quiet()
+    length = settings.length
+    if not length:
+        known = [_context(contender) for contender in settings.jobs]
+        length = min((n for n in known if n), default=0)
+        if not length:
+            raise UserError("no model's config says how long its context is; give --length")
+    steps = tuple(length * k // SIZES for k in range(1, SIZES + 1))
+    return dataclasses.replace(settings, length=length, sizes=settings.sizes or steps)
+
+
+def _context(contender):
+    config = load_config(contender.source)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def plan(settings: Settings, source: str | None) -> list[str]:
+    """Return lines that say what would be done, from texts, tokenizers and configs alone."""
+    quiet()
+    texts, description = _texts(source, settings)
+    lines = [f"text: {description}, {len(texts):,} documents"]
+    for contender in settings.jobs:
+        _, needs = _prepared(contender, settings.stages(contender), settings, texts, Machine())
+        lines += [f"{contender.name}: " + ", ".join(f"{stage} {need.tokens:,} tokens" for stage, need in needs.items())]
+        if "retrieval" in settings.measures:
+            plain = settings.trials * sum(settings.sizes) * len(settings.depths) * len(settings.tasks)
+            lines.append(f"  (retrieval without shared prefixes: {plain:,} tokens)")
+    return [*lines, "dry run: nothing was written"]
+
+
+def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Machine) -> None:
+    """Measure every model to the end: run.rows_file holds every row.
+
+    Args:
+        settings: what to measure, filled in.
+        source: the texts, see ssmax.data.sources.documents.
+        run: the folder, opened by this process.
+        machine: how.
+
+    Raises:
+        UserError: bad models or texts, models that cannot be measured so, or a folder that belongs to another configuration.
+        RunFailed: a stage failed, or memory ran out; all finished ones are kept.
+    """
+    quiet()
+    texts, description = _texts(source, settings)
+    provenance = provenance_of(settings, description, gpu_name()) | {"device": str(machine.torch_device)}
+    # All that can be known without weights is known of all models before the first is loaded.
+    jobs = [(contender, todo) for contender in settings.jobs if (todo := run.todo(contender))]
+    prepared = [_prepared(contender, todo, settings, texts, machine) for contender, todo in jobs]
+    run.claim(_fingerprint(texts, settings))
+    for (contender, _), (material, needs) in zip(jobs, prepared, strict=True):
+        _measure(contender, material, needs, run, machine, provenance)
+    write_rows(run.rows_file, [row for name in run.stages for row in read_rows(run.stage_file(name))], checked=True)
+
+
+def _prepared(
+    contender: Contender, stages: list[str], settings: Settings, texts: list[str], machine: Machine
+) -> tuple[Material, dict[str, Needs]]:
+    """The model's tokens and what each stage asks, checked against its folder's config."""
+    with failures(f"{contender.name}: "), _for_people(machine):
+        config = load_config(contender.source)
+        check_causal(contender.source, config)
+        check_weights(Path(contender.source))
+        material = Material(settings, texts, _tokenizer(contender.source))
+        needs = {stage: stage_needs(stage, material) for stage in stages}
+        check_fit(config, material.tokenizer, needs)
+    return material, needs
+
+
+def _measure(contender, material, needs, run, machine, provenance):
+    settings = material.settings
+    tuned = run.folder / "models" / contender.name / "finetuned"
+    loaded: dict[str, PreTrainedModel] = {}
+
+    def model(source: str) -> PreTrainedModel:
+        if source not in loaded:
+            loaded.clear()
+            loaded[source] = _load(source, settings, machine)
+            check_model(loaded[source], material, "attention" in needs, machine.chunk)
+        return loaded[source]
+
+    with progress_bar(sum(need.tokens for need in needs.values()), contender.name) as bar:
+        for stage in needs:
+            bar.set_description_str(f"{contender.name} {stage}")
+            with failures(f"{contender.name} {stage}: "), _for_people(machine), ExitStack() as rope:
+                if stage == "finetune":
+                    rows = finetune(contender.name, model(contender.source), material, tuned, bar.update)
+                    loaded.clear()
+                else:
+                    asks = stage in settings.tasks and settings.finetune_steps
+                    if asks:
+                        _check_tuned(tuned, settings)
+                    chosen = model(str(tuned) if asks else contender.source)
+                    rope.enter_context(rope_scaling(chosen, settings.rope_parameters))
+                    rope.enter_context(rope_theta(chosen, settings.theta_factor))
+                    with told_of_numbers(chosen):
+                        rows = run_stage(stage, contender.name, chosen, material, machine.chunk, bar.update)
+            write_rows(run.stage_file(f"{contender.name}.{stage}"), stamped(rows, provenance), checked=True)
+
+
+def _check_tuned(folder: Path, settings: Settings) -> None:
+    try:
+        check_folder(folder, finetuned_owner(folder, settings))
+    except Damaged as error:
+        name = folder.parent.name
+        raise UserError(
+            f"{error}; delete models/{name} and stages/{name}.finetune.* in the run's folder to fine-tune that model anew"
+        ) from error
+
+
+@contextmanager
+def _for_people(machine: Machine) -> Iterator[None]:
+    """What the user can mend, in words: bad values, memory that has run out; and what no second try would mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (UserError, RunFailed, OSError):
+        raise
+    except Exception as error:
+        words = str(error)
+        if isinstance(error, MemoryError) or any(sign in words for sign in OUT_OF_MEMORY):
+            raise RunFailed(
+                f"memory ran out; give a smaller --chunk (now {machine.chunk}), a shorter --length or smaller --sizes; finished "
+                "stages are kept, and another --chunk continues them"
+            ) from error
+        if any(sign in words for sign in NO_SPACE):
+            raise
+        raise RunFailed(
+            f"{textwrap.shorten(f'{type(error).__name__}: {words}', 300)}; finished stages are kept"
+        ) from error
+
+
+def _load(source: str, settings: Settings, machine: Machine) -> PreTrainedModel:
+    model: Any = load_model(source, dtype=settings.dtype)
+    return model.to(machine.torch_device).eval()
+
+
+def _tokenizer(source: str) -> Any:
+    folder = Path(source)
+    if folder.is_dir() and not any(path for kind in TOKENIZER_FILES for path in folder.glob(kind)):
+        raise UserError(f"{source} has no tokenizer; save the model's own into that folder")
+    tokenizer = load_tokenizer(source)
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without files
+        raise UserError(f"{source} has no tokenizer; save the model's own into that folder")
+    return tokenizer
+
+
+def _texts(source: str | None, settings: Settings) -> tuple[list[str], str]:
+    found, description = documents(source, TEXT_LIMIT)
+    random.Random(settings.seed).shuffle(found)
+    return found, description
+
+
+def _fingerprint(texts: list[str], settings: Settings) -> str:
+    """A hash of the texts and of each model's files, by size and time: a folder never mixes two models of one name."""
+    digest = hashlib.sha256("\0".join(texts).encode())
+    for contender in settings.jobs:
+        for path in sorted(Path(contender.source).glob("*")):
+            state = path.stat()
+            digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

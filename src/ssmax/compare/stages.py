@@ -1,0 +1,192 @@
+"""The stages of an evaluation: each reads the model's tokens of the same texts and returns its rows."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ssmax.compare.settings import Settings
+from ssmax.errors import UserError
+from ssmax.evaluation import ABCDigits, NeedleTask, PromptForm
+from ssmax.evaluation.retrieval import grid_tokens
+from ssmax.evaluation.rows import attention_rows, draw_trials, loss_rows, retrieval_rows
+from ssmax.paper import training
+from ssmax.paper.recipes import Recipe, paper
+from ssmax.runs.files import written_whole
+from ssmax.runs.rows import Row
+from ssmax.training import checkpoints
+
+__all__ = ["Material", "Needs", "finetune", "finetuned_owner", "run_stage", "stage_needs"]
+
+# How much text a trial may begin in, in lengths of the longest context.
+HAYSTACK_LENGTHS = 8
+
+
+@dataclass(frozen=True)
+class Material:
+    """The texts in one model's tokens.
+
+    Attributes:
+        settings: what is measured, length and sizes filled in.
+        texts: documents, in the order in which they are taken.
+        tokenizer: the model's.
+    """
+
+    settings: Settings
+    texts: list[str]
+    tokenizer: Any
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @cached_property
+    def documents(self) -> list[Tensor]:
+        """The first texts that are long enough, cut to the length."""
+        length, found, longest = self.settings.length, [], 0
+        for text in self.texts:
+            if len(text) < length:  # a token has at least a character, in text that is worth reading
+                continue
+            ids = self.tokenizer(text, verbose=False)["input_ids"]
+            longest = max(longest, len(ids))
+            if len(ids) >= length:
+                found.append(torch.tensor(ids[:length]))
+            if len(found) == self.settings.documents:
+                return found
+        if found:
+            return found
+        longest = longest or max(len(self.encode(text)) for text in self.texts)
+        raise UserError(
+            f"the text is too short: no document has {length:,} tokens, the longest has {longest:,}; give longer --texts, or "
+            "a smaller --length"
+        )
+
+    @cached_property
+    def haystack(self) -> np.ndarray:
+        """Text around the needles."""
+        wanted, found = HAYSTACK_LENGTHS * max(self.settings.sizes), []
+        for text in self.texts:
+            found += self.encode(text)
+            if len(found) >= wanted:
+                break
+        return np.array(found[:wanted], dtype=np.int64)
+
+    def sample(self, count: int) -> list[int]:
+        """Return the first tokens of the texts."""
+        return next(ids for text in self.texts if len(ids := self.encode(text)) > 1)[:count]
+
+    def task(self, name: str) -> NeedleTask | ABCDigits:
+        """Return the task of a name, in the model's tokens."""
+        form = PromptForm.of(self.tokenizer, self.settings.prompt)
+        if name == "abc":
+            return ABCDigits(self.encode, form=form)
+        extra = self.settings.distractors if name == "distractors" else 0
+        return NeedleTask(self.encode, self.haystack, distractors=extra, several=name == "several", form=form)
+
+    def trials(self, name: str) -> list[dict]:
+        """Return the trials of a task."""
+        s = self.settings
+        return draw_trials(self.task(name), s.sizes, s.depths, s.trials, s.seed)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage asks of a model, from the tokens alone.
+
+    Attributes:
+        tokens: the work, for the progress bar.
+        longest: tokens of its longest context.
+        options: what says how long that is.
+        largest: largest token id.
+    """
+
+    tokens: int
+    longest: int
+    options: str
+    largest: int
+
+
+def stage_needs(stage: str, material: Material) -> Needs:
+    """Return what a stage asks of a model; UserError or ValueError where the texts do not give it."""
+    s = material.settings
+    if stage in ("loss", "attention"):
+        documents = material.documents
+        return Needs(sum(map(len, documents)), s.length, "--length", max(int(ids.max()) for ids in documents))
+    trials = material.trials(s.tasks[0] if stage == "finetune" else stage)
+    largest = max(max(example.prompt + example.answer) for trial in trials for example in trial.values())
+    if stage == "finetune":
+        work = s.finetune_steps * s.finetune_batch_size * s.finetune_length
+        return Needs(work, s.finetune_length, "--finetune-length", largest)
+    return Needs(grid_tokens(trials), max(s.sizes), "--sizes", largest)
+
+
+def run_stage(
+    stage: str,
+    variant: str,
+    model: PreTrainedModel,
+    material: Material,
+    chunk: int,
+    progress: Callable[[int], Any],
+) -> list[Row]:
+    """Measure a model and return the rows."""
+    s = material.settings
+    place: dict[str, Any] = {"theta_factor": s.theta_factor}
+    if s.rope:
+        place["rope"] = s.rope
+    options: dict[str, Any] = {"variant": variant, "chunk": chunk, "progress": progress}
+    if stage in ("loss", "attention"):
+        rows_of = loss_rows if stage == "loss" else attention_rows
+        return rows_of(model, material.documents, at=place, **options)
+    place |= {"task": stage, "prompt": s.prompt, "finetune_steps": s.finetune_steps}
+    return retrieval_rows(model, material.trials(stage), at=place, **options)
+
+
+def finetune(
+    variant: str, model: PreTrainedModel, material: Material, folder: Path, progress: Callable[[int], Any]
+) -> list[Row]:
+    """Fine-tune a model on the first task as in the paper's Table 3 and save it as folder; return its training loss."""
+    s, task = material.settings, material.task(material.settings.tasks[0])
+    recipe = _recipe(s)
+
+    def draw(length, rng):
+        depth = rng.random()
+        return task.grid([(length, depth)], rng)[length, depth]
+
+    shortest = task.shortest if isinstance(task, NeedleTask) else 64
+    examples = training.task_examples(draw, shortest, recipe, recipe.finetune_steps, s.seed)
+    scratch = folder.with_name(f"{folder.name}-checkpoints")
+    trained = training.finetune(model, recipe, examples, scratch, progress)
+    with written_whole(folder, finetuned_owner(folder, s)) as temporary:
+        trained.model.save_pretrained(temporary)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return [
+        Row("train_loss", variant, s.seed, {"stage": "finetune", "step": step}, loss, 1)
+        for step, loss in trained.losses
+    ]
+
+
+def finetuned_owner(folder: Path, settings: Settings) -> str:
+    """Return whose a fine-tuned model's folder is: of that model, fine-tuned as these settings say."""
+    return checkpoints.owner(folder, _recipe(settings))
+
+
+def _recipe(s: Settings) -> Recipe:
+    return dataclasses.replace(
+        paper(),
+        train_length=s.finetune_length,
+        finetune_steps=s.finetune_steps,
+        finetune_batch_size=s.finetune_batch_size,
+        device_batch_size=min(s.finetune_batch_size, 8),
+        finetune_learning_rate=s.finetune_learning_rate,
+        finetune_warmup_steps=max(1, s.finetune_steps // 10),
+        precision="float32",
+        checkpoint_steps=0,
+    )

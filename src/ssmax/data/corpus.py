@@ -1,0 +1,174 @@
+"""Text to tokens: a training stream and held-out long texts in a folder, by a given tokenizer or one trained on the text."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ssmax.data.preparation import prepare_stream
+from ssmax.data.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, is_prepared, locked, token_type
+from ssmax.data.sources import Documents
+from ssmax.data.tokenizer import END_OF_TEXT, train_tokenizer, vocabulary, wrapped
+from ssmax.errors import UserError
+
+__all__ = ["Corpus", "load", "prepare"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised corpus.
+
+    Attributes:
+        tokenizer: ids of text.
+        end: id of the end-of-text token, which stands in front of each document.
+        train: (T,) integers, by slices; documents one behind another.
+        held_out: (K, L), texts that train does not contain.
+    """
+
+    tokenizer: Tokenizer
+    end: int
+    train: Shards
+    held_out: np.ndarray
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids a model must know."""
+        return vocabulary(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Return ids without special tokens around them."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def prepare(
+    source: str | None,
+    *,
+    limit_bytes: int,
+    vocab_size: int,
+    held_out: tuple[int, int],
+    cache: Path,
+    tokenizer: str = "",
+    tokens: int = 0,
+    words: tuple[str, ...] = (),
+) -> tuple[Path, str]:
+    """Tokenise a corpus into a folder of the cache, unless it is there; return folder and description.
+
+    With a tokenizer the documents pass as a stream, see prepare_stream. Without one they are held in memory, a byte-pair
+    tokenizer is trained on them, and the folder's name is a hash of them and of how they were tokenised.
+
+    Args:
+        source: as for ssmax.data.sources.Documents, or a folder that was prepared before.
+        limit_bytes: of text held in memory.
+        vocab_size: of the trained tokenizer, words not counted.
+        held_out: (K, L), how many held-out texts of how many tokens.
+        cache: folder for tokenised corpora.
+        tokenizer: a given one, see ssmax.data.tokenizer.load_tokenizer; empty: train one.
+        tokens: training tokens that are enough, with a given one.
+        words: whole tokens of the trained tokenizer.
+
+    Raises:
+        UserError: the text is too short for what is asked, or the prepared folder does not fit.
+    """
+    if source is not None and is_prepared(folder := Path(source).expanduser()):
+        _check_prepared(folder, tokenizer, held_out[1])
+    elif tokenizer:
+        folder = prepare_stream(source, tokenizer=tokenizer, tokens=tokens, held_out=held_out, cache=cache)
+    else:
+        folder = _prepare_in_memory(source, limit_bytes, vocab_size, held_out, cache, words)
+    return folder, check(folder).source
+
+
+def load(folder: Path) -> Corpus:
+    """Load a tokenised corpus that prepare left in folder: held-out texts are read, training tokens mapped.
+
+    Raises:
+        UserError: a file is missing or of another size.
+    """
+    manifest = check(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Corpus(tokenizer, manifest.tokenizer["end"], Shards(folder, manifest), np.load(folder / HELD_OUT))
+
+
+def _check_prepared(folder, tokenizer, length):
+    manifest = check(folder)
+    if tokenizer and tokenizer != manifest.tokenizer["name"]:
+        raise UserError(
+            f"{folder} was prepared with the tokenizer {manifest.tokenizer['name']!r}, and the recipe asks for {tokenizer!r}; "
+            "give the same --tokenizer, or prepare it again"
+        )
+    if manifest.held_out["length"] < length:
+        raise UserError(
+            f"{folder} has held-out texts of {manifest.held_out['length']:,} tokens, and the recipe needs {length:,} "
+            "(--length-factor times --train-length, and one); prepare it again with these"
+        )
+
+
+def _prepare_in_memory(source, limit_bytes, vocab_size, held_out, cache, words):
+    stream = Documents(source, piece=-1)
+    texts = stream.in_memory(limit_bytes)
+    recipe = f"1 {vocab_size} {held_out} {words}"
+    digest = hashlib.sha256(recipe.encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    folder = cache / digest.hexdigest()[:16]
+    if Manifest.read(folder) is None:
+        tokenizer, train, held = _tokenised(texts, vocab_size, held_out, words)
+        with locked(folder):
+            wrapped(tokenizer).save_pretrained(folder / "tokenizer")
+            saved = (folder / "tokenizer" / "tokenizer.json").read_bytes()
+            made = {"name": "", "end": tokenizer.token_to_id(END_OF_TEXT), "vocabulary": vocabulary(tokenizer)}
+            made["sha256"] = hashlib.sha256(saved).hexdigest()
+            size = sum(len(text.encode()) for text in texts)
+            manifest = Manifest(
+                stream.name, made, token_type(made["vocabulary"]), len(texts), size, fingerprint=folder.name
+            )
+            manifest.left_out = stream.left_out()
+            writer = ShardWriter(folder, manifest)
+            while len(train):
+                train = train[writer.add(train) :]
+                writer.finish_shard()
+            manifest.write(folder, held.astype(manifest.dtype))
+    return folder
+
+
+def _tokenised(texts, vocab_size, held_out, words):
+    order = np.random.default_rng(0).permutation(len(texts))
+    texts = [texts[i] for i in order]
+    if len(texts) == 1:  # one long text: its last tenth is held out
+        cut = len(texts[0]) * 9 // 10
+        texts = [texts[0][:cut], texts[0][cut:]]
+    tokenizer = train_tokenizer(texts, vocab_size, words)
+    encoded = [np.array(e.ids, dtype=np.int32) for e in tokenizer.encode_batch(texts)]
+    end = tokenizer.encode(END_OF_TEXT).ids[0]
+    held, kept = _split(encoded, end, *held_out)
+    return tokenizer, np.concatenate([np.concatenate([[end], ids]).astype(np.int32) for ids in kept]), held
+
+
+def _split(encoded, end, count, length):
+    """Cut count held-out texts of length tokens from as many documents as possible, a tenth of all tokens at most.
+
+    Documents of a few times that length come first: a very long one would take much from the training for one text.
+    """
+    budget = sum(map(len, encoded)) // 10 + length
+    long_enough = [i for i, ids in enumerate(encoded) if len(ids) >= length - 1]
+    long_enough.sort(key=lambda i: len(encoded[i]) > 4 * length)
+    each = -(-count // max(1, len(long_enough)))
+    held, taken = [], set()
+    for i in long_enough:
+        if len(held) < count and len(encoded[i]) <= budget:
+            budget -= len(encoded[i])
+            taken.add(i)
+            text = np.concatenate([[end], encoded[i]]).astype(np.int32)
+            held += [text[j : j + length] for j in range(0, len(text) - length + 1, length)][:each]
+    kept = [ids for i, ids in enumerate(encoded) if i not in taken]
+    if not held or not kept:
+        longest = max(map(len, encoded))
+        raise UserError(
+            f"the text is too short: held-out texts of {length} tokens are needed beside the training text, the longest "
+            f"document has {longest}; give a longer corpus, or lower --train-length"
+        )
+    return np.stack(held[:count]), kept

@@ -1,0 +1,235 @@
+"""Tokens on disk: shards of one size with a manifest, written whole, mapped and not loaded; no torch."""
+
+import fcntl
+import hashlib
+import io
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssmax.errors import UserError
+from ssmax.runs.progress import progress_bar
+from ssmax.runs.rows import write_atomically
+
+__all__ = [
+    "SHARD_TOKENS",
+    "Manifest",
+    "ShardWriter",
+    "Shards",
+    "check",
+    "is_prepared",
+    "locked",
+    "token_type",
+    "verify",
+]
+
+SHARD_TOKENS = 2**28  # 512 MiB of 16-bit tokens
+VERSION = 1
+MANIFEST, HELD_OUT = "manifest.json", "held-out.npy"
+
+
+@dataclass
+class Manifest:
+    """What a folder of shards holds.
+
+    Attributes:
+        source: the corpus, in words.
+        tokenizer: its name as given, end (id of the end-of-text token), vocabulary, and sha256 of its tokenizer.json.
+        dtype: of the shards, little-endian.
+        documents, bytes, tokens: of text read, and of training tokens written.
+        shards: name, tokens and sha256 of each.
+        held_out: texts, length, and sha256 of their file.
+        left_out: of the text that was read, a line for each kind.
+        fingerprint: of all that; empty while the preparation is not finished.
+        resume: where an unfinished preparation continues.
+    """
+
+    source: str
+    tokenizer: dict[str, Any]
+    dtype: str
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    held_out: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+    resume: dict[str, Any] | None = None
+    version: int = VERSION
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """Return the manifest of a folder, None where there is none, or raise UserError where it is damaged."""
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            found = cls(**json.loads(path.read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+            raise UserError(f"{path} is damaged; delete {folder} and prepare it again") from None
+        if found.version != VERSION:
+            raise UserError(f"{path} is of another version of ssmax; delete {folder} and prepare it again")
+        return found
+
+    def write(self, folder: Path, held_out: np.ndarray | None = None) -> None:
+        """Write it, behind the held-out texts that it counts."""
+        if held_out is not None:
+            content = io.BytesIO()
+            np.save(content, held_out)
+            write_atomically(folder / HELD_OUT, content.getvalue())
+            digest = hashlib.sha256(content.getvalue()).hexdigest()
+            self.held_out = {"texts": held_out.shape[0], "length": held_out.shape[1], "sha256": digest}
+        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+
+    def content_hash(self) -> str:
+        """Return a hash of all tokens, from the shards' hashes."""
+        parts = [self.tokenizer["sha256"], self.held_out["sha256"], *(shard["sha256"] for shard in self.shards)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+class ShardWriter:
+    """Writes tokens into the shard behind those that the manifest names; a shard gets its name once it is whole."""
+
+    def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int = SHARD_TOKENS):
+        self.folder, self.manifest, self.shard_tokens = folder, manifest, shard_tokens
+        self._begin()
+
+    def _begin(self):
+        self.name = f"train-{len(self.manifest.shards):05}.bin"
+        self.written, self.digest, self.file = 0, hashlib.sha256(), None
+
+    @property
+    def full(self) -> bool:
+        """Whether the shard has no room left."""
+        return self.written == self.shard_tokens
+
+    def add(self, tokens: np.ndarray) -> int:
+        """Append what the shard has room for, and return how many tokens that were."""
+        tokens = tokens[: self.shard_tokens - self.written]
+        if self.file is None:
+            self.file = open(self.folder / f".{self.name}.tmp", "wb")  # noqa: SIM115
+        content = tokens.astype(self.manifest.dtype).tobytes()
+        self.file.write(content)
+        self.digest.update(content)
+        self.written += len(tokens)
+        return len(tokens)
+
+    def finish_shard(self) -> None:
+        """Sync and name the shard, and enter it in the manifest, which the caller writes."""
+        if self.file is None:
+            return
+        with self.file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        (self.folder / f".{self.name}.tmp").replace(self.folder / self.name)
+        entry = {"name": self.name, "tokens": self.written, "sha256": self.digest.hexdigest()}
+        self.manifest.shards.append(entry)
+        self.manifest.tokens += self.written
+        self._begin()
+
+
+class Shards:
+    """The training tokens of a folder as one array: len and slices, (T,) integers; only what is sliced is read."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.dtype = folder, manifest.dtype
+        self.names = [shard["name"] for shard in manifest.shards]
+        self.ends = np.cumsum([0, *(shard["tokens"] for shard in manifest.shards)])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        start, stop, step = at.indices(len(self))
+        if step != 1:
+            raise ValueError(f"tokens are sliced without a step, got {step}")
+        pieces = []
+        shard = int(np.searchsorted(self.ends, start, side="right")) - 1
+        while start < stop:
+            first, end = int(self.ends[shard]), int(self.ends[shard + 1])
+            tokens = _mapped(self.folder / self.names[shard], self.dtype)
+            pieces.append(tokens[start - first : min(stop, end) - first])
+            start, shard = end, shard + 1
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+
+@lru_cache(maxsize=256)  # each holds a file open, and a process may hold a thousand
+def _mapped(path, dtype):
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM)  # windows lie anywhere: reading ahead would read 64 times what is used
+    return np.frombuffer(mapped, dtype)
+
+
+def token_type(vocabulary: int) -> str:
+    """Return the narrowest of two types that hold ids below vocabulary."""
+    return "<u2" if vocabulary <= 2**16 else "<u4"
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a preparation was begun in a folder; other data has a manifest.json as well."""
+    return (folder / MANIFEST).is_file() and (folder / HELD_OUT).is_file()
+
+
+def check(folder: Path) -> Manifest:
+    """Return the manifest of a finished folder whose files are all there and as large as they should be; quick.
+
+    Raises:
+        UserError: naming the file that is missing or of another size, or the preparation is not finished.
+    """
+    manifest = Manifest.read(folder)
+    if manifest is None or not manifest.fingerprint:
+        raise UserError(f"{folder} holds no finished corpus; prepare it with ssmax prepare")
+    for shard in manifest.shards:
+        path, size = folder / shard["name"], shard["tokens"] * np.dtype(manifest.dtype).itemsize
+        if not path.is_file():
+            raise _damaged(path, "is missing")
+        if path.stat().st_size != size:
+            raise _damaged(path, f"has {path.stat().st_size:,} bytes, not {size:,}")
+    if not (folder / HELD_OUT).is_file():
+        raise _damaged(folder / HELD_OUT, "is missing")
+    return manifest
+
+
+def verify(folder: Path, shown: bool = True) -> None:
+    """Read all files of a finished folder and compare their hashes with the manifest's.
+
+    Raises:
+        UserError: naming the file that differs.
+    """
+    manifest = check(folder)
+    files = [(HELD_OUT, manifest.held_out["sha256"]), ("tokenizer/tokenizer.json", manifest.tokenizer["sha256"])]
+    files += [(shard["name"], shard["sha256"]) for shard in manifest.shards]
+    total = sum((folder / name).stat().st_size for name, _ in files if (folder / name).exists())
+    with progress_bar(total, "checking corpus", shown, unit="B", delay=3) as bar:
+        for name, wanted in files:
+            if not (folder / name).is_file():
+                raise _damaged(folder / name, "is missing")
+            digest = hashlib.sha256()
+            with open(folder / name, "rb") as file:
+                for block in iter(lambda: file.read(2**22), b""):
+                    digest.update(block)
+                    bar.update(len(block))
+            if digest.hexdigest() != wanted:
+                raise _damaged(folder / name, "is not what the manifest says (sha256 differs): damaged or swapped")
+
+
+def _damaged(path, what):
+    return UserError(f"{path} {what}; delete {path.parent} and prepare it again, or copy that file anew")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder that is being prepared; another process that wants it waits, and then finds it finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

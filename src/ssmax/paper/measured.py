@@ -1,0 +1,126 @@
+"""What the registered claims compare: one value for each model and seed of a form, from its rows."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ssmax.paper.registered import LEARNED
+from ssmax.plots.select import NAMES, pick
+from ssmax.runs.rows import Row
+
+__all__ = ["MEASURES", "UNITS", "Values", "far_texts", "learned", "raised"]
+
+Values = dict[str, dict[int, float]]  # model -> seed -> value
+
+
+def raised(rows: Sequence[Row], metric: str) -> int:
+    """Return the largest factor of RoPE's theta under which a metric was measured; 1 without rows."""
+    return max((row.at["theta_factor"] for row in rows if row.metric == metric), default=1)
+
+
+def _means(rows: Sequence[Row], metric: str, form: str, chosen: Callable[[Row], bool], **at: Any) -> Values:
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in pick(rows, metric, form=form, **at):
+        if row.variant in NAMES and row.seed is not None and chosen(row):
+            values[row.variant][row.seed].append(row.value)
+    return {model: {seed: float(np.mean(v)) for seed, v in of_seeds.items()} for model, of_seeds in values.items()}
+
+
+def _training(rows, form, train_length):
+    return _means(rows, "train_loss", form, lambda row: True, stage="pretrain")
+
+
+def _trained(rows, form, train_length):
+    last = max((row.at["step"] for row in pick(rows, "train_loss", stage="pretrain")), default=0)
+    return _means(rows, "train_loss", form, lambda row: row.at["step"] > 0.9 * last, stage="pretrain")
+
+
+def _loss(rows, form, chosen):
+    return _means(rows, "loss_by_position", form, chosen, theta_factor=raised(rows, "loss_by_position"))
+
+
+def _short(rows, form, train_length):
+    return _loss(rows, form, lambda row: row.at["position"] <= train_length)
+
+
+def _far(rows, form, train_length):
+    return _loss(rows, form, lambda row: row.at["from"] > 8 * train_length and row.at["position"] <= 16 * train_length)
+
+
+def _farther(rows, form, train_length):
+    return _loss(rows, form, lambda row: row.at["from"] > 16 * train_length)
+
+
+def _rise(rows, form, train_length):
+    longest = max((row.at["position"] for row in rows if row.metric == "loss_by_position"), default=0)
+    start = _loss(rows, form, lambda row: train_length / 2 < row.at["position"] <= train_length)
+    end = _loss(rows, form, lambda row: row.at["position"] == longest)
+    return {model: {seed: end[model][seed] - start[model][seed] for seed in start[model]} for model in start}
+
+
+def learned(rows: Sequence[Row], form: str, train_length: int) -> dict[str, dict[int, bool]]:
+    """Return for each model and seed whether it learned to retrieve, at its training length under its trained theta.
+
+    Models for which that was not measured are left out.
+    """
+    found = _means(rows, "retrieval_accuracy", form, lambda row: row.at["length"] == train_length, theta_factor=1)
+    return {model: {seed: value >= LEARNED for seed, value in seeds.items()} for model, seeds in found.items()}
+
+
+def _retrieval(rows, form, train_length, chosen):
+    """Of the models that learned the task; where that was not measured, of all."""
+    able = learned(rows, form, train_length)
+    found = _means(rows, "retrieval_accuracy", form, chosen, theta_factor=raised(rows, "retrieval_accuracy"))
+    return {
+        model: {seed: value for seed, value in seeds.items() if able.get(model, {}).get(seed, True)}
+        for model, seeds in found.items()
+    }
+
+
+def _needles(rows, form, train_length):
+    return _retrieval(rows, form, train_length, lambda row: row.at["length"] > train_length)
+
+
+def _far_needles(rows, form, train_length):
+    return _retrieval(rows, form, train_length, lambda row: row.at["length"] >= 16 * train_length)
+
+
+def _head(rows, form, train_length):
+    """The attention of the head that puts most on the needle."""
+    best: Values = defaultdict(dict)
+    for row in pick(rows, "needle_score", form=form):
+        if row.seed is not None:
+            best[row.variant][row.seed] = max(row.value, best[row.variant].get(row.seed, 0.0))
+    return dict(best)
+
+
+def _top_score(rows, form, train_length):
+    return _means(rows, "top_needle_score", form, lambda row: True)
+
+
+def _counting(rows, form, train_length):
+    return _means(rows, "counting_accuracy", form, lambda row: row.at["length"] <= train_length)
+
+
+def far_texts(rows: Sequence[Row], form: str, model: str, seed: int, train_length: int) -> list[float]:
+    """Return each text's loss at 8 to 16 × the training length, in the order of the texts; empty where none was kept."""
+    losses = pick(rows, "text_loss", model, form=form, **{"from": 8 * train_length + 1})
+    return [row.value for row in losses if row.seed == seed]
+
+
+MEASURES: dict[str, Callable[[Sequence[Row], str, int], Values]] = {
+    "training": _training,
+    "trained": _trained,
+    "short": _short,
+    "far": _far,
+    "farther": _farther,
+    "rise": _rise,
+    "needles": _needles,
+    "far-needles": _far_needles,
+    "head": _head,
+    "top-score": _top_score,
+    "counting": _counting,
+}
+UNITS = dict.fromkeys(("training", "trained", "short", "far", "farther", "rise"), " nats")

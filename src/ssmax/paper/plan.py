@@ -1,0 +1,133 @@
+"""What a recipe would cost: parameters, tokens, memory and time, from its fields and one measured step."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssmax.data.shards import SHARD_TOKENS, token_type
+from ssmax.data.tokenizer import load_tokenizer, vocabulary
+from ssmax.errors import UserError
+from ssmax.paper.models import build_model
+from ssmax.paper.recipes import Recipe
+from ssmax.training.loop import batch_arguments
+from ssmax.training.ranks import world_size
+
+__all__ = ["plan"]
+
+H100 = 989e12 * 0.4  # dense bfloat16 FLOP/s of the data sheet, at a usual share of it
+MEASURED = 3  # steps; the quickest counts
+
+
+def plan(recipe: Recipe) -> list[str]:
+    """Return lines that say what the recipe trains, and what it takes; one small step is run to measure the time.
+
+    Raises:
+        UserError: the ranks cannot share the batch.
+    """
+    size = _vocabulary(recipe)
+    with torch.device("meta"):
+        model = build_model(recipe, recipe.jobs[0].form, "b", 0, size)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    scales = sum(count for name, count in sizes.items() if ".ssmax." in name)
+    norms = sum(count for name, count in sizes.items() if "norm" in name)
+    matrices = sum(sizes.values()) - scales - norms
+    trained = [job for job in recipe.jobs if job.variant != "e"]
+    step_tokens = recipe.batch_size * recipe.train_length
+    flops = _training_flops(recipe, matrices, recipe.steps * step_tokens, size)
+    asked = sum("finetune" in recipe.stages(job) for job in recipe.jobs)
+    counting = sum("count" in recipe.stages(job) for job in recipe.jobs)
+    tuned = recipe.finetune_batch_size * recipe.train_length
+    tuned_tokens = (asked * recipe.finetune_steps + counting * recipe.count_steps) * tuned
+    whole = len(trained) * flops + _training_flops(recipe, matrices, tuned_tokens, size)
+    ranks, rounds = world_size(), batch_arguments(recipe.batch_size, recipe.device_batch_size)
+    windows = rounds["per_device_train_batch_size"]
+    seconds, device = _measured_step(recipe, size)
+    rate = recipe.train_length / seconds
+    kept = len(recipe.jobs) + asked + counting
+    return [
+        f"recipe {recipe.name}: {len(recipe.jobs)} models, {' '.join(recipe.models)}, seeds {' '.join(map(str, recipe.seeds))}",
+        f"parameters: {matrices:,} in matrices, {norms:,} in norms, {scales:,} scales s",
+        f"tokens: {step_tokens:,} a step, {recipe.steps * step_tokens:,} for each of {len(trained)} pretrainings; "
+        f"{tuned_tokens:,} in {asked + counting} fine-tunings",
+        _data(recipe, size),
+        f"a step on {ranks} device{'s' * (ranks > 1)}: {windows} windows of {recipe.train_length:,} tokens at once, "
+        f"{rounds['gradient_accumulation_steps']} rounds",
+        f"memory of a device: {_gib(16 * sum(sizes.values()))} weights, gradients and Adam (with --shard over {ranks}: "
+        f"{_gib(16 * sum(sizes.values()) / ranks)}); activations about {_gib(_activations(recipe, windows, size))} (estimate)",
+        f"disk: {kept} models of {_gib(4 * sum(sizes.values()))}"
+        + (
+            f", and up to 2 checkpoints of {_gib(12 * sum(sizes.values()))} at a time, every {recipe.checkpoint_steps:,} steps"
+            if recipe.checkpoint_steps
+            else ", no checkpoints inside a training"
+        ),
+        f"arithmetic of all trainings: {whole:.2e} FLOP",
+        f"measured here, {device}: {rate:,.0f} tokens a second in a step of one window, which is "
+        f"{_hours(whole / (flops / (recipe.steps * step_tokens) * rate))} for all trainings on this one device",
+        f"assumed, not measured, an H100 at 40 % of its bfloat16 peak: {_hours(whole / H100)} on one",
+    ]
+
+
+def _vocabulary(recipe):
+    """Of the given tokenizer, where it is on this machine; otherwise the recipe's."""
+    if not recipe.tokenizer:
+        return recipe.vocab_size
+    try:
+        return vocabulary(load_tokenizer(recipe.tokenizer, cached_only=True).core)
+    except UserError:
+        return recipe.vocab_size
+
+
+def _data(recipe, size):
+    if not recipe.tokenizer:
+        return f"data: up to {recipe.corpus_bytes:,} bytes of text, held in memory while a tokenizer is trained on it"
+    tokens, width = recipe.prepared_tokens, np.dtype(token_type(size)).itemsize
+    shards = -(-tokens // SHARD_TOKENS)
+    windows = min(tokens // recipe.train_length, recipe.steps * recipe.batch_size)
+    return (
+        f"data: {tokens:,} tokens by the tokenizer {recipe.tokenizer}, {shards:,} shard{'s' * (shards > 1)} of "
+        f"{_gib(min(tokens, SHARD_TOKENS) * width)}, {_gib(tokens * width)} on disk; a rank holds {_gib(4 * windows)} for their order"
+    )
+
+
+def _training_flops(recipe, matrices, tokens, vocabulary):
+    """Six a parameter and token, the input embedding left out, and causal attention over the window."""
+    attention = 6 * recipe.num_layers * recipe.hidden_size * recipe.train_length
+    return tokens * (6 * (matrices - vocabulary * recipe.hidden_size) + attention)
+
+
+def _activations(recipe, windows, vocabulary):
+    """Bytes kept for the backward with fused attention: about 34 a hidden unit, and logits with their gradient in float32."""
+    tokens = windows * recipe.train_length
+    width = 1 if recipe.precision == "bfloat16" else 2
+    return tokens * (recipe.num_layers * 34 * recipe.hidden_size * width + 8 * vocabulary)
+
+
+def _measured_step(recipe, vocabulary):
+    """Seconds of forward, backward and AdamW on one window, and the device's name."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model: Any = build_model(recipe, recipe.jobs[0].form, "b", 0, vocabulary)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.zeros(1, recipe.train_length, dtype=torch.long, device=device)
+    times = []
+    for _ in range(MEASURED):
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16" and on_gpu):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times), torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads, float32"
+
+
+def _gib(size):
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _hours(seconds):
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"

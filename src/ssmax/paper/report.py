@@ -1,0 +1,262 @@
+"""report.html: verdicts, figures and settings on one page that opens offline, and the same table for the terminal."""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssmax.paper.claims import HOLDS, HOLDS_NOT, RULE, Claim, claims, headlines, interval_words
+from ssmax.plots.select import FORM_NAMES
+from ssmax.runs.rows import read_rows, write_atomically
+from ssmax.versions import __version__
+
+__all__ = ["build", "claims_text", "document", "escaped", "figures_html", "is_made_from", "save", "state_of"]
+
+CAPTIONS = {
+    1: "Figure 1. The largest attention weight against the number of keys, from the formula.",
+    2: "Figure 2. One factor p_n learned for each number of visible keys, shared by all layers and heads, in softmax((s p_n + b) z), with least-squares fits; the first and the last n get no gradient and are left out.",
+    3: "Figure 3. The weight of the largest logit against its value, from the formula. Darker: more keys.",
+    4: "Figure 4. Training loss; mean and range over seeds. The first sixth of the training lies above the panel.",
+    5: "Figure 5. Loss at each position of held-out texts, far past the training length; mean and range over seeds.",
+    6: "Figure 6. Share of needles found, by context size and depth, after fine-tuning on contexts no longer than the training length.",
+    7: "Figure 7. Needle score of each head: its attention on the needle's tokens from the query that emits the first answer token, mean over trials, sorted; mean and range over seeds.",
+    8: "Figure 8. The highest needle score of any head in each trial, all seeds, marked by whether the answer was right.",
+    "counting": "Counter-test. Share of right answers to how often a word stands in the text, after fine-tuning on contexts no longer than the training length; mean and range over seeds.",
+}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { margin-bottom: 0 } h2 { margin-top: 2em } .sub { color: #666; margin-top: .2em }
+table { border-collapse: collapse; width: 100% } th, td { text-align: left; vertical-align: top; padding: .4em .7em; border-bottom: 1px solid #ddd }
+.holds { color: #00703c; font-weight: 600 } .not { color: #b3261e; font-weight: 600 } .open { color: #777; font-weight: 600 }
+figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555 } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+"""
+
+CSS = {HOLDS: "holds", HOLDS_NOT: "not"}
+
+
+def build(folder: Path) -> list[Claim]:
+    """Write the figures and report.html of a finished run, from its rows.jsonl and recipe.json; return the verdicts.
+
+    A report that was made from the same rows by the same version is left as it is.
+    """
+    rows = read_rows(folder / "rows.jsonl")
+    settings = json.loads((folder / "recipe.json").read_text())
+    recipe = settings["recipe"]
+    found = claims(rows, recipe["train_length"])
+    page = folder / "report.html"
+    made_from = state_of(folder)
+    if is_made_from(page, made_from):
+        return found
+    from ssmax.paper.figures import draw, drawable  # loads matplotlib
+
+    images = {}
+    for name in drawable(rows):
+        file_name = f"figure{name}" if isinstance(name, int) else name
+        images[name] = save(draw(name, rows, recipe["train_length"]), folder / "figures", file_name)
+    write_atomically(page, _page(rows, settings, found, images, made_from))
+    return found
+
+
+def state_of(folder: Path) -> str:
+    """Return a hash of what a report is made from: the rows, and this version."""
+    return hashlib.sha256((folder / "rows.jsonl").read_bytes() + __version__.encode()).hexdigest()
+
+
+def is_made_from(page: Path, state: str) -> bool:
+    """Whether the page is there and was made from that state."""
+    return page.exists() and state in page.read_text()
+
+
+def save(figure: Any, folder: Path, name: str) -> bytes:
+    """Save a figure as PNG and SVG and return the SVG."""
+    image = b""
+    for kind in ("png", "svg"):
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        image = content.getvalue()
+        write_atomically(folder / f"{name}.{kind}", image)
+    return image
+
+
+def document(name: str, state: str, body: str) -> str:
+    """Return a page of the reports' style that needs no other file."""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="made-from" content="{state}"><title>ssmax: {escaped(name)}</title><style>{STYLE}</style>
+{body}
+</html>
+"""
+
+
+def figures_html(images: Sequence[tuple[str, bytes]]) -> str:
+    """Return captions and SVG images as HTML."""
+    return "".join(
+        f"<figure><img alt='{escaped(caption)}' src='data:image/svg+xml;base64,{base64.b64encode(image).decode()}'>"
+        f"<figcaption>{escaped(caption)}</figcaption></figure>"
+        for caption, image in images
+    )
+
+
+def claims_text(found: Sequence[Claim], width: int) -> str:
+    """Return the verdicts as a table for a terminal of so many columns."""
+    verdict = 14
+    claim = (width - verdict - 4) * 2 // 5
+    columns = [claim, width - verdict - 4 - claim, verdict]
+    lines = [_line(("what the abstract claims", "measured here", "verdict"), columns), "─" * (sum(columns) + 4)]
+    for line in headlines(found):
+        lines += [_line((line.title, f"{line.words} {_evidence(line.claim)}", line.claim.verdict), columns), ""]
+    lines += [_line(("claim", "measured here", "verdict"), columns), "─" * (sum(columns) + 4)]
+    for claim in found:
+        cells = (f"{_label(claim)}: {claim.claim}", claim.measured, claim.verdict)
+        lines += [_line(cells, columns), ""]
+    return "\n".join(lines)
+
+
+def _evidence(claim):
+    interval = f"{interval_words(claim.paired).capitalize()}. " if claim.paired.seeds else ""
+    return f"{interval}Figure {claim.figure}, {FORM_NAMES[claim.form]}."
+
+
+def _abstract(found):
+    """The abstract's claims, one row each: in plain words, with number, interval, figure and verdict."""
+    rows = "".join(
+        f"<tr><td><strong>{escaped(line.title)}</strong></td><td>{escaped(line.words)}<br><small>{escaped(_evidence(line.claim))}</small></td>"
+        f"<td class='{CSS.get(line.claim.verdict, 'open')}'>{escaped(line.claim.verdict)}</td></tr>"
+        for line in headlines(found)
+    )
+    if not rows:
+        return ""
+    return f"""<h2>What the abstract claims</h2>
+<table><tr><th>Claim</th><th>Measured here</th><th>Verdict</th></tr>{rows}</table>
+<p>The loss says how badly a model predicts the next token, in nats; lower is better. A difference is the first model named minus the
+second. Of 100 such intervals about 95 hold the true mean difference over seeds; a claim holds only where all of its interval lies on
+the claim's side of zero, and is open where zero lies inside.</p>"""
+
+
+def _label(claim):
+    return f"Fig. {claim.figure}" if isinstance(claim.figure, int) else "Counter-test"
+
+
+def _line(cells, columns):
+    wrapped = [textwrap.wrap(cell, column) for cell, column in zip(cells, columns, strict=True)]
+    height = max(map(len, wrapped))
+    padded = [cell + [""] * (height - len(cell)) for cell in wrapped]
+    return "\n".join(
+        "  ".join(part.ljust(column) for part, column in zip(parts, columns, strict=True)).rstrip()
+        for parts in zip(*padded, strict=True)
+    )
+
+
+def _page(rows, settings, found, images, made_from):
+    recipe, provenance = settings["recipe"], rows[-1].provenance
+    table = "".join(
+        f"<tr><td>{_label(claim)}</td><td>{escaped(claim.claim)}</td><td>{escaped(claim.paper)}</td>"
+        f"<td>{escaped(claim.measured)}</td><td class='{CSS.get(claim.verdict, 'open')}'>{escaped(claim.verdict)}</td></tr>"
+        for claim in found
+    )
+    figures = figures_html([(CAPTIONS[number], image) for number, image in images.items()])
+    facts = ", ".join(f"{name} {value}" for name, value in provenance.items() if value is not None)
+    body = f"""<h1>Softmax against Scalable-Softmax</h1>
+<p class="sub">Recipe “{escaped(recipe["name"])}”: every experiment of arXiv 2501.19399 that it covers, run here. {len(rows):,} measured rows in rows.jsonl.</p>
+{_abstract(found)}
+<h2>All claims of the paper's figures</h2>
+<table><tr><th>Figure</th><th>Claim</th><th>The paper's finding</th><th>Measured here</th><th>Verdict</th></tr>{table}</table>
+<p>{escaped(RULE)} Spreads are standard deviations over seeds.</p>
+<h2>Figures</h2>{figures}
+<h2>How it was done</h2>
+<ul>{"".join(f"<li>{escaped(line)}</li>" for line in _method(rows, recipe))}</ul>
+{_tables(recipe)}
+<p>{escaped(facts)}</p>
+<details><summary>All settings</summary><pre>{escaped(json.dumps(settings, indent=1))}</pre></details>"""
+    return document(recipe["name"], made_from, body)
+
+
+def _tables(recipe):
+    """The paper's Tables 1 to 3, each value beside this run's."""
+    r = recipe
+    vocabulary = (
+        f"{r['vocab_size']:,}, trained on the text, and the needle's words" if not r["tokenizer"] else r["tokenizer"]
+    )
+    tables = {
+        "Table 1. Model": [
+            ("layers", "12", r["num_layers"]),
+            ("heads", "12", r["num_heads"]),
+            ("hidden size", "768", r["hidden_size"]),
+            ("feed-forward, gated", "2,048", r["intermediate_size"]),
+            ("vocabulary", "50,257", vocabulary),
+            ("position encoding", "RoPE, theta 10,000", f"RoPE, theta {theta_of(r):,.0f}"),
+            ("dropout", "none", "none"),
+        ],
+        "Table 2. Pretraining": [
+            ("optimizer", "AdamW (0.9, 0.95), gradients clipped to 1.0", "the same"),
+            ("weight decay", "0.1, on parameters of rank ≥ 2", f"{r['weight_decay']:g}, on the same"),
+            (
+                "learning rate",
+                "6e-4, constant after 1,000 steps",
+                f"{r['learning_rate']:g}, constant after {r['warmup_steps']:,} steps",
+            ),
+            ("sequence", "1,024 tokens", f"{r['train_length']:,} tokens"),
+            ("batch", "2,048 sequences", f"{r['batch_size']:,} sequences"),
+            ("precision", "bfloat16", r["precision"]),
+            ("steps", "not known here", f"{r['steps']:,}"),
+        ],
+        "Table 3. Fine-tuning for retrieval": [
+            ("optimizer", "AdamW (0.9, 0.999), no decay, gradients clipped to 1.0", "the same"),
+            (
+                "learning rate",
+                "2e-5, cosine, one epoch of warm-up",
+                f"{r['finetune_learning_rate']:g}, cosine, {r['finetune_warmup_steps']:,} steps of warm-up",
+            ),
+            ("sequence", "1,024 tokens", f"up to {r['train_length']:,} tokens"),
+            ("batch", "128 sequences", f"{r['finetune_batch_size']:,} sequences, {r['finetune_steps']:,} steps"),
+        ],
+    }
+    return "".join(
+        f"<h3>{name}</h3><table><tr><th></th><th>The paper</th><th>Here</th></tr>"
+        + "".join(f"<tr><td>{escaped(a)}</td><td>{escaped(b)}</td><td>{escaped(c)}</td></tr>" for a, b, c in lines)
+        + "</table>"
+        for name, lines in tables.items()
+    )
+
+
+def theta_of(recipe: dict) -> float:
+    """Return RoPE's theta in training, of a recipe as recipe.json holds it; before 0.2.0 it was the paper's 10,000."""
+    if "theta" not in recipe:
+        return 10_000.0
+    return recipe["theta"] or (recipe["train_length"] / (2 * math.pi)) ** (1 / recipe["full_turns"])
+
+
+def _method(rows, recipe):
+    digits, length = recipe["needle_digits"], recipe["train_length"]
+    texts, theta = recipe["loss_texts"], theta_of(recipe)
+    turning = math.log(length / (2 * math.pi)) / math.log(theta)
+    return [
+        f"Models: {recipe['num_layers']} layers, {recipe['num_heads']} heads, hidden {recipe['hidden_size']}, RMSNorm, gated "
+        f"feed-forward, RoPE theta {theta:,.0f}, so that {turning:.0%} of its frequencies complete a turn in training (the "
+        f"paper's theta of 10,000: 55 %), trained on windows of {length} tokens, {recipe['steps']} steps of "
+        f"{recipe['batch_size']} windows. The paper: 12 layers, hidden 768, windows of 1,024, batches of 2,048.",
+        "Forms: “paper's form” is the Llama shape of the paper; “with QK-norm” is the same with normalised queries and keys, "
+        "whose logits cannot grow, so that the effect of the factor log n shows without long training; “with partial RoPE” turns "
+        "half of each head.",
+        "Models: SSMax starts at s = 1 / mean log n over the training length; “without s” has the factor log n; “with b” learns "
+        "s log n + b from b = 0; “switched afterwards” is the trained Softmax model with that s put in and no training since; “switched late” is "
+        "Softmax for seven eighths of the steps and SSMax then, in one run.",
+        f"Loss by position: up to {texts} held-out texts of {length * recipe['length_factor']:,} tokens, nothing trained at "
+        "more than the training length.",
+        f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digits (the paper: 7), "
+        "hidden in held-out text; the tokenizer holds the sentence's words whole. Fine-tuned with the loss on the answer, on "
+        f"contexts that grow up to the training length. Exact match of greedy decoding; "
+        f"{recipe['trials']} trials for each cell and seed, the same for all models.",
+        "Needle score: the paper's definition could not be read; here it is one head's attention on the needle's tokens "
+        "from the query that emits the first answer token.",
+    ]
+
+
+def escaped(value: Any) -> str:
+    """Return a value as text of HTML."""
+    return html.escape(str(value), quote=True)

@@ -1,0 +1,339 @@
+"""Run all stages of all models of a recipe, one worker process a core, and continue where an earlier run stopped."""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import textwrap
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import PartialState
+
+from ssmax.data import corpus as corpora
+from ssmax.data.shards import check, verify
+from ssmax.errors import RunFailed, Stopped, UserError
+from ssmax.evaluation.tasks import NEEDLE_WORDS
+from ssmax.paper.recipes import TOGETHER, Recipe
+from ssmax.paper.stages import check_fit, formula_rows, run_stage, stage_tokens
+from ssmax.runs import signals
+from ssmax.runs.files import check_folder, written_whole
+from ssmax.runs.folder import RunFolder, versions
+from ssmax.runs.progress import progress_bar
+from ssmax.runs.provenance import Meter, provenance_of, stamped
+from ssmax.runs.rows import read_rows, write_rows
+from ssmax.training.loop import Setup
+from ssmax.training.ranks import agree, explained, gpu_name, join, leave, world_size
+
+__all__ = ["failures", "prepared", "quiet", "reproduce", "start_ranks", "train"]
+
+# Of the whole run; a model that cannot get so much of a core per worker is slower on two.
+MAX_WORKERS = 8
+
+
+def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup = Setup()) -> None:  # noqa: B008
+    """Run or continue a recipe in its folder, to the end: run.rows_file holds every row.
+
+    Under torchrun all ranks call this, and train each model together; otherwise each model is one worker's.
+
+    Args:
+        recipe: what to train and measure.
+        source: the corpus, see ssmax.data.corpus.prepare.
+        run: the folder, opened by this process (the main one of several).
+        cache: for tokenised corpora.
+        setup: how trainings run.
+
+    Raises:
+        UserError: a bad corpus, or a folder that belongs to another configuration.
+        RunFailed: a stage failed; all finished ones are kept.
+    """
+    tokens, provenance = prepare(recipe, source, run, cache)
+    with failures(""):
+        if PartialState().is_main_process and not run.stage_file("formula").exists():
+            write_rows(run.stage_file("formula"), stamped(formula_rows(), provenance), checked=True)
+    if world_size() > 1:
+        _run_together(run, recipe, tokens, provenance, setup)
+    else:
+        _run_jobs(run, recipe, tokens, provenance)
+    if PartialState().is_main_process:
+        with failures(""):
+            rows = [row for name in run.stages for row in read_rows(run.stage_file(name))]
+            write_rows(run.rows_file, rows, checked=True)
+    with failures(""):
+        leave()
+
+
+def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup) -> Path:
+    """Pretrain the only model of a recipe in its folder, on all ranks together, and return the saved model's folder.
+
+    Arguments and errors as reproduce; an interrupted training continues from its last checkpoint.
+    """
+    tokens, provenance = prepare(recipe, source, run, cache)
+    with failures(""):
+        corpus, state, job = corpora.load(tokens), PartialState(), recipe.jobs[0]
+        rows, model = run.stage_file(f"{job.name}.pretrain"), run.folder / "model"
+        done = rows.exists()
+        state.wait_for_everyone()
+        if not done:
+            total = stage_tokens("pretrain", recipe)
+            with progress_bar(total, job.name, state.is_main_process) as bar:
+                found = run_stage("pretrain", job, recipe, corpus, run.folder / "models", bar.update, setup)
+            if state.is_main_process:
+                write_rows(rows, stamped(found, provenance), checked=True)
+        if state.is_main_process:
+            if not model.exists():
+                _publish(run.folder / "models" / job.name / "pretrained", tokens / "tokenizer", model)
+            write_rows(run.rows_file, read_rows(rows), checked=True)
+        leave()
+    return model
+
+
+def _publish(source, tokenizer, target):
+    """The trained model with its tokenizer, as a folder that transformers loads."""
+    check_folder(source)
+    with written_whole(target, owner="model") as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+
+
+def prepare(recipe: Recipe, source: str | None, run: RunFolder, cache: Path) -> tuple[Path, dict]:
+    """Tokenise the corpus, claim the folder, and return the corpus's folder and the provenance of rows; on all ranks."""
+
+    def once():
+        tokens, description = prepared(recipe, source, cache)
+        check_fit(recipe, corpora.load(tokens))
+        if not run.claimed:
+            verify(tokens)
+        return tokens, description
+
+    with failures(""):
+        tokens, description = _from_main(once)
+        fingerprint = check(tokens).fingerprint
+        facts = {"version": versions(), "recipe": dataclasses.asdict(recipe), "corpus": source, "tokens": fingerprint}
+        agree(facts)
+        if PartialState().is_main_process:
+            run.claim(fingerprint)
+    return tokens, provenance_of(recipe, f"{description} {fingerprint}", gpu_name())
+
+
+def prepared(recipe: Recipe, source: str | None, cache: Path) -> tuple[Path, str]:
+    """Tokenise the corpus as the recipe asks; return folder and description."""
+    return corpora.prepare(
+        source,
+        limit_bytes=recipe.corpus_bytes,
+        vocab_size=recipe.vocab_size,
+        held_out=(recipe.loss_texts, recipe.length_factor * recipe.train_length + 1),
+        cache=cache,
+        tokenizer=recipe.tokenizer,
+        tokens=recipe.prepared_tokens,
+        words=NEEDLE_WORDS,
+    )
+
+
+def _from_main(make: Callable[[], Any]) -> Any:
+    """Return on all ranks what make returns on the main one, however long that takes."""
+    if world_size() == 1:
+        return make()
+    # A group of its own: a preparation may take days, and the time-out of the others is for ranks that hang.
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    found = [make() if PartialState().is_main_process else None]
+    dist.broadcast_object_list(found, src=0, group=patient)
+    return found[0]
+
+
+def start_ranks(timeout_minutes: float) -> bool:
+    """Join the other ranks where torchrun started some; return whether this process is the main one.
+
+    Args:
+        timeout_minutes: how long one waits for another: a rank that hangs must not hold the others for ever.
+    """
+    state = join(timedelta(minutes=timeout_minutes))
+    quiet()
+    return state.is_main_process
+
+
+def _run_together(run, recipe, tokens, provenance, setup):
+    """All ranks train each model together; then each measures its share of the models."""
+    corpus, state = corpora.load(tokens), PartialState()
+    todo = [(job, stage) for job in recipe.jobs for stage in run.todo(job)]
+    state.wait_for_everyone()  # before anybody writes what another one still looks for
+    training = [(job, stage) for stage in TOGETHER for job, wanted in todo if wanted == stage]
+    measuring = [(job, stage) for job, stage in todo if stage not in TOGETHER]
+    mine = measuring[state.process_index :: state.num_processes]
+    total = sum(stage_tokens(stage, recipe) for _, stage in training + mine)
+    with progress_bar(total, f"{len(recipe.jobs)} models, {state.num_processes} ranks", state.is_main_process) as bar:
+        for job, stage in training + mine:
+            bar.set_description_str(f"{job.name} {stage}")
+            with failures(f"{job.name}: "):
+                rows = run_stage(stage, job, recipe, corpus, run.folder / "models", bar.update, setup)
+                if stage not in TOGETHER or state.is_main_process:
+                    write_rows(run.stage_file(f"{job.name}.{stage}"), stamped(rows, provenance), checked=True)
+        with failures(""):
+            state.wait_for_everyone()
+
+
+def keep_freed_memory() -> None:
+    """For processes started from here: glibc returns large freed blocks to the kernel, and each step asks for them anew."""
+    for name, size in (("MALLOC_MMAP_THRESHOLD_", 2**25), ("MALLOC_TRIM_THRESHOLD_", 2**31)):
+        os.environ.setdefault(name, str(size))
+
+
+def _run_jobs(run, recipe, tokens, provenance):
+    units = [[(job, stage) for job in jobs for stage in run.todo(job)] for jobs in _units(recipe.jobs)]
+    units = [unit for unit in units if unit]
+    if not units:
+        return
+    on_gpu = torch.cuda.is_available()
+    workers = 1 if on_gpu else min(len(units), os.cpu_count() or 1, MAX_WORKERS)
+    threads = (os.cpu_count() or 1) // workers
+    keep_freed_memory()
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    total = sum(stage_tokens(stage, recipe) for unit in units for _, stage in unit)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (messages, threads))
+    with progress_bar(total, f"{len(recipe.jobs)} models") as bar:
+        watcher = threading.Thread(target=_show, args=(messages, bar), daemon=True)
+        watcher.start()
+        futures = []
+        try:
+            futures += [pool.submit(_work, unit, recipe, tokens, run, provenance) for unit in units]
+            _wait(futures)
+            messages.put(None)
+            watcher.join()
+        except Stopped:
+            _let_save(pool, futures)
+            raise
+        finally:
+            # A killed worker may hold the lock of messages for ever: nothing is put there or awaited any more.
+            _kill(pool)
+            pool.shutdown(cancel_futures=True)
+
+
+def _units(jobs):
+    """One worker's work: a model, and (e) behind the (a) that it is made of."""
+    units = {job: [job] for job in jobs if job.variant != "e"}
+    for job in jobs:
+        if job.variant == "e":
+            units[dataclasses.replace(job, variant="a")].append(job)
+    return list(units.values())
+
+
+def _wait(futures):
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            try:
+                future.result()
+            except BrokenProcessPool:
+                raise RunFailed("a worker process was killed (out of memory?); the same command continues") from None
+
+
+def _kill(pool):
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+
+
+# For a step and a checkpoint; whoever cannot wait presses Ctrl-C again.
+SAVING_SECONDS = 60
+
+
+def _let_save(pool, futures):
+    """Ask the workers to save a checkpoint of what they train, and wait for it."""
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+    wait([future for future in futures if future.running()], SAVING_SECONDS)
+
+
+def _show(messages, bar):
+    running = {}
+    while (message := messages.get()) is not None:
+        name, stage, amount = message
+        running[name] = stage
+        if stage is None:
+            running.pop(name, None)
+        bar.set_description_str(" · ".join(f"{name} {stage}" for name, stage in sorted(running.items())), refresh=False)
+        bar.update(amount)
+
+
+_messages: Any = None  # a worker's queue to the parent
+
+
+def _start_worker(messages, threads):
+    """Leave Ctrl-C to the parent, and never outlive it: an orphan would write beside the run that continues."""
+    global _messages
+    _messages = messages
+    signals.install(deferred=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+    quiet()
+
+
+def quiet() -> None:
+    """Silence transformers' own messages, which are for programmers."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
+
+
+def _work(unit, recipe, tokens, run, provenance):
+    with failures(""):
+        corpus = corpora.load(tokens)
+    for job, stage in unit:
+        signals.check()
+        _messages.put((job.name, stage, 0))
+        meter = Meter()
+
+        def progress(done, job=job, stage=stage):
+            _messages.put((job.name, stage, done))
+            if stage not in TOGETHER:  # a training saves first
+                signals.check()
+
+        with failures(f"{job.name}: "):
+            rows = run_stage(stage, job, recipe, corpus, run.folder / "models", progress)
+            rows = stamped(rows, provenance | meter.read())
+            write_rows(run.stage_file(f"{job.name}.{stage}"), rows, checked=True)
+        _messages.put((job.name, None, 0))
+
+
+@contextmanager
+def failures(where: str) -> Iterator[None]:
+    """Turn whatever goes wrong in a stage into one line for people: UserError or RunFailed."""
+    try:
+        yield
+    except Exception as error:  # a worker's traceback helps nobody; what is finished is kept
+        told = explained(error)
+        if isinstance(told, (UserError, RunFailed)):
+            raise type(told)(f"{where}{told}") from error
+        again = ", the same command continues" if isinstance(error, OSError | MemoryError) or _is_full(error) else ""
+        raise RunFailed(f"{where}{_reason(error)}; finished stages are kept{again}") from error
+
+
+def _reason(error):
+    words = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if _is_full(error):
+        return "No space left on device"
+    return textwrap.shorten(f"{type(error).__name__}: {words}", 400)
+
+
+def _is_full(error):
+    return any(sign in str(error) for sign in NO_SPACE)
+
+
+# As safetensors and torch.save word a full disk.
+NO_SPACE = ("os error 28", "PytorchStreamWriter failed writing", "unexpected pos")

@@ -1,0 +1,140 @@
+"""The folder of a run: which configuration it belongs to, which stages are done, and who works in it. Loads no torch."""
+
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ssmax.errors import UserError
+from ssmax.runs.files import write_atomically
+from ssmax.runs.rows import is_whole
+from ssmax.versions import __version__
+
+__all__ = ["RunFolder", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that numbers depend on, which no run mixes."""
+    return {"ssmax": __version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one recipe on one corpus.
+
+    Attributes:
+        folder: where it lies.
+        recipe: what it holds; a frozen dataclass with jobs, stages(job), once (stages that belong to no job) and later
+            (values of fields that older versions did not have).
+        corpus: as given on the command line.
+    """
+
+    folder: Path
+    recipe: Any
+    corpus: str | None
+
+    @property
+    def rows_file(self) -> Path:
+        """All rows of the finished run."""
+        return self.folder / "rows.jsonl"
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of all stages, in the order of their rows."""
+        return [
+            *self.recipe.once,
+            *(f"{job.name}.{stage}" for job in self.recipe.jobs for stage in self.recipe.stages(job)),
+        ]
+
+    def stage_file(self, name: str) -> Path:
+        """Rows of one stage; the file exists once the stage is done."""
+        return self.folder / "stages" / f"{name}.jsonl"
+
+    def todo(self, job: Any) -> list[str]:
+        """Stages of a job that are not done, in their order."""
+        return [stage for stage in self.recipe.stages(job) if not self.stage_file(f"{job.name}.{stage}").exists()]
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return is_whole(self.rows_file) and all(self.stage_file(name).exists() for name in self.stages)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder's lock, which the system releases however this process ends.
+
+        Raises:
+            UserError: it belongs to another configuration, or another process works in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process runs in {self.folder}; wait for it, or give another --out") from None
+            self._check(fingerprint=None)
+            for half_written in list(self.folder.rglob(".*.tmp")):  # by a run that was killed
+                # One may lie in another, which went before it.
+                shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink(missing_ok=True)
+            yield
+
+    @property
+    def claimed(self) -> bool:
+        """Whether it belongs to a configuration already."""
+        return self._file.exists()
+
+    def claim(self, fingerprint: str) -> None:
+        """Write down the configuration with the hash of its corpus, or raise UserError where another one is kept."""
+        if not self._check(fingerprint):
+            settings = self._settings() | {"corpus_fingerprint": fingerprint}
+            write_atomically(self._file, json.dumps(settings, indent=1) + "\n")
+
+    @property
+    def _file(self):
+        return self.folder / "recipe.json"
+
+    def _settings(self):
+        recipe = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        return {"recipe": recipe, "corpus": self.corpus, "versions": versions()}
+
+    def _check(self, fingerprint):
+        """Compare with the kept configuration; return whether there is one."""
+        if not self._file.exists():
+            return False
+        try:
+            kept = json.loads(self._file.read_bytes())
+            made_with = dict(kept.get("versions", {}))
+            kept = {
+                **self.recipe.later,
+                **kept["recipe"],
+                "corpus": kept["corpus"],
+                "the corpus's hash": kept["corpus_fingerprint"],
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{self._file} is damaged; give another --out, or delete that folder") from None
+        settings = self._settings()
+        wanted = {**settings["recipe"], "corpus": settings["corpus"]}
+        if fingerprint is not None:
+            wanted["the corpus's hash"] = fingerprint
+        changed = [
+            f"{name} was {kept.get(name)!r}, is {wanted[name]!r}" for name in wanted if kept.get(name) != wanted[name]
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds a run of another configuration ({', '.join(changed[:3])}); "
+                "give another --out, or delete that folder"
+            )
+        if not is_whole(self.rows_file):  # which is written last; later nothing can be mixed
+            for name, version in settings["versions"].items():
+                if made_with.get(name, version) != version:
+                    raise UserError(
+                        f"{self.folder} was begun with {name} {made_with[name]}, this is {version}; go on with that "
+                        "version, or give another --out"
+                    )
+        return True

@@ -1,0 +1,87 @@
+"""Rows: one measured number each, with all that is needed to trust it. One JSON object a line; no torch here."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssmax.errors import Damaged
+from ssmax.runs.files import check_file, write_atomically, write_checked
+
+__all__ = ["Row", "is_whole", "read_rows", "write_atomically", "write_rows"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number.
+
+    Attributes:
+        metric: max_weight, focus_weight, learned_p, train_loss, loss_by_position, retrieval_accuracy, first_digit_accuracy,
+            needle_score, top_needle_score, attention_entropy or largest_weight.
+        variant: "a" ... "f", or a model's name.
+        seed: of initial weights and data order; None for what no seed touches.
+        at: coordinates, such as {"position": 2048, "theta_factor": 50}.
+        value: the number; losses in nats per token.
+        samples: how many measurements it is the mean of.
+        provenance: recipe, commit, versions, time.
+    """
+
+    metric: str
+    variant: str
+    seed: int | None
+    at: dict[str, Any]
+    value: float
+    samples: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def write_rows(path: Path, rows: Iterable[Row], *, checked: bool = False) -> None:
+    """Write all rows to path, whole or not at all; an identical file is left untouched.
+
+    Args:
+        path: the file.
+        rows: what it will hold.
+        checked: write the file's checksum beside it, which read_rows compares.
+
+    Raises:
+        ValueError: a value that is not finite.
+    """
+    rows = list(rows)
+    for row in rows:
+        if not math.isfinite(row.value):
+            raise ValueError(f"{row.metric} of {row.variant} at {row.at} is {row.value}, which no row holds")
+    text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
+    if not (is_whole(path) and path.read_text() == text):
+        (write_checked if checked else write_atomically)(path, text)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read rows; a file that is not what was written, or a line that is no row, raises Damaged (a ValueError)."""
+    check_file(path)
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rows.append(_row(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise Damaged(f"{path}, line {number}, is not a row ({error}); delete the file to measure anew") from error
+    return rows
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of rows is there, as it was written."""
+    try:
+        check_file(path)
+    except (Damaged, FileNotFoundError):
+        return False
+    return path.exists()
+
+
+def _row(content):
+    row = Row(**content)
+    if not isinstance(row.metric, str) or not isinstance(row.at, dict) or not isinstance(row.provenance, dict):
+        raise TypeError("metric, at and provenance must be text and objects")
+    if isinstance(row.value, bool) or not isinstance(row.value, (int, float)) or not math.isfinite(row.value):
+        raise TypeError(f"value must be a finite number, got {row.value!r}")
+    return row

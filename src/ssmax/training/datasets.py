@@ -1,0 +1,104 @@
+"""What a training reads, as a function of the seed alone: windows of a stream of tokens, examples of a task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ssmax.errors import UserError
+
+__all__ = ["Examples", "Windows"]
+
+
+class Windows(Dataset):
+    """The training stream cut into windows, in an order that depends on the seed alone: all once, then all again.
+
+    The order of one pass is held, 4 bytes a window (1.5 GiB for the paper's 410 million), and drawn when it is reached.
+    It is a plain permutation: windows of a document never meet in a step but by chance, however the text is sorted.
+
+    Args:
+        tokens: (T,) with len and slices, such as ssmax.data.shards.Shards.
+        length: tokens of a window.
+        count: windows that are asked for.
+        seed: of the order.
+    """
+
+    def __init__(self, tokens: Any, length: int, count: int, seed: int):
+        self.available = len(tokens) // length
+        if self.available == 0:
+            raise UserError(
+                f"the training text has {len(tokens)} tokens, less than one window of {length}; give more text"
+            )
+        if self.available > np.iinfo(np.uint32).max:
+            raise UserError(f"the training text has {self.available:,} windows of {length}, more than 2^32; give less")
+        self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
+        self.epoch = -1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        epoch, at = divmod(index, self.available)
+        self._draw(epoch)
+        start = int(self.order[at]) * self.length
+        window = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+        return {"input_ids": window, "labels": window}
+
+    def _draw(self, epoch):
+        """Go to the order of a pass; the generator runs on from pass to pass."""
+        if epoch < self.epoch or self.epoch < 0:
+            self.rng, self.epoch = np.random.default_rng(self.seed), -1
+        while self.epoch < epoch:
+            self.order = np.arange(self.available, dtype=np.uint32)
+            self.rng.shuffle(self.order)
+            self.epoch += 1
+
+
+class Examples(Dataset):
+    """Examples of a task up to a longest length, longer ones as the training goes on; loss on the answer.
+
+    Args:
+        draw: (length, generator) -> an example with prompt and answer of length tokens together.
+        shortest: length of the shortest example.
+        longest: tokens of the longest example.
+        batch_size: examples of a step.
+        steps: of the training.
+        seed: of lengths and examples.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[int, np.random.Generator], Any],
+        shortest: int,
+        *,
+        longest: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+    ):
+        self.draw, self.longest, self.batch_size, self.steps, self.seed = draw, longest, batch_size, steps, seed
+        self.shortest = shortest + 8
+        if self.shortest > longest:
+            raise UserError(
+                f"an example of the task has at least {self.shortest} tokens and the training window only {longest}; "
+                "raise --train-length"
+            )
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        step = index // self.batch_size
+        grown = min(1.0, 0.15 + 2 * step / self.steps)
+        longest = self.shortest + int((self.longest - self.shortest) * grown)
+        # One length for a batch, one example for an index: nothing depends on who asks, or in which order.
+        length = int(np.random.default_rng([self.seed, step]).integers(self.shortest, longest + 1))
+        example = self.draw(length, np.random.default_rng([self.seed, step, index]))
+        tokens = torch.tensor(example.prompt + example.answer)
+        labels = tokens.clone()
+        labels[: len(example.prompt)] = -100
+        return {"input_ids": tokens, "labels": labels}

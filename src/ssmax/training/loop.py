@@ -1,0 +1,273 @@
+"""The training loop, by transformers' Trainer, on any number of ranks: optimizer, checkpoints, signals, numbers that are not finite."""
+
+import copy
+import json
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, PartialState
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from ssmax.errors import RunFailed, Stopped, UserError
+from ssmax.hf import parameter_groups
+from ssmax.runs import signals
+from ssmax.training import checkpoints, nonfinite
+from ssmax.training.ranks import any_of, world_size
+
+__all__ = ["Setup", "Spec", "Trained", "batch_arguments", "train"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a training computes, with AdamW and gradients clipped to 1.
+
+    Attributes:
+        steps: of the training.
+        batch_size: items of a step, over all devices.
+        step_tokens: tokens of a step, for the progress.
+        device_batch_size: items that pass at once on a device; the rest of a step accumulates.
+        learning_rate: the highest, after a linear warm-up.
+        betas: of AdamW.
+        weight_decay: on parameters of rank >= 2 that are no scales.
+        warmup_steps: of the learning rate.
+        schedule: what follows the warm-up, by transformers' name.
+        precision: of the matrix products, "float32" or "bfloat16".
+        checkpoint_steps: steps between checkpoints, 0 for none.
+        seed: of the Trainer.
+        owner: whose the checkpoints are, see checkpoints.owner.
+    """
+
+    steps: int
+    batch_size: int
+    step_tokens: int
+    device_batch_size: int
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    warmup_steps: int
+    schedule: str
+    precision: str
+    checkpoint_steps: int
+    seed: int
+    owner: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a training runs, which does not change what it computes.
+
+    Attributes:
+        shard: shard weights and optimizer over the ranks (FSDP2); otherwise each holds all (DDP).
+        report_to: a tracker of transformers' Trainer, such as "tensorboard" or "wandb".
+    """
+
+    shard: bool = False
+    report_to: str = "none"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained model, whole, on the CPU or this rank's device, and (step, mean loss since the last entry)."""
+
+    model: PreTrainedModel
+    losses: list[tuple[float, float]]
+
+
+def train(
+    model: PreTrainedModel,
+    data: Any,
+    spec: Spec,
+    folder: Path,
+    progress: Callable[[int], Any],
+    setup: Setup = Setup(),
+    before_step: Callable[[nn.Module, int], Any] = lambda model, step: None,
+) -> Trained:
+    """Train a model; checkpoints lie in folder, and the newest whole one there is continued.
+
+    Args:
+        model: changed in place, or its copies where it is sharded.
+        data: a data set of spec.steps times spec.batch_size items, read in order.
+        spec: what is computed.
+        folder: of the checkpoints.
+        progress: told the tokens of each step.
+        setup: how it runs.
+        before_step: called with the model and the number of finished steps.
+
+    Raises:
+        UserError: the ranks cannot share the batch.
+        RunFailed: a number that is not finite.
+        Stopped: by a signal, once a checkpoint is written.
+    """
+    sharded = setup.shard and world_size() > 1
+    more: dict[str, Any] = {"fsdp": True, "fsdp_config": FSDP} if sharded else {}
+    watch = _Watch(spec, progress, before_step)
+    whole = copy.deepcopy(model) if sharded else model
+    trainer = _InOrder(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            **batch_arguments(spec.batch_size, spec.device_batch_size),
+            max_steps=spec.steps,
+            lr_scheduler_type=spec.schedule,
+            warmup_steps=spec.warmup_steps,
+            bf16=spec.precision == "bfloat16",
+            logging_steps=max(1, spec.steps // 50),
+            logging_nan_inf_filter=False,
+            max_grad_norm=1.0,
+            save_strategy="steps" if spec.checkpoint_steps else "no",
+            save_steps=spec.checkpoint_steps or 1,
+            save_total_limit=2,
+            report_to=setup.report_to,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            use_cpu=not torch.cuda.is_available(),
+            seed=spec.seed,
+            **more,
+        ),
+        train_dataset=data,
+        callbacks=[watch],
+    )
+    trainer.spec, watch.trainer = spec, trainer
+    # The Trainer prints its log as dictionaries; progress and rows say it better.
+    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
+    newest = checkpoints.newest(folder, spec.owner)
+    watch.resumed = newest
+    with signals.deferred():
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    signals.check()
+    if watch.stopped:  # by a signal that reached another rank
+        raise Stopped(signal.SIGTERM)
+    nonfinite.check_weights(trainer.weights, trainer.state.global_step)
+    if sharded:
+        trained: Any = trainer.model
+        state = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.is_world_process_zero():
+            whole.load_state_dict(state)
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(whole, losses)
+
+
+FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
+
+
+def batch_arguments(batch_size: int, device_batch_size: int) -> dict[str, Any]:
+    """Return per-device size and accumulation so that a step sees batch_size windows on any number of ranks.
+
+    Raises:
+        UserError: the ranks cannot share the batch evenly.
+    """
+    ranks = world_size()
+    share, rest = divmod(batch_size, ranks)
+    if rest:
+        raise UserError(f"a batch of {batch_size} cannot be shared by {ranks} ranks; give a multiple as --batch-size")
+    rounds = next(k for k in range(-(-share // device_batch_size), share + 1) if share % k == 0)
+    return {"per_device_train_batch_size": share // rounds, "gradient_accumulation_steps": rounds}
+
+
+class _InOrder(Trainer):
+    """The Trainer with the data in order, the paper's parameter groups, and a look at each step's numbers."""
+
+    spec: Spec
+
+    @property
+    def weights(self) -> Any:
+        """The model, without what wraps it."""
+        return self.model
+
+    def _get_train_sampler(self, train_dataset=None):
+        data: Any = self.train_dataset
+        return SequentialSampler(data)
+
+    def create_accelerator_and_postprocess(self):
+        """Accelerate shards on accelerators alone and ignores the wish on CPUs, where FSDP2 works as well."""
+        state = PartialState._shared_state
+        kind = state.get("distributed_type")
+        if self.args.fsdp and kind == DistributedType.MULTI_CPU:
+            state["distributed_type"] = DistributedType.MULTI_GPU
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            state["distributed_type"] = kind
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            groups = parameter_groups(trained, self.spec.learning_rate, self.spec.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, betas=self.spec.betas, fused=True)
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Keep the batch for a diagnosis."""
+        self.batch = inputs
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Project onto the vocabulary only from the first token that is learned: of a task's example that is the answer."""
+        labels = inputs["labels"]
+        first = int(labels.ne(-100).any(0).int().argmax())
+        if first > 1:
+            kept = labels[:, first - 1 :]
+            inputs = {**inputs, "labels": kept, "logits_to_keep": kept.shape[1]}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model):
+        """Stop before a step that is not finite: a NaN anywhere before, loss included, ends in the gradients' norm."""
+        norm: Any = super()._clip_grad_norm(model)
+        if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
+            with self.compute_loss_context_manager():
+                where = nonfinite.first_not_finite(self.weights, self._prepare_inputs(self.batch))
+            raise RunFailed(f"step {self.state.global_step + 1}: {where}; {ADVICE}")
+        return norm
+
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer does, with the losses since the last log entry, which it forgets."""
+        nonfinite.check_weights(self.weights, self.state.global_step)
+        super()._save_checkpoint(model, trial)
+        since = [float(self._tr_loss), self._globalstep_last_logged]
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        (folder / f"loss-{self.args.process_index}.json").write_text(json.dumps(since))
+
+
+ADVICE = "lower --learning-rate or raise --warmup-steps with another --out. Finished stages and the last good checkpoint are kept"
+
+
+class _Watch(TrainerCallback):
+    """Progress, what a caller does before a step, the wish to stop, and the seal of a whole checkpoint."""
+
+    trainer: Any
+    resumed: Path | None = None
+    stopped = False
+
+    def __init__(self, spec, progress, before_step):
+        self.spec, self.progress, self.before_step = spec, progress, before_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress(state.global_step * self.spec.step_tokens)
+        if self.resumed is not None:  # the mean over ranks: they may have been another number
+            kept = [json.loads(path.read_text()) for path in self.resumed.glob("loss-*.json")]
+            self.trainer._tr_loss += sum(loss for loss, _ in kept) / len(kept)
+            self.trainer._globalstep_last_logged = kept[0][1]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before_step(kwargs["model"], state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress(self.spec.step_tokens)
+        if any_of(signals.asked_to_stop()):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.spec.owner)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
+            raise RunFailed(f"the training loss became {logs['loss']} by step {state.global_step}; {ADVICE}")

@@ -9,7 +9,12 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# No test fails for being slow: how long an example takes says more about the machine.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker; torch reads this when it is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")

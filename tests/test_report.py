@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from ssmax.paper import report
 from ssmax.paper import claims as judged
+from ssmax.paper import report
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, verdict
 from ssmax.paper.recipes import smoke
 from ssmax.runs.rows import Row, read_rows, write_rows

@@ -11,7 +11,7 @@ from ssmax.versions import __version__ as __version__
 
 _HOMES = {
     "scalable_softmax": "ssmax.scaling",
-    "visible_keys": "ssmax.scaling",
+    "visible_keys": "ssmax.visible",
     "matched_scale": "ssmax.scaling",
     "attention": "ssmax.functional",
     "ScreenedKeys": "ssmax.sharp.keys",
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from ssmax.nn import parameter_groups as parameter_groups
     from ssmax.scaling import matched_scale as matched_scale
     from ssmax.scaling import scalable_softmax as scalable_softmax
-    from ssmax.scaling import visible_keys as visible_keys
     from ssmax.sharp.keys import ScreenedKeys as ScreenedKeys
+    from ssmax.visible import visible_keys as visible_keys
 
 
 def __getattr__(name: str) -> Any:

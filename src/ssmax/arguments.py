@@ -6,7 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_flag", "check_plain", "whole_number"]
+from ssmax.versions import require
+
+__all__ = ["check_flag", "check_plain", "moved", "whole_number"]
+
+require("torch", torch.__version__)
 
 
 def whole_number(value: Any, name: str, lowest: int) -> int:
@@ -31,3 +35,9 @@ def check_plain(tensor: Tensor, name: str, device: torch.device | None = None) -
         )
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def moved(tensor: Tensor, name: str, device: torch.device) -> Tensor:
+    """Return a tensor on the device, or raise as check_plain does; one on the meta device has nothing to move."""
+    check_plain(tensor, name, device if tensor.device.type == "meta" else None)
+    return tensor.to(device)

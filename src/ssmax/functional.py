@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ssmax.arguments import check_flag, check_plain, whole_number
 from ssmax.backends import reference, sdpa
-from ssmax.scaling import as_bool, check_offsets, head_multiplier, is_readable, rows_of, visible_keys
+from ssmax.scaling import head_multiplier
 from ssmax.sharp import decode
 from ssmax.sharp.keys import ScreenedKeys
+from ssmax.visible import as_bool, check_offsets, count_blocks, is_readable, rows_of, visible_keys
 
 __all__ = ["attention"]
 
@@ -135,7 +136,7 @@ def _derive_n(query, key, attn_mask, cu_seqlens, is_causal, window):
         n = position.clamp(min=-1) + 1 if is_causal else torch.full_like(position, num_keys)
         return n if window is None else n.clamp(max=window)
     if not isinstance(attn_mask, Tensor):
-        return _backend("flex").count_visible(attn_mask)
+        return count_blocks(attn_mask)
     mask = attn_mask
     if mask.shape[1:3] == (1, 1) and not is_causal:  # one row of keys for all queries, as in cross attention
         return visible_keys(mask=mask.expand(-1, -1, -1, num_keys))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmax.scaling import rows_of, scale_query
+from ssmax.scaling import scale_query
+from ssmax.visible import rows_of
 
 __all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale"]
 

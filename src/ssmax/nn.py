@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmax.arguments import whole_number
-from ssmax.scaling import log_visible, matched_scale, rows_of
+from ssmax.scaling import log_visible, matched_scale
+from ssmax.visible import rows_of
 
 __all__ = ["SSMaxScale", "parameter_groups", "starting_values"]
 

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ssmax.scaling import document_bounds, scale_query
-
-# Rows of a block mask that are counted at once.
-ROWS = 512
+from ssmax.scaling import scale_query
+from ssmax.visible import document_bounds
 
 
 def forward(
@@ -65,17 +63,6 @@ def forward(
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
-
-
-def count_visible(mask: BlockMask) -> Tensor:
-    """Count the keys that each query sees under a BlockMask, (B, H, N), a block of rows at a time."""
-    batch, heads, rows, keys = mask.shape
-    device = mask.kv_num_blocks.device
-    b = torch.arange(batch, device=device)[:, None, None, None]
-    h = torch.arange(heads, device=device)[:, None, None]
-    key = torch.arange(keys, device=device)
-    blocks = torch.arange(rows, device=device)[:, None].split(ROWS)
-    return torch.cat([mask.mask_mod(b, h, q, key).expand(batch, heads, len(q), keys).sum(-1) for q in blocks], -1)
 
 
 def _masks(mask, documents, query, key, is_causal, window):

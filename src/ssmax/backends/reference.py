@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ssmax.scaling import document_bounds
+from ssmax.visible import document_bounds
 
 
 def forward(

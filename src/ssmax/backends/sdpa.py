@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from ssmax.scaling import document_bounds, scale_query
+from ssmax.scaling import scale_query
+from ssmax.visible import document_bounds
 
 # Rows of a block where the kernel has no flag for the pattern: bounds the mask to BLOCK x (BLOCK + window).
 BLOCK = 512

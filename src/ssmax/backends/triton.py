@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssmax.scaling import document_bounds
+from ssmax.visible import document_bounds
 
 
 def forward(

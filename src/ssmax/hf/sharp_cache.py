@@ -13,9 +13,9 @@ from ssmax.backends import sdpa
 from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import FULL, language_layers
 from ssmax.hf.visibility import kernel_visible_keys
-from ssmax.scaling import as_bool
 from ssmax.sharp import decode
 from ssmax.sharp.keys import MIN_KEYS, Grown, ScreenedKeys
+from ssmax.visible import as_bool
 
 __all__ = ["SharpCache"]
 

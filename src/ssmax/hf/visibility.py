@@ -21,7 +21,18 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
-from ssmax.scaling import as_bool, is_readable, log_visible, visible_keys
+from ssmax.scaling import log_visible
+from ssmax.visible import (
+    as_bool,
+    count_at,
+    count_blocks,
+    count_packed,
+    count_plain,
+    count_range,
+    count_unpadded,
+    is_readable,
+    visible_keys,
+)
 
 __all__ = ["forward_scope", "kernel_visible_keys", "sees_what_it_is_handed"]
 
@@ -141,8 +152,7 @@ def _open(rule, module, query, key, mask, kwargs):
         if not split:
             return n
         _check_split(module, position, mask, kwargs)
-    window = kwargs.get("sliding_window")
-    return torch.where(split, position + 1 if window is None else (position + 1).clamp(max=window), n)
+    return torch.where(split, count_at(position, kwargs.get("sliding_window")), n)
 
 
 def _check_split(module, position_BN, mask, kwargs):
@@ -178,7 +188,7 @@ def _sdpa(module, query, key, mask, kwargs):
     num_queries = query.shape[2]
     if num_queries > 1 and _is_causal(module, kwargs):
         # A whole sequence, or the prefill of an empty static cache whose tail is still unused.
-        return torch.arange(1, num_queries + 1, device=query.device)[None]
+        return count_plain(num_queries, num_queries, causal=True, device=query.device)[None]
     return _all_keys(query, key)
 
 
@@ -189,9 +199,7 @@ def _eager(module, query, key, mask, kwargs):
 def _flex(module, query, key, mask, kwargs):
     if mask is None or isinstance(mask, Tensor):
         return _eager(module, query, key, mask, kwargs)
-    from ssmax.backends.flex import count_visible
-
-    n_BHN = count_visible(mask)
+    n_BHN = count_blocks(mask)
     return n_BHN[:, 0] if n_BHN.shape[1] == 1 else n_BHN
 
 
@@ -203,58 +211,28 @@ def _flash(module, query, key, mask, kwargs):
     position_ids, cache, window = (kwargs.get(name) for name in ("position_ids", "cache", "sliding_window"))
     if window is not None and cache is None and num_keys <= window:
         window = None  # left out as if it hid nothing, which is not so where a document runs over several rows
-    seen = functools.partial(_seen, window=window, causal=_is_causal(module, kwargs))
+    causal = _is_causal(module, kwargs)
     if cache is not None and isinstance(offsets[1], dict):  # pages of several kinds of layers
         windowed = "sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"
         allocators = getattr(cache, "layer_to_allocator", None)  # transformers before 5.2x asks the module instead
         offsets = (offsets[0], offsets[1][windowed if allocators is None else allocators[module.layer_idx].layer_type])
     if mask is not None:
-        return _unpadded(as_bool(mask), num_queries, seen)
+        return count_unpadded(as_bool(mask), num_queries, window, causal)
     if any(part is None for part in (*offsets, *(() if cache is not None else lengths))):
         if not _is_packed_sequence(position_ids, batch):
-            return seen(torch.arange(num_keys - num_queries, num_keys, device=query.device), num_keys)[None]
+            place = torch.arange(num_keys - num_queries, num_keys, device=query.device)
+            return count_range(place, num_keys, window, causal)[None]
         offsets, _ = prepare_fa_kwargs_from_position_ids(position_ids)
-    return _packed(offsets[0], offsets[1], batch * num_queries, seen).view(batch, num_queries)
-
-
-def _unpadded(real_BS, num_queries, seen):
-    """Padding is cut out before the kernel: a window counts real keys only, and a single query sees the last of them."""
-    keys_B1 = real_BS.sum(1, keepdim=True)
-    if num_queries == 1:
-        return seen(keys_B1 - 1, keys_B1)
-    n = seen((real_BS.cumsum(1) - 1)[:, -num_queries:], keys_B1)
-    return torch.where(real_BS[:, -num_queries:], n, 0)
-
-
-def _packed(ends_q, ends_k, num_queries, seen):
-    """Rows are packed queries; those of a document are the last of its keys. Rows outside of all documents see nothing."""
-    ends_q, ends_k = ends_q.long(), ends_k.long()
-    row = torch.arange(num_queries, device=ends_q.device)
-    end = torch.searchsorted(ends_q, row, right=True)
-    inside = (end > 0) & (end < ends_q.numel())
-    end = end.clamp(1, ends_q.numel() - 1)
-    keys = ends_k[end] - ends_k[end - 1]
-    return torch.where(inside, seen(keys - (ends_q[end] - row), keys), 0)
-
-
-def _seen(place, num_keys, window, causal):
-    """Keys that FlashAttention shows to a query which stands at a place (from 0) among its keys."""
-    after = torch.full_like(place, 0 if causal else _ENDLESS if window is None else window - 1)
-    before = torch.full_like(place, _ENDLESS if window is None else window - 1)
-    stop = torch.minimum(place + after + 1, torch.as_tensor(num_keys, device=place.device))
-    return (stop - (place - before).clamp(min=0)).clamp(min=0)
-
-
-_ENDLESS = 2**40
+    return count_packed(offsets[0], offsets[1], batch * num_queries, window, causal).view(batch, num_queries)
 
 
 def _all_keys(query, key):
-    return torch.full((1, query.shape[2]), key.shape[2], device=query.device)
+    return count_plain(query.shape[2], key.shape[2], causal=False, device=query.device)[None]
 
 
 def _vllm(module, query, key, mask, kwargs):
     """vLLM pages its cache, so that the position alone says how many keys there are, however it batches and splits prompts."""
-    positions, window = kwargs.get("position_ids"), kwargs.get("sliding_window")
+    positions = kwargs.get("position_ids")
     kinds = getattr(module.config, "layer_types", None)
     if (
         positions is None
@@ -263,7 +241,7 @@ def _vllm(module, query, key, mask, kwargs):
         or (kinds and "chunked" in kinds[module.layer_idx])
     ):
         raise ValueError("SSMax in vLLM needs causal attention and plain positions, one number for each token")
-    return positions + 1 if window is None else (positions + 1).clamp(max=window)
+    return count_at(positions, kwargs.get("sliding_window"))
 
 
 _RULES: dict[Any, Callable[..., Tensor]] = {

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ssmax.modules import sdpa
 from ssmax.modules.attach import CALLS
-from ssmax.scaling import as_bool
+from ssmax.visible import as_bool
 
 __all__ = ["Site", "discover", "multihead_sites"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
 from ssmax.modules.sdpa import count, hidden_from_scopes
-from ssmax.scaling import as_bool
+from ssmax.visible import as_bool
 
 __all__ = ["attend", "check"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ssmax.scaling import visible_keys
+from ssmax.visible import count_plain, visible_keys
 
 __all__ = ["attend", "count", "hidden_from_scopes", "num_heads"]
 
@@ -56,7 +56,9 @@ def count(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, is_causal
         raise ValueError("SSMax needs padded tensors and a mask; got nested tensors, whose n is not counted")
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if attn_mask is None:
-        return torch.arange(1, num_queries + 1, device=query.device).clamp(max=num_keys) if is_causal else num_keys
+        if not is_causal:
+            return num_keys
+        return count_plain(num_queries, num_keys, causal=True, top_left=True, device=query.device)
     mask = attn_mask.expand(*attn_mask.shape[:-1], num_keys)
     if query.ndim < 4 and mask.ndim > 2:
         mask = mask.unsqueeze(-3)

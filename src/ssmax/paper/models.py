@@ -18,7 +18,8 @@ from ssmax.hf import convert
 from ssmax.hf.layers import language_layers
 from ssmax.nn import SSMaxScale
 from ssmax.paper.recipes import Recipe
-from ssmax.scaling import rows_of, scale_query
+from ssmax.scaling import scale_query
+from ssmax.visible import rows_of
 
 __all__ = ["LearnedLaw", "SwitchedScale", "build_model", "switch_at", "turn_on"]
 

@@ -1,7 +1,8 @@
-"""Writes the numbers of README.md and REPRODUCING.md from a run of tiny: python docs/reproduced.py [runs/tiny].
+"""Writes the numbers of README.md and REPRODUCING.md from runs: python docs/reproduced.py [RUN ...].
 
-With a run's folder its rows become docs/results/tiny.jsonl first. README's figure is drawn from them, and the text between
-the marks <!-- tiny NAME --> and <!-- end --> is replaced, nothing else.
+A run's rows become docs/results/NAME.jsonl first, NAME being that of its folder: runs/tiny is tiny. Then the text between
+the marks <!-- NAME BLOCK --> and <!-- end --> is written from the rows of each name, nothing else. README's figure is
+drawn from the rows of tiny.
 """
 
 import re
@@ -21,7 +22,8 @@ from ssmax.plots.select import FORM_NAMES, NAMES, Spread, by, forms, pick, sprea
 from ssmax.runs.rows import Row, read_rows, write_rows
 
 DOCS = Path(__file__).parent
-ROWS = DOCS / "results" / "tiny.jsonl"
+RESULTS = DOCS / "results"
+PAGES = [DOCS.parent / "README.md", DOCS.parent / "REPRODUCING.md"]
 FRONT = DOCS / "images" / "front.png"
 PICTURE = (
     "![Left: the largest attention weight against the number of keys. Right: loss by position far past the training length]"
@@ -34,7 +36,7 @@ BANDS = ((0, 1), (1, 4), (4, 8), (8, 16), (16, 32))  # of positions, in training
 def take(run: Path) -> None:
     """Copy the rows of a finished run; rows of the formula alone are left out."""
     rows = [row for row in read_rows(run / "rows.jsonl") if row.metric not in ("focus_weight", "max_weight")]
-    write_rows(ROWS, rows)
+    write_rows(RESULTS / f"{run.name}.jsonl", rows)
 
 
 def draw_front(rows: list[Row], length: int) -> None:
@@ -153,41 +155,40 @@ def costs(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def made(rows: list[Row]) -> str:
+def made(rows: list[Row], name: str) -> str:
     """Where the rows come from."""
     p, seeds = rows[-1].provenance, sorted({row.seed for row in rows if row.seed is not None})
     return (
         f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds. Python {p['python']}, torch {p['torch']}, "
-        f"transformers {p['transformers']}, commit {p['commit']}; the rows are in docs/results/tiny.jsonl, corpus {p['corpus'].split()[-1]}."
+        f"transformers {p['transformers']}, commit {p['commit']}; the rows are in docs/results/{name}.jsonl, corpus {p['corpus'].split()[-1]}."
     )
 
 
-def replaced(text: str, name: str, block: str) -> str:
-    pattern = re.compile(rf"(<!-- tiny {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    assert pattern.search(text), f"no block {name}"
-    return pattern.sub(lambda match: match[1] + block + match[2], text)
+MARK = re.compile(r"(<!-- ([\w-]+) (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def blocks(name: str, length: int) -> dict[str, str]:
+    """Everything that a page can show of a run, by its name."""
+    rows = read_rows(RESULTS / f"{name}.jsonl")
+    found = claims([*formula_rows(), *rows], length)
+    return {
+        "figure": PICTURE,
+        "made": made(rows, name),
+        "abstract": abstract(found, "figure"),
+        "claims": all_claims(found),
+        "losses": losses(rows, length),
+        "needles": needles(rows, length),
+        "costs": costs(rows),
+    }
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        take(Path(sys.argv[1]))
-    rows, length = read_rows(ROWS), tiny().train_length
-    found = claims([*formula_rows(), *rows], length)
-    draw_front(rows, length)
-    blocks = {
-        "README.md": {"figure": PICTURE, "abstract": abstract(found, "figure")},
-        "REPRODUCING.md": {
-            "made": made(rows),
-            "abstract": abstract(found, "figure"),
-            "claims": all_claims(found),
-            "losses": losses(rows, length),
-            "needles": needles(rows, length),
-            "costs": costs(rows),
-        },
-    }
-    for file, parts in blocks.items():
-        path = DOCS.parent / file
-        text = path.read_text()
-        for name, block in parts.items():
-            text = replaced(text, name, block)
-        path.write_text(text)
+    for folder in sys.argv[1:]:
+        take(Path(folder))
+    length = tiny().train_length
+    draw_front(read_rows(RESULTS / "tiny.jsonl"), length)
+    texts = {page: page.read_text() for page in PAGES}
+    named = {match[2] for text in texts.values() for match in MARK.finditer(text)}
+    parts = {name: blocks(name, length) for name in named}
+    for page, text in texts.items():
+        page.write_text(MARK.sub(lambda match: match[1] + parts[match[2]][match[3]] + match[4], text))

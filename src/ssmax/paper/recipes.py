@@ -43,7 +43,7 @@ PAPER_TURNS = turns(PAPER_THETA, 1024)  # 0.553: 18 of the 32 frequencies of a h
 
 
 # Fields that 0.1.0 did not have, with what it did: its runs continue.
-LATER = {"theta": PAPER_THETA, "full_turns": PAPER_TURNS}
+LATER = {"theta": PAPER_THETA, "full_turns": PAPER_TURNS, "needle_theta_factors": ()}
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,20 @@ class Recipe:
     warmup_steps: int = _field(50, "Of pretraining.", zero=True)
     weight_decay: float = _field(0.1, "On parameters of rank >= 2 alone.", zero=True)
     checkpoint_steps: int = _field(0, "Steps between checkpoints inside a training; 0 for none.", zero=True)
-    finetune_steps: int = _field(1500, "Of the fine-tuning on needles.")
+    finetune_steps: int = _field(1000, "Of the fine-tuning on needles.")
     count_steps: int = _field(440, "Of the fine-tuning on counting.")
-    finetune_batch_size: int = _field(20, "Examples of a step of fine-tuning.")
+    finetune_batch_size: int = _field(32, "Examples of a step of fine-tuning.")
     finetune_learning_rate: float = _field(1e-3, "Of fine-tuning: linear warm-up, then a cosine to zero.")
     finetune_warmup_steps: int = _field(50, "Of fine-tuning.", zero=True)
-    needle_digits: int = _field(2, "Digits of the needle's number; the paper's is 7.")
+    needle_digits: int = _field(1, "Digits of the needle's number; the paper's is 7.")
     loss_texts: int = _field(24, "Held-out texts for the loss by position.")
     length_factor: int = _field(32, "How far past the training length everything is measured.")
-    theta_factors: tuple[int, ...] = _field((50,), "Of RoPE's theta at test time.")
+    theta_factors: tuple[int, ...] = _field((50,), "Multiply RoPE's theta by these for the loss by position.")
+    needle_theta_factors: tuple[int, ...] = _field(
+        (),
+        "Multiply RoPE's theta by these for needles; figures show the largest. Default: the largest of theta_factors.",
+        empty=True,
+    )
     depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
     trials: int = _field(24, "Needles for each context size and depth, and texts to count in for each size.")
     score_trials: int = _field(60, "Trials of the needle scores.")
@@ -176,6 +181,11 @@ class Recipe:
         return self.theta or (self.train_length / (2 * math.pi)) ** (1 / self.full_turns)
 
     @property
+    def needle_factors(self) -> tuple[int, ...]:
+        """Factors of RoPE's theta under which needles are asked for."""
+        return self.needle_theta_factors or (max(self.theta_factors),)
+
+    @property
     def prepared_tokens(self) -> int:
         """Training tokens that are prepared, with a given tokenizer."""
         return self.corpus_tokens or self.steps * self.batch_size * self.train_length
@@ -208,6 +218,7 @@ def smoke() -> Recipe:
         retrieval=("paper:ab",),
         counting=("paper:ab",),
         seeds=(0,),
+        needle_digits=2,
         hidden_size=32,
         num_layers=2,
         num_heads=2,
@@ -236,7 +247,7 @@ def smoke() -> Recipe:
 
 def tiny() -> Recipe:
     """The paper's own form, all variants, figures 1 to 8, on two CPU cores in a quarter of an hour."""
-    return Recipe(name="tiny")
+    return Recipe(name="tiny", needle_theta_factors=(50, 200))
 
 
 def laptop() -> Recipe:
@@ -251,6 +262,7 @@ def laptop() -> Recipe:
         score_trials=100,
         checkpoint_steps=200,
         theta_factors=(1, 50),
+        needle_theta_factors=(50, 200),
     )
 
 

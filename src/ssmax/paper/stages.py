@@ -63,7 +63,7 @@ def stage_tokens(stage: str, recipe: Recipe) -> int:
         return sum(count_lengths(recipe)) * COUNT_TRIALS * recipe.trials // 3
     # A grid's cells share the text in front of the needle.
     behind = sum(1 - depth for depth in recipe.depths)
-    grid = recipe.trials * (max(recipe.lengths) + round(sum(recipe.lengths) * behind))
+    grid = len(recipe.needle_factors) * recipe.trials * (max(recipe.lengths) + round(sum(recipe.lengths) * behind))
     return (grid + recipe.score_trials * recipe.score_length_factor * recipe.train_length) // 3
 
 
@@ -185,10 +185,11 @@ def _text_rows(job, recipe, losses, factor):
 def _retrieval(job, recipe, corpus, models, progress):
     model = _load(models / job.name / TRAINED["finetune"], recipe)
     task = needle_task(corpus, recipe, corpus.held_out.reshape(-1))
-    factor = max(recipe.theta_factors)
+    factor = max(recipe.needle_factors)
     # Whether a model has learned the task shows under the theta of its training, at the length of its training.
     rows = [] if factor == 1 else _accuracies(model, job, recipe, task, 1, [recipe.train_length], progress)
-    rows += _accuracies(model, job, recipe, task, factor, recipe.lengths, progress)
+    for raised in recipe.needle_factors:
+        rows += _accuracies(model, job, recipe, task, raised, recipe.lengths, progress)
     with rope_theta(model, factor):
         length = recipe.score_length_factor * recipe.train_length
         trials = _trials(model, task, length, 0.5, recipe.score_trials, progress)

@@ -111,7 +111,7 @@ class RunFolder:
             kept = json.loads(self._file.read_bytes())
             made_with = dict(kept.get("versions", {}))
             kept = {
-                **self.recipe.later,
+                **json.loads(json.dumps(self.recipe.later)),
                 **kept["recipe"],
                 "corpus": kept["corpus"],
                 "the corpus's hash": kept["corpus_fingerprint"],

@@ -5,6 +5,7 @@ the marks <!-- NAME BLOCK --> and <!-- end --> is written from the rows of each 
 drawn from the rows of tiny.
 """
 
+import itertools
 import re
 import sys
 from collections import defaultdict
@@ -118,20 +119,20 @@ def losses(rows: list[Row], length: int) -> str:
 
 
 def needles(rows: list[Row], length: int) -> str:
-    cells, factor = pick(rows, "retrieval_accuracy"), raised(rows, "retrieval_accuracy")
+    cells, judged = pick(rows, "retrieval_accuracy"), raised(rows, "retrieval_accuracy")
     sizes = sorted({row.at["length"] for row in cells})
+    factors = sorted({row.at["theta_factor"] for row in cells} - {1}, key=lambda factor: (factor != judged, factor))
     heads = [f"{length} at the trained theta", *(f"{size:,}" for size in sizes)]
-    lines = [f"| needles found, theta × {factor} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for form in forms(cells):
+    lines = [f"| needles found | theta | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for factor, form in itertools.product(factors, forms(cells)):
         for variant in variants(pick(cells, "retrieval_accuracy", form=form)):
             places = [(1, length), *((factor, size) for size in sizes)]
             shares = [
                 by(pick(cells, "retrieval_accuracy", variant, form=form, theta_factor=f, length=size), "seed")
                 for f, size in places
             ]
-            lines.append(
-                f"| ({variant}) {NAMES[variant]}, {FORM_NAMES[form]} | {' | '.join(f'{spread(x):.2f}' for x in shares)} |"
-            )
+            found = " | ".join(f"{spread(x):.2f}" for x in shares)
+            lines.append(f"| ({variant}) {NAMES[variant]}, {FORM_NAMES[form]} | × {factor} | {found} |")
     return "\n".join(lines)
 
 
@@ -167,19 +168,17 @@ def made(rows: list[Row], name: str) -> str:
 MARK = re.compile(r"(<!-- ([\w-]+) (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
-def blocks(name: str, length: int) -> dict[str, str]:
-    """Everything that a page can show of a run, by its name."""
+def block(name: str, kind: str, length: int) -> str:
+    """What a page shows of a run."""
     rows = read_rows(RESULTS / f"{name}.jsonl")
-    found = claims([*formula_rows(), *rows], length)
-    return {
-        "figure": PICTURE,
-        "made": made(rows, name),
-        "abstract": abstract(found, "figure"),
-        "claims": all_claims(found),
-        "losses": losses(rows, length),
-        "needles": needles(rows, length),
-        "costs": costs(rows),
-    }
+    if kind in ("abstract", "claims"):
+        found = claims([*formula_rows(), *rows], length)
+        return abstract(found, "figure") if kind == "abstract" else all_claims(found)
+    if kind == "figure":
+        return PICTURE
+    if kind == "made":
+        return made(rows, name)
+    return costs(rows) if kind == "costs" else {"losses": losses, "needles": needles}[kind](rows, length)
 
 
 if __name__ == "__main__":
@@ -187,8 +186,6 @@ if __name__ == "__main__":
         take(Path(folder))
     length = tiny().train_length
     draw_front(read_rows(RESULTS / "tiny.jsonl"), length)
-    texts = {page: page.read_text() for page in PAGES}
-    named = {match[2] for text in texts.values() for match in MARK.finditer(text)}
-    parts = {name: blocks(name, length) for name in named}
-    for page, text in texts.items():
-        page.write_text(MARK.sub(lambda match: match[1] + parts[match[2]][match[3]] + match[4], text))
+    for page in PAGES:
+        text = page.read_text()
+        page.write_text(MARK.sub(lambda match: match[1] + block(match[2], match[3], length) + match[4], text))

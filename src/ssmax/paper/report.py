@@ -248,7 +248,7 @@ def _method(rows, recipe):
         "Softmax for seven eighths of the steps and SSMax then, in one run.",
         f"Loss by position: up to {texts} held-out texts of {length * recipe['length_factor']:,} tokens, nothing trained at "
         "more than the training length.",
-        f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digits (the paper: 7), "
+        f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digit{'s' * (digits > 1)} (the paper: 7), "
         "hidden in held-out text; the tokenizer holds the sentence's words whole. Fine-tuned with the loss on the answer, on "
         f"contexts that grow up to the training length. Exact match of greedy decoding; "
         f"{recipe['trials']} trials for each cell and seed, the same for all models.",

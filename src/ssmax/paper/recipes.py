@@ -112,7 +112,7 @@ class Recipe:
     warmup_steps: int = _field(50, "Of pretraining.", zero=True)
     weight_decay: float = _field(0.1, "On parameters of rank >= 2 alone.", zero=True)
     checkpoint_steps: int = _field(0, "Steps between checkpoints inside a training; 0 for none.", zero=True)
-    finetune_steps: int = _field(1000, "Of the fine-tuning on needles.")
+    finetune_steps: int = _field(800, "Of the fine-tuning on needles.")
     count_steps: int = _field(440, "Of the fine-tuning on counting.")
     finetune_batch_size: int = _field(32, "Examples of a step of fine-tuning.")
     finetune_learning_rate: float = _field(1e-3, "Of fine-tuning: linear warm-up, then a cosine to zero.")
@@ -127,7 +127,7 @@ class Recipe:
         empty=True,
     )
     depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
-    trials: int = _field(24, "Needles for each context size and depth, and texts to count in for each size.")
+    trials: int = _field(16, "Needles for each context size and depth, and texts to count in for each size.")
     score_trials: int = _field(60, "Trials of the needle scores.")
     score_length_factor: int = _field(32, "Context of the needle scores, in training lengths.")
     corpus_bytes: int = _field(64_000_000, "How much text is read, where it is held in memory.")

@@ -136,7 +136,9 @@ def calibrate(
     fit_pieces, held_pieces = _split(texts, held_out, tokenizer, tokens)
     was_converted = hasattr(model.config, "ssmax")
     if was_converted and not any(isinstance(module, SSMaxScale) for module in model.modules()):
-        raise ValueError(f"the model has law {model.config.ssmax['law']!r}, which learns nothing")
+        law = model.config.ssmax["law"]
+        fits = "is trained as a whole; calibrate fits s log n + b" if scale_parameters(model) else "learns nothing"
+        raise ValueError(f"the model has law {law!r}, which {fits}")
     if any(parameter.is_meta for parameter in scale_parameters(model)):
         raise ValueError("the model's s is offloaded, or on the meta device; load it whole to calibrate it")
     options: list[Any] = [(init, layers) for init in inits for layers in layer_sets]

@@ -21,7 +21,6 @@ from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.hf.portable.card import write_card
-from ssmax.nn import SSMaxScale
 from ssmax.runs.files import written_whole
 from ssmax.runs.rows import Row, write_atomically
 
@@ -104,7 +103,7 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
         return lines
     rows = _scale_rows(model, Path(source).name)
     if not rows:
-        raise UserError(f"{source} has no learned s; there is nothing to draw")
+        raise UserError(f"{source} learns no number for each head, such as s; there is nothing to draw")
     from ssmax.paper.figures import scales  # loads matplotlib
 
     write_atomically(figure, scales(rows, figure.suffix[1:]))
@@ -120,7 +119,9 @@ def _describe(model):
         return [*lines, "not converted: plain softmax"]
     started = f"init {recipe['init']}" if "init" in recipe else _words(recipe["parameters"])
     lines.append(f"law {recipe['law']}, {started}, converted by ssmax {recipe['version']}")
-    lines.append(f"{'layer':>5}  {'kind':<18} s of each head" + (" / b of each head" if recipe.get("bias") else ""))
+    scales = [layer.module.ssmax for layer in layers.values() if hasattr(layer.module, "ssmax")]
+    names = " / ".join(f"{name} of each head" for name in scales[0].learned) if scales else ""
+    lines.append(f"{'layer':>5}  {'kind':<18} {names or 'scale'}")
     for index, layer in sorted(layers.items()):
         lines.append(f"{index:>5}  {layer.kind:<18} {_scale_words(getattr(layer.module, 'ssmax', None))}")
     return lines
@@ -130,8 +131,8 @@ def _scale_rows(model: PreTrainedModel, name: str) -> list[Row]:
     rows = []
     for index, layer in sorted(_layers(model).items()):
         scale = getattr(layer.module, "ssmax", None)
-        for metric, values in (("s", getattr(scale, "s", None)), ("b", getattr(scale, "b", None))):
-            for head, value in enumerate([] if values is None else values.tolist()):
+        for metric, values in ({} if scale is None else scale.learned).items():
+            for head, value in enumerate(values.tolist()):
                 rows.append(Row(metric, name, None, {"layer": index, "head": head}, value, 1))
     return rows
 
@@ -139,10 +140,9 @@ def _scale_rows(model: PreTrainedModel, name: str) -> list[Row]:
 def _scale_words(scale):
     if scale is None:
         return "softmax"
-    if not isinstance(scale, SSMaxScale):
-        return str(scale)
-    parts = (scale.s, scale.b)
-    return " / ".join(" ".join(f"{x:.4f}" for x in part.tolist()) for part in parts if part is not None)
+    if not scale.learned:
+        return f"{type(scale).__name__}({scale.extra_repr()})"
+    return " / ".join(" ".join(f"{x:.4f}" for x in part.tolist()) for part in scale.learned.values())
 
 
 def _words(parameters):

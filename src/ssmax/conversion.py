@@ -48,9 +48,11 @@ def convert(
         layers: which attention to convert: names as in named_modules, cross attention included; default all self-attention
             (of transformers models that which attends in full). Of decoder-only language models indices too, and without
             names the language model alone is converted, not a vision or audio tower.
-        law: for transformers models: "ssmax", or one of ssmax.laws that has nothing to learn: "ssmax-fixed" (log n),
-            "qwen-1", "yarn", "llama-4", "ministral-3"; then init and bias have no meaning.
-        law_parameters: of such a law; the training length defaults to train_length or the config's.
+        law: for transformers models: "ssmax", or another of ssmax.laws, for which init and bias have no meaning. Learned are
+            "ssmax-power" (s (log n)^gamma), "query-aware" (TabICLv2's) and "temperature" (a control without n), fixed
+            "ssmax-fixed" (log n), "qwen-1", "yarn", "llama-4" and "ministral-3". docs/laws.md says which to use.
+        law_parameters: of such a law; what is learned starts there. The training length defaults to train_length or the
+            config's, s to matched_scale of it.
         example: for other modules: the positional inputs of one forward, a tuple, or its keyword inputs, a dict. The
             forward runs on a copy in eval mode and leaves no trace. Only what runs in it is found.
         cross: convert cross attention too. In an example that is attention whose keys are not made from the input that its

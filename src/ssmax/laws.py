@@ -1,6 +1,7 @@
 """The laws of n in use: what multiplies the logits, as a function of n or of the position. No backend knows them.
 
-Each is m in softmax(m z). Fold it into the query: ssmax.scaling.scale_query(query, m).
+Each is m in softmax(m z). Fold it into the query: ssmax.scaling.scale_query(query, m). Modules that do so are
+QueryScales; make_scale makes the one of a law.
 """
 
 import math
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmax.arguments import whole_number
+from ssmax.query_scale import QueryAwareScale, QueryScale, is_number, own_part
 from ssmax.scaling import scale_query
 from ssmax.visible import rows_of
 
-__all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale"]
+__all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale", "make_scale"]
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,19 @@ class Law:
 
     Attributes:
         formula: in words of mathematics; n visible keys, p = 0-based position in the document.
-        of: "n" or "p", what the function wants.
+        of: "n" or "p", what the function wants; "query" where m depends on the query as well.
         source: where it is used.
+        function: (x in float32 or float64, parameters) -> m; for "query" its class of QueryScale.
         defaults: its parameters at the values of that source; those that are learned start there.
-        function: (x in float32 or float64, parameters) -> m.
+        learned: those of them that a LawScale learns, one number for each head; SSMaxScale learns s and b.
     """
 
     formula: str
     of: str
     source: str
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    learned: tuple[str, ...] = ()
 
     def __call__(self, x: Tensor, **parameters: Any) -> Tensor:
         """Return m for n or p of any shape, float32 (float64 for float64).
@@ -43,8 +48,16 @@ class Law:
             parameters: some of `defaults`, numbers or tensors that broadcast against x.
 
         Raises:
-            ValueError: an unknown parameter, or one that is needed and has no default.
+            ValueError: an unknown parameter, one that is needed and has no default, or a law of the query.
         """
+        if self.of == "query":
+            raise ValueError(f"the law {self.formula!r} depends on the query; use its module, {self.function.__name__}")
+        chosen = self.chosen(parameters)
+        wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return self.function(wide.clamp(min=1) if self.of == "n" else wide, **chosen)
+
+    def chosen(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all parameters of the law, the given ones and the defaults of the others; ValueError as in a call."""
         unknown = set(parameters) - set(self.defaults)
         chosen = {**self.defaults, **parameters}
         missing = [name for name, value in chosen.items() if value is None]
@@ -53,8 +66,7 @@ class Law:
                 f"the law {self.formula!r} takes {', '.join(self.defaults) or 'no parameters'}; "
                 f"got {', '.join(sorted(unknown)) or 'nothing'} too much, {', '.join(missing) or 'nothing'} missing"
             )
-        wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return self.function(wide.clamp(min=1) if self.of == "n" else wide, **chosen)
+        return chosen
 
 
 def _ssmax(n, s, b):
@@ -77,6 +89,67 @@ def _yarn(n, factor):
     return torch.full_like(n, (0.1 * math.log(factor) + 1) ** 2)
 
 
+def _power(n, s, gamma):
+    log_n = n.log()
+    # One key: m = 0, for which gamma has no gradient. 0 ** gamma has an infinite one, or is infinite itself.
+    several = log_n > 0
+    return torch.where(several, s * torch.where(several, log_n, 1.0) ** gamma, 0.0)
+
+
+def _temperature(n, t):
+    return t * torch.ones_like(n)
+
+
+class LawScale(QueryScale):
+    """Multiply each query by a law of n. What the law learns is a parameter of its name, a number for each head.
+
+    A law of the position p gets p = n - 1: right for causal attention in full, padded or packed, not for windows.
+
+    Args:
+        law: a name in LAWS, not one of the query.
+        num_heads: query heads, H; only a law that learns something needs it.
+        parameters: as the law takes them; finite numbers. Those that are learned start there.
+
+    Raises:
+        ValueError: an unknown law, or parameters that do not fit it.
+    """
+
+    def __init__(self, law: str, num_heads: int | None = None, **parameters: float):
+        super().__init__()
+        if law not in LAWS:
+            raise ValueError(f"law must be one of {', '.join(LAWS)}, got {law!r}")
+        self.law, self.fixed = law, LAWS[law].chosen(parameters)
+        odd = [name for name, value in self.fixed.items() if not is_number(value)]
+        if odd:
+            raise ValueError(f"law {law!r} takes finite numbers, got {odd[0]} = {self.fixed[odd[0]]!r}")
+        LAWS[law](torch.ones(1), **parameters)
+        self.starts = {name: float(self.fixed.pop(name)) for name in LAWS[law].learned}
+        for name in self.starts:
+            heads = whole_number(num_heads, "num_heads", 1)
+            self.register_parameter(name, nn.Parameter(torch.empty(heads, dtype=torch.float32)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set what is learned to its starting values."""
+        for name, parameter in self.named_parameters():
+            nn.init.constant_(parameter, self.starts[name])
+
+    def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
+        """Return the scaled query in query's dtype, rounded once; arguments as SSMaxScale's, log_n is not used."""
+        law, n_BHN = LAWS[self.law], rows_of(n, query)
+        learned_H1 = {name: own_part(parameter).view(-1, 1) for name, parameter in self.named_parameters()}
+        if learned_H1:
+            self.check_query(query, len(next(iter(learned_H1.values()))))
+        x = n_BHN if law.of == "n" else (n_BHN - 1).clamp(min=0)
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        m = law(x.to(wide), **self.fixed, **learned_H1)
+        return scale_query(query, m.expand(-1, -1, query.shape[2]))
+
+    def extra_repr(self) -> str:
+        """Describe the module in one line."""
+        return f"{self.law}: {LAWS[self.law].formula}"
+
+
 LAWS: dict[str, Law] = {
     "softmax": Law("1", "n", "the plain Transformer", torch.ones_like),
     "ssmax": Law("s log n + b", "n", "arXiv 2501.19399, (b) and (d)", _ssmax, {"s": None, "b": 0.0}),
@@ -97,79 +170,32 @@ LAWS: dict[str, Law] = {
         _yarn,
         {"factor": None},
     ),
+    "ssmax-power": Law(
+        "s (log n)^gamma", "n", "s log n with a free exponent", _power, {"s": None, "gamma": 1.0}, ("s", "gamma")
+    ),
+    "query-aware": Law(
+        "MLP(log n) (1 + tanh(MLP(q)))",
+        "query",
+        "TabICLv2, which multiplies each component of the query by its own number",
+        QueryAwareScale,
+        {"s": None, "b": 0.0, "hidden_size": 64},
+    ),
+    "temperature": Law("t", "n", "a control: a learned temperature without n", _temperature, {"t": 1.0}, ("t",)),
 }
 
 
-class LawScale(nn.Module):
-    """Multiply each query by a law of n that has nothing to learn; it holds no parameters and no buffers.
-
-    A law of the position p gets p = n - 1: right for causal attention in full, padded or packed, not for windows.
+def make_scale(law: str, num_heads: int, head_size: int, **parameters: float) -> QueryScale:
+    """Return the module of a law for one attention layer.
 
     Args:
         law: a name in LAWS.
-        parameters: as the law takes them; numbers.
+        num_heads: query heads, H.
+        head_size: D.
+        parameters: as the law takes them.
 
     Raises:
         ValueError: an unknown law, or parameters that do not fit it.
     """
-
-    def __init__(self, law: str, **parameters: float):
-        super().__init__()
-        if law not in LAWS:
-            raise ValueError(f"law must be one of {', '.join(LAWS)}, got {law!r}")
-        self.law, self.parameters_of_law = law, parameters
-        LAWS[law](torch.ones(1), **parameters)
-
-    def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
-        """Return the scaled query in query's dtype, rounded once; arguments as SSMaxScale's, log_n is not used."""
-        law, n_BHN = LAWS[self.law], rows_of(n, query)
-        x = n_BHN if law.of == "n" else (n_BHN - 1).clamp(min=0)
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        return scale_query(query, law(x.to(wide), **self.parameters_of_law).expand(-1, -1, query.shape[2]))
-
-    def extra_repr(self) -> str:
-        """Describe the module in one line."""
-        return f"{self.law}: {LAWS[self.law].formula}"
-
-
-class QueryAwareScale(nn.Module):
-    """TabICLv2's law: each component of the query is multiplied by MLP(log n) (1 + tanh(MLP(q))).
-
-    Both networks have one hidden layer with GELU. The second one's last layer starts at zero, so that training starts
-    from a law of n alone.
-
-    Args:
-        num_heads: query heads, H.
-        head_size: D.
-        hidden_size: of both networks.
-    """
-
-    def __init__(self, num_heads: int, head_size: int, hidden_size: int = 64):
-        super().__init__()
-        self.num_heads, self.head_size = num_heads, head_size
-        self.of_n = nn.Sequential(nn.Linear(1, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_heads * head_size))
-        self.of_query = nn.Sequential(nn.Linear(head_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, head_size))
-        last: Any = self.of_query[-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-
-    def forward(self, query: Tensor, n: Tensor) -> Tensor:
-        """Return the scaled query, (B, H, N, D) in its own dtype; n is (N,) or (B or 1, N).
-
-        Raises:
-            ValueError: a query or n of another shape.
-        """
-        if query.ndim != 4 or (query.shape[1], query.shape[3]) != (self.num_heads, self.head_size):
-            raise ValueError(f"query must be (B, {self.num_heads}, N, {self.head_size}), got {tuple(query.shape)}")
-        n_BN = torch.atleast_2d(torch.as_tensor(n, device=query.device))
-        if (
-            n_BN.ndim != 2
-            or (n_BN.shape[0] != 1 and n_BN.shape[0] != query.shape[0])
-            or n_BN.shape[1] != query.shape[2]
-        ):
-            raise ValueError(f"n must be (N,) or (B, N) with N = {query.shape[2]}, got {tuple(n_BN.shape)}")
-        weight: Any = self.of_n[0].weight
-        log_n = n_BN.clamp(min=1).to(torch.float32).log()[..., None].to(weight.dtype)
-        base = self.of_n(log_n).unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
-        gate = 1 + torch.tanh(self.of_query(query.to(weight.dtype)))
-        return (query * (base * gate)).to(query.dtype)
+    if law in LAWS and LAWS[law].of == "query":
+        return LAWS[law].function(num_heads, head_size, **LAWS[law].chosen(parameters))
+    return LawScale(law, num_heads, **parameters)

@@ -1,13 +1,13 @@
 """SSMaxScale: the learned s and b of one attention layer, applied to its query."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssmax.arguments import whole_number
+from ssmax.query_scale import QueryScale, own_part
 from ssmax.scaling import log_visible, matched_scale
 from ssmax.visible import rows_of
 
@@ -39,7 +39,7 @@ def starting_values(init: str | float, bias: bool | None, train_length: int | No
     return {"s": float(init), "b": 0.0, "bias": learned}
 
 
-class SSMaxScale(nn.Module):
+class SSMaxScale(QueryScale):
     """Multiply each query by s log n + b, s and b learned per head (Eq. 2 of arXiv 2501.19399).
 
     s and b are float32 parameters of shape (H,) and stay float32 through .to(bfloat16), .half() and autocast, since a
@@ -57,6 +57,8 @@ class SSMaxScale(nn.Module):
         weight: s, (H,), or (1,) where shared. Not to be weight-decayed: the paper decays matrices only.
         bias: b, (H,), or None.
     """
+
+    law = "ssmax"
 
     def __init__(
         self, num_heads: int, s: float = matched_scale(1024), bias: bool = False, b: float = 0.0, shared: bool = False
@@ -89,6 +91,11 @@ class SSMaxScale(nn.Module):
         """The bias, (H,): the parameter named bias, or None."""
         return self.bias
 
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """s, and b where it is learned."""
+        return {"s": self.weight} | ({} if self.bias is None else {"b": self.bias})
+
     def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
         """Return the scaled query in query's dtype, rounded once.
 
@@ -100,54 +107,22 @@ class SSMaxScale(nn.Module):
         Raises:
             ValueError: the query has another number of heads, or n does not fit it.
         """
-        weight, bias = _own(self.weight), _own(self.bias)
-        heads = self.num_heads if weight.shape[0] == 1 else weight.shape[0]
-        if query.ndim != 4 or query.shape[1] != heads:
-            raise ValueError(
-                f"query must be (B, {heads} heads, N, D), got shape {tuple(query.shape)}; under tensor parallelism load a "
-                "converted checkpoint with tp_plan='auto', which shards s and b as well"
-            )
-        if not query.is_floating_point():
-            raise TypeError(f"query must be floating point, got {query.dtype}")
+        weight, bias = own_part(self.weight), own_part(self.bias)
+        self.check_query(query, self.num_heads if self.weight.shape[0] == 1 else weight.shape[0])
         # A decode step feels each small operation: view, not indexing, and no conversion that changes nothing.
         m_BHN1 = weight.view(-1, 1, 1) * (log_visible(rows_of(n, query), query) if log_n is None else log_n)
         scaled = query * (m_BHN1 if bias is None else m_BHN1 + bias.view(-1, 1, 1))
         return scaled if scaled.dtype == query.dtype else scaled.to(query.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMaxScale":
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if not moved.is_floating_point() or moved.dtype in (torch.float32, torch.float64):
-                return moved
-            return tensor.to(moved.device, torch.float32)
-
-        without_values = self.weight.is_meta
-        applied = super()._apply(keep_precision, recurse)
-        if without_values and not self.weight.is_meta:  # to_empty: whatever loads nothing afterwards finds the start
-            self.reset_parameters()
-        return applied
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # pyrefly: ignore[bad-override]
-        for name in ("weight", "bias"):  # assign=True would take another dtype as it comes
-            saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(saved, Tensor) and saved.is_floating_point() and own is not None:
-                state_dict[prefix + name] = saved.to(own.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Describe the module in one line."""
         return f"num_heads={self.num_heads}, bias={self.bias is not None}"
 
 
-def _own(parameter: Any) -> Any:
-    """Return this rank's part of a parameter that tensor parallelism shards by heads."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
 def parameter_groups(
     module: nn.Module, lr: float, weight_decay: float, ssmax_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return the groups of a torch optimizer: matrices, vectors, and the scales s and b, which are never decayed.
+    """Return the groups of a torch optimizer: matrices, vectors, and the scales (s and b), which are never decayed.
 
     Only matrices (rank >= 2) are decayed, as in the paper (Table 2 of arXiv 2501.19399). Parameters that do not learn
     are left out.
@@ -161,7 +136,7 @@ def parameter_groups(
     Example:
         >>> optimizer = torch.optim.AdamW(ssmax.parameter_groups(model, lr=1e-3, weight_decay=0.1))
     """
-    scales = {id(p) for m in module.modules() if isinstance(m, SSMaxScale) for p in m.parameters()}
+    scales = {id(p) for m in module.modules() if isinstance(m, QueryScale) for p in m.parameters()}
     learned = [p for p in module.parameters() if p.requires_grad]
     others = [p for p in learned if id(p) not in scales]
     groups = [

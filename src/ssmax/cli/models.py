@@ -98,8 +98,8 @@ class Convert:
     law: Annotated[
         str,
         tyro.conf.arg(
-            help="ssmax: s log n, learned. Or a law without anything to learn: ssmax-fixed (log n), qwen-1, yarn, llama-4, "
-            "ministral-3; see ssmax.laws."
+            help="ssmax: s log n, learned. Other learned laws: ssmax-power, query-aware, temperature. Fixed laws: ssmax-fixed "
+            "(log n), qwen-1, yarn, llama-4, ministral-3. See docs/laws.md."
         ),
     ] = "ssmax"
     law_parameters: Annotated[

@@ -32,8 +32,9 @@ from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.portable.card import CARD, keep_card, write_card
 from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
 from ssmax.hf.visibility import forward_scope
-from ssmax.laws import LawScale
+from ssmax.laws import QueryAwareScale, make_scale
 from ssmax.nn import SSMaxScale
+from ssmax.query_scale import QueryScale
 from ssmax.versions import __version__
 
 __all__ = ["attach", "config_class", "model_class", "register", "softmax_class"]
@@ -65,8 +66,9 @@ class SSMaxModel(PreTrainedModel):
         shard_by_heads(self)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, SSMaxScale):
-            module.reset_parameters()
+        if isinstance(module, QueryScale):
+            if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+                module.reset_parameters()
         else:
             super()._init_weights(module)
 
@@ -233,6 +235,10 @@ def refuse_split_heads(model: PreTrainedModel) -> None:
     heads = {layer.heads for layer in layers_of(model, model.config.ssmax["layers"]).values()} if ranks > 1 else set()
     heads.add(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or ranks)
     uneven = sorted(n for n in heads if n % ranks)
+    if ranks > 1 and any(isinstance(module.ssmax, QueryAwareScale) for _, module in _carriers(model)):
+        raise ValueError(
+            "tensor parallelism splits heads, which the networks of law 'query-aware' share; load it on one rank"
+        )
     if uneven:
         raise ValueError(f"tensor parallelism over {ranks} ranks needs heads that they share evenly, got {uneven}")
 
@@ -244,14 +250,15 @@ def shard_by_heads(model: PreTrainedModel) -> None:
         scale = getattr(module, "ssmax", None)
         prefix = re.sub(r"\.\d+(?=\.|$)", ".*", name)
         styles = {plan.get(f"{prefix}.{child}") for child, _ in module.named_children()}
-        if isinstance(scale, SSMaxScale) and styles & {"colwise", "packed_colwise"}:
-            plan.update({f"{prefix}.ssmax.{part}": "colwise" for part, _ in scale.named_parameters()})
+        if isinstance(scale, QueryScale) and styles & {"colwise", "packed_colwise"}:
+            plan.update({f"{prefix}.ssmax.{part}": "colwise" for part, _ in scale.named_parameters(recurse=False)})
 
 
 def _scale(model, recipe, layer):
-    if "s" not in recipe:
-        return LawScale(recipe["law"], **recipe["parameters"])
-    scale = SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
+    if "s" in recipe:
+        scale: QueryScale = SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
+    else:
+        scale = make_scale(recipe["law"], layer.heads, layer.head_size, **recipe["parameters"])
     scale.to_empty(device=computing_device(layer.module, model))
     scale.reset_parameters()
     return scale

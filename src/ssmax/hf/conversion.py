@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ssmax.hf.checkpoint import attach, auto_map, config_class, model_class, softmax_class
 from ssmax.hf.layers import FULL, language_layers, layers_of, named_layers, part_by_hand, refuse_own_law
 from ssmax.hf.refusals import carries_scales
-from ssmax.laws import LAWS, LawScale
+from ssmax.laws import LAWS, make_scale
 from ssmax.modules.whole import whole_or_not_at_all
 from ssmax.nn import starting_values
 from ssmax.versions import __version__
@@ -40,10 +40,12 @@ def convert(
         layers: of a decoder-only language model indices of its layers, whatever their kind; default every layer that attends in
             full. Names of attention modules, as in named_modules, of any model and any part of it, such as a vision tower. An
             encoder or encoder-decoder is converted by name, default all self-attention that attends in full.
-        law: "ssmax", or one of ssmax.laws that has nothing to learn: "ssmax-fixed" (log n), "qwen-1", "yarn", "llama-4",
-            "ministral-3"; then init and bias have no meaning. The last two are laws of the position and do not go into
-            windowed layers. The learned laws of production are "ssmax" too: OLMo's is init=1.0, Mistral Large 4's "identity".
-        law_parameters: of such a law; the training length defaults to train_length or the config's.
+        law: "ssmax", or another of ssmax.laws, for which init and bias have no meaning. Learned are "ssmax-power"
+            (s (log n)^gamma), "query-aware" (TabICLv2's) and "temperature" (a control without n), fixed "ssmax-fixed" (log n),
+            "qwen-1", "yarn", "llama-4" and "ministral-3". The last two are laws of the position and do not go into windowed
+            layers. The learned laws of production are "ssmax" too: OLMo's is init=1.0, Mistral Large 4's "identity".
+        law_parameters: of such a law; what is learned starts there. The training length defaults to train_length or the
+            config's, s to matched_scale of it.
         cross: convert cross attention too; its n are the encoder's real keys.
 
     Returns:
@@ -75,7 +77,8 @@ def convert(
         recipe = {"law": "s log n + b" if values["bias"] else "s log n", "init": init, **values}
     else:
         if init != "matched" or bias is not None:
-            raise ValueError(f"law {law!r} learns nothing; init and bias belong to law 'ssmax'")
+            instead = "starts from law_parameters" if law in LEARNED_LAWS else "learns nothing"
+            raise ValueError(f"law {law!r} {instead}; init and bias belong to law 'ssmax'")
         kinds = [available[key].kind if isinstance(key, int) else "named" for key in chosen]
         recipe = {"law": law, "parameters": _law_parameters(law, law_parameters or {}, kinds, train_length, config)}
     recipe |= {"layers": chosen, "version": __version__}
@@ -140,13 +143,15 @@ def _train_length(given, config):
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if given is None else given
 
 
-FIXED_LAWS = ("ssmax-fixed", "qwen-1", "yarn", "llama-4", "ministral-3")
+# A model of softmax is not converted; the other two are law ssmax with an init of their own.
+CONVERTED_LAWS = tuple(name for name in LAWS if name not in ("softmax", "mistral-large-4", "olmo"))
+LEARNED_LAWS = tuple(name for name in CONVERTED_LAWS if LAWS[name].learned or LAWS[name].of == "query")
 
 
 def _law_parameters(law, given, kinds, train_length, config):
-    """All parameters of a fixed law, those of the training length from the config; ValueError where one is missing."""
-    if law not in FIXED_LAWS:
-        raise ValueError(f"law must be ssmax, {', '.join(FIXED_LAWS)}; got {law!r}")
+    """All parameters of a law, those of the training length from the config; ValueError where one is missing."""
+    if law not in CONVERTED_LAWS:
+        raise ValueError(f"law must be {', '.join(CONVERTED_LAWS)}; got {law!r}")
     if LAWS[law].of == "p" and set(kinds) != {FULL}:
         raise ValueError(
             f"law {law!r} is one of the position, which a windowed layer does not know, nor one that sees later keys; leave those out"
@@ -155,7 +160,9 @@ def _law_parameters(law, given, kinds, train_length, config):
     length = _train_length(train_length, config)
     parameters |= {name: length for name in ("train_length", "length") if name in parameters and length is not None}
     parameters |= given
-    LawScale(law, **parameters)
+    if "s" in parameters and parameters["s"] is None:
+        parameters["s"] = starting_values("matched", None, length)["s"]
+    make_scale(law, 1, 1, **parameters)  # raises where they do not fit
     return parameters
 
 

@@ -9,6 +9,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ssmax.backends import reference
 from ssmax.hf.visibility import kernel_visible_keys, sees_what_it_is_handed
+from ssmax.query_scale import QueryAwareScale
 
 __all__ = ["install"]
 
@@ -26,6 +27,10 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
             raise ValueError(
                 f"attention implementation {implementation!r} applies the softcap to scaled queries, which is not SSMax; "
                 "use model.set_attn_implementation('eager')"
+            )
+        if isinstance(scale, QueryAwareScale):
+            raise ValueError(
+                "law 'query-aware' multiplies components of the query, which cannot come after a softcap; use 'ssmax'"
             )
         return _softcapped(scale, n, query, key, value, attention_mask, **kwargs)
     return attend(module, scale(query, n, log_n), key, value, attention_mask, *args, **kwargs)

@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import language_layers
-from ssmax.laws import LawScale
 from ssmax.modules.whole import scale_parameters, whole_or_not_at_all
+from ssmax.nn import SSMaxScale
 
 __all__ = ["fold"]
 
@@ -60,8 +60,8 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
 
 def _obstacle(layer):
     module = layer.module
-    if isinstance(module.ssmax, LawScale):
-        return f"law {module.ssmax.law} has no s"
+    if not isinstance(module.ssmax, SSMaxScale):
+        return f"law {module.ssmax.law} has no s that a projection could take"
     if module.ssmax.b is not None:
         return "it has a bias b"
     if type(getattr(module, "q_proj", None)) is not nn.Linear:

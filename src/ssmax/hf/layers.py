@@ -44,6 +44,14 @@ class Layer:
     kind: str
     cross: bool = False
 
+    @property
+    def head_size(self) -> int:
+        """Components of a query, as the module says it; 0 where it does not, which no query has."""
+        sizes = (
+            getattr(self.module, name, None) for name in ("qk_head_dim", "head_dim", "attention_head_size", "head_size")
+        )
+        return next((size for size in sizes if isinstance(size, int)), 0)
+
 
 def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
     """Return the self-attention layers of the language model by layer index; cross and vision layers are not among them.

@@ -1,4 +1,4 @@
-"""FSDP of s and b: a group of their own, since they are float32 and a group has one dtype."""
+"""FSDP of the scales (s and b): a group of their own, since they are float32 and a group has one dtype."""
 
 import functools
 import inspect
@@ -8,13 +8,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from ssmax.nn import SSMaxScale
+from ssmax.query_scale import QueryScale
 
 __all__ = ["install"]
 
 
 def install() -> None:
-    """Let FSDP2 (fully_shard) and FSDP1 shard each SSMaxScale apart from the layer that holds it, once.
+    """Let FSDP2 (fully_shard) and FSDP1 shard each QueryScale apart from the layer that holds it, once.
 
     Classes are changed and no functions, so that it holds for whoever has imported fully_shard before.
     """
@@ -39,14 +39,18 @@ def _before_init(kind: Any, change) -> None:
 
 
 def _scales(modules):
-    """Return (owner, name, scale) of each SSMaxScale with parameters below these modules, which themselves are none."""
+    """Return (owner, name, scale) of each QueryScale with parameters below these modules, which themselves are none."""
     return [
         (owner, name, child)
         for module in modules
         for owner in module.modules()
         for name, child in owner.named_children()
-        if isinstance(child, SSMaxScale)
+        if isinstance(child, QueryScale) and next(child.parameters(), None) is not None
     ]
+
+
+def _dtype(scale):
+    return next(scale.parameters()).dtype
 
 
 def _apart_in_fsdp2(arguments: dict[str, Any]) -> None:
@@ -55,12 +59,12 @@ def _apart_in_fsdp2(arguments: dict[str, Any]) -> None:
     for _, _, scale in _scales(arguments["modules"]):
         own = [id(p) for p in scale.parameters() if id(p) in params]
         others = {p.dtype for p in arguments["params"] if id(p) not in own}
-        if not own or (others <= {scale.weight.dtype} and narrow in (None, scale.weight.dtype)):
+        if not own or (others <= {_dtype(scale)} and narrow in (None, _dtype(scale))):
             continue
         fully_shard(
             scale,
             mesh=arguments["mesh_info"].mesh,
-            # The query keeps its dtype, s is not cast: SSMaxScale multiplies in float32 and rounds once.
+            # The query keeps its dtype, s is not cast: a scale multiplies in float32 and rounds once.
             mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
             offload_policy=arguments["offload_policy"],
         )
@@ -69,11 +73,11 @@ def _apart_in_fsdp2(arguments: dict[str, Any]) -> None:
 
 def _apart_in_fsdp1(arguments: dict[str, Any]) -> None:
     module: nn.Module = arguments["module"]
-    if isinstance(module, SSMaxScale) or arguments.get("auto_wrap_policy") is not None:
+    if isinstance(module, QueryScale) or arguments.get("auto_wrap_policy") is not None:
         return  # a policy makes an FSDP of each layer, which comes here again
     options = {k: v for k, v in arguments.items() if k not in ("self", "module", "auto_wrap_policy", "mixed_precision")}
     for owner, name, scale in _scales([module]):
         others = {p.dtype for p in module.parameters() if not any(p is own for own in scale.parameters())}
-        if others <= {scale.weight.dtype} and arguments.get("mixed_precision") is None:
+        if others <= {_dtype(scale)} and arguments.get("mixed_precision") is None:
             continue
         setattr(owner, name, FullyShardedDataParallel(scale, **options))

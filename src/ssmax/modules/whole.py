@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ssmax.nn import SSMaxScale
+from ssmax.query_scale import QueryScale
 
 __all__ = ["scale_parameters", "whole_or_not_at_all"]
 
@@ -15,9 +15,9 @@ Change = TypeVar("Change", bound=Callable[..., Any])
 
 
 def scale_parameters(model: nn.Module) -> list[Tensor]:
-    """Return s and b of all layers."""
+    """Return what the scales of all layers learn, such as s and b."""
     return [
-        parameter for module in model.modules() if isinstance(module, SSMaxScale) for parameter in module.parameters()
+        parameter for module in model.modules() if isinstance(module, QueryScale) for parameter in module.parameters()
     ]
 
 

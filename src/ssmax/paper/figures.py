@@ -34,8 +34,8 @@ def drawable(rows: Sequence[Row]) -> list[int | str]:
 
 
 def scales(rows: Sequence[Row], kind: str) -> bytes:
-    """Draw s (and b) of each layer and head of a model as an image, kind "png" or "svg"."""
-    metrics = sorted({row.metric for row in rows}, reverse=True)
+    """Draw s and whatever else is learned of each layer and head of a model as an image, kind "png" or "svg"."""
+    metrics = list(dict.fromkeys(row.metric for row in rows))
     with matplotlib.rc_context(STYLE):
         heads = 1 + max(row.at["head"] for row in rows)
         layers = sorted({row.at["layer"] for row in rows})
@@ -52,7 +52,7 @@ def scales(rows: Sequence[Row], kind: str) -> bytes:
             axis.set(title=f"{metric}: mean {np.nanmean(grid):.4f}", xlabel="head", ylabel="layer")
             axis.grid(False)
         name = rows[0].variant.replace("$", r"\$")  # a folder's name is no formula
-        title(figure, f"{name}: multiplier s log n{' + b' if 'b' in metrics else ''} of each head")
+        title(figure, f"{name}: {' and '.join(metrics)} of each head")
         content = io.BytesIO()
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()

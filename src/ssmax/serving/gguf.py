@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ssmax.errors import UserError
 from ssmax.hf.layers import FULL, language_layers
 from ssmax.hf.loading import load_model
-from ssmax.laws import LawScale
+from ssmax.nn import SSMaxScale
 from ssmax.serving.gguf_tokenizer import add_tokenizer
 from ssmax.versions import INSTALL
 
@@ -123,7 +123,7 @@ def _scales(model: PreTrainedModel) -> list[Tensor]:
 def _refused(scale):
     if scale is None:
         return "is not converted, and the law is one for all layers; convert all of them"
-    if isinstance(scale, LawScale):
+    if not isinstance(scale, SSMaxScale):
         return None if scale.law == "ssmax-fixed" else f"has law {scale.law}; 'ssmax' without b can be exported"
     if scale.b is not None:
         return f"has a bias b, which the law has no place for; {WAY_OUT}"
@@ -133,7 +133,7 @@ def _refused(scale):
 def _s(scale, heads):
     return (
         torch.ones(heads, dtype=torch.float64)
-        if isinstance(scale, LawScale)
+        if not isinstance(scale, SSMaxScale)
         else scale.s.detach().double().expand(heads)
     )
 

@@ -9,7 +9,7 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.utils import set_weight_attrs
 
-from ssmax.nn import SSMaxScale
+from ssmax.query_scale import QueryAwareScale, QueryScale
 
 __all__ = ["SSMaxForCausalLM"]
 
@@ -23,13 +23,15 @@ class SSMaxForCausalLM(TransformersForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         parts = vllm_config.parallel_config.tensor_parallel_size
         for module in self.model.modules() if parts > 1 else ():
-            if isinstance(module, SSMaxScale):
+            if isinstance(module, QueryAwareScale):
+                raise ValueError("law 'query-aware' has networks that heads share; run it with tensor_parallel_size=1")
+            if isinstance(module, QueryScale):
                 _split(module, parts)
 
 
 def _split(scale, parts):
-    scale.num_heads //= parts
     for name, whole in list(scale.named_parameters()):
+        scale.num_heads = len(whole) // parts
         part = nn.Parameter(torch.empty(scale.num_heads, dtype=torch.float32, device=whole.device), requires_grad=False)
         set_weight_attrs(part, {"weight_loader": sharded_weight_loader(0)})
         setattr(scale, name, part)

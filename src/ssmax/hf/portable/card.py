@@ -102,7 +102,7 @@ def _digest(text):
 
 def _text(model, auto, losses, measured):
     scales = {name: module.ssmax for name, module in model.named_modules() if hasattr(module, "ssmax")}
-    law = formula(next(iter(scales.values())))
+    first = next(iter(scales.values()))
     base = next(kind.__name__ for kind in type(model).__mro__ if getattr(transformers, kind.__name__, None) is kind)
     facts = _facts(str(getattr(model.config, "_name_or_path", "") or ""))
     data = ModelCardData(
@@ -116,10 +116,8 @@ def _text(model, auto, losses, measured):
         data=data.to_yaml(),
         title=f"{named if isinstance(named, str) else base} with Scalable-Softmax",
         scaled=len(scales),
-        formula=law,
-        learned="; " + law.replace(" log n", "").replace(" +", " and") + " are learned, one for each head"
-        if law[:2] == "s "
-        else "",
+        formula=formula(first),
+        learned="; " + " and ".join(first.learned) + " are learned, one for each head" if first.learned else "",
         origin=_origin(facts),
         auto=auto,
         code=CODE_FILE,
@@ -179,14 +177,13 @@ def _origin(facts):
 
 
 def _values(scales):
-    """s and b of each module in a table; nothing where there are none, or where they do not lie whole on this process."""
-    rows = [(name, [part for part in (getattr(scale, "weight", None), getattr(scale, "bias", None)) if part is not None])
-            for name, scale in scales.items()]  # fmt: skip
+    """What is learned of each module in a table; nothing where that is none, or does not lie whole on this process."""
+    rows = [(name, list(scale.learned.values())) for name, scale in scales.items()]
     if not all(parts and all(_is_here(part) for part in parts) for _, parts in rows):
         return ""
-    names = ["s", "b"][: len(rows[0][1])]
+    names = list(next(iter(scales.values())).learned)
     lines = [
-        "\n## s" + (" and b" if len(names) > 1 else "") + "\n",
+        f"\n## {' and '.join(names)}\n",
         "| attention module | " + " | ".join(f"{name}: least | median | largest" for name in names) + " |",
         "|---|" + "---:|" * 3 * len(names),
     ]

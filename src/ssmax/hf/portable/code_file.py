@@ -3,13 +3,14 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssmax.hf.portable import pieces
-from ssmax.laws import LAWS, LawScale
+from ssmax.laws import LAWS, LawScale, QueryAwareScale
 from ssmax.nn import SSMaxScale
+from ssmax.query_scale import QueryScale
 from ssmax.runs.files import write_atomically
 from ssmax.versions import SUPPORTED
 
@@ -71,9 +72,9 @@ def write_code(model: PreTrainedModel, heads: dict[str, type[PreTrainedModel]], 
     write_atomically(folder / f"{CODE_FILE}.py", _code(model, heads))
 
 
-def formula(scale: nn.Module) -> str:
+def formula(scale: Any) -> str:
     """Return what a scale multiplies queries by, in words of mathematics."""
-    if isinstance(scale, LawScale):
+    if not isinstance(scale, SSMaxScale):
         return LAWS[scale.law].formula
     return "s log n" if getattr(scale, "bias", None) is None else "s log n + b"
 
@@ -81,7 +82,7 @@ def formula(scale: nn.Module) -> str:
 def _code(model, heads):
     scaled = {name: module.ssmax for name, module in model.base_model.named_modules() if hasattr(module, "ssmax")}
     scale = next(iter(scaled.values()))
-    if not isinstance(scale, (SSMaxScale, LawScale)):
+    if not isinstance(scale, QueryScale):
         raise ValueError(f"a model is saved with scales of ssmax, got {type(scale).__name__}, which nothing could load")
     base_config: type[PreTrainedConfig] = model.config_class.__bases__[0]
     classes, config = sorted({base.__name__ for base in heads.values()}), f"{PREFIX}{base_config.__name__}"
@@ -89,10 +90,10 @@ def _code(model, heads):
         family=base_config.__name__.removesuffix("Config"),
         formula=formula(scale),
         version=".".join(map(str, SUPPORTED["transformers"][0])),
-        math="import math\n" if isinstance(scale, LawScale) else "",
+        math="" if isinstance(scale, SSMaxScale) else "import math\n",
         imports=",\n    ".join(sorted({base_config.__name__, *heads, *classes})),
         scales=_scales({name: _size(one) for name, one in scaled.items()}),
-        scale=_fixed(scale) if isinstance(scale, LawScale) else _learned(scale),
+        scale=_scale(scale),
         dispatch=_sources(pieces.wide, pieces.visible_keys, pieces.attend, pieces.install, pieces.Converted),
         saved=",\n        ".join([config, *(f"{PREFIX}{name}" for name in classes)]),
         config=config,
@@ -110,29 +111,39 @@ def _sources(*objects):
 
 
 def _size(scale):
-    return 0 if isinstance(scale, LawScale) else scale.weight.numel()
+    """What class Scale of the code file takes: heads, or heads, head size and hidden size."""
+    if isinstance(scale, QueryAwareScale):
+        return scale.num_heads, scale.head_size, scale.of_n[0].out_features
+    return max((part.numel() for part in scale.parameters()), default=0)
 
 
-def _learned(scale):
-    start = {"s": scale.init_s} | ({} if scale.bias is None else {"b": scale.init_b})
-    return (
-        f"# What a new model starts with; a checkpoint brings its own.\nSTART = {start}\n\n\n{_sources(pieces.Scale)}"
-    )
+def _scale(scale):
+    """What a new model starts with, the law's function, and class Scale."""
+    if isinstance(scale, LawScale):
+        start, piece = scale.starts, pieces.LawScale if scale.starts else pieces.FixedScale
+    else:
+        piece = pieces.Scale if isinstance(scale, SSMaxScale) else pieces.QueryAwareScale
+        start = {"s": scale.init_s} | ({} if getattr(scale, "bias", 0) is None else {"b": scale.init_b})
+    note = "# What a new model starts with; a checkpoint brings its own.\nSTART = "
+    law = _law(scale) if isinstance(scale, LawScale) else ""
+    kept = [] if piece is pieces.FixedScale else [pieces.Learned]
+    module = _sources(*kept, piece).replace(f"class {piece.__name__}", "class Scale")
+    return "\n\n".join([f"{note}{start}\n" if start else "", *([law] if law else []), module])
 
 
-def _fixed(scale):
-    """The law's own function, a function that calls it, and the module."""
+def _law(scale):
+    """The law's own function, and a function of n and of what is learned that calls it."""
     law = LAWS[scale.law]
     named = f"{law.function.__module__}.{law.function.__name__}"
-    arguments = {**law.defaults, **scale.parameters_of_law}
-    call = ", ".join(["n" if law.of == "n" else "(n - 1)", *(f"{name}={value!r}" for name, value in arguments.items())])
+    fixed = [f"{name}={value!r}" for name, value in scale.fixed.items()] + ["**learned"] * bool(scale.starts)
+    call = ", ".join(["n" if law.of == "n" else "(n - 1)", *fixed])
     if named.startswith("ssmax."):
         named, source = law.function.__name__, f"{_sources(law.function)}\n\n"
     else:
         named, source = f"torch.{law.function.__name__}", ""
     docstring = f'"""{law.formula}: {law.source}."""'
-    module = _sources(pieces.FixedScale).replace("class FixedScale", "class Scale")
-    return f"\n\n{source}def multiplier(n):\n    {docstring}\n    return {named}({call})\n\n\n{module}"
+    arguments = "n, **learned" if scale.starts else "n"
+    return f"{source}def multiplier({arguments}):\n    {docstring}\n    return {named}({call})\n"
 
 
 def _scales(sizes):

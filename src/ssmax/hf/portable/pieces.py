@@ -15,12 +15,23 @@ SCALES = {f"layers.{i}.self_attn": 4 for i in range(2)}
 START = {"s": 0.5, "b": 1.0}
 
 
-def multiplier(n):
+def multiplier(n, **learned):
     """The law of n of this model."""
     return torch.log(n)
 
 
-class Scale(nn.Module):
+class Learned(nn.Module):
+    """A scale whose parameters stay float32."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device, torch.float32)
+
+        return super()._apply(keep_float32, recurse)
+
+
+class Scale(Learned):
     """Multiplies each query by s log n + b. s (weight) and b (bias) are numbers per head; they stay float32."""
 
     def __init__(self, heads):
@@ -42,12 +53,73 @@ class Scale(nn.Module):
         m = self.weight.view(-1, 1, 1) * (wide(n, query).log() if log_n is None else log_n)
         return (query * (m if self.bias is None else m + self.bias.view(-1, 1, 1))).to(query.dtype)
 
-    def _apply(self, fn, recurse=True):
-        def keep_float32(tensor):
-            moved = fn(tensor)
-            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device, torch.float32)
 
-        return super()._apply(keep_float32, recurse)
+class LawScale(Learned):
+    """Multiplies each query by a law of n and of numbers per head that are learned; they stay float32."""
+
+    def __init__(self, heads):
+        super().__init__()
+        for name in START:
+            self.register_parameter(name, nn.Parameter(torch.empty(heads, dtype=torch.float32)))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Set what is learned to what a new model starts with."""
+        for name, parameter in self.named_parameters():
+            nn.init.constant_(parameter, START[name])
+
+    def forward(self, query, n, log_n=None):
+        """Return the scaled query, rounded once to its dtype."""
+        learned = {name: parameter.view(-1, 1, 1) for name, parameter in self.named_parameters()}
+        if any(len(parameter) != query.shape[1] for parameter in learned.values()):
+            raise ValueError(f"the scale's heads are not the query's {query.shape[1]}: it was sharded")
+        return (query * multiplier(wide(n, query), **learned)).to(query.dtype)
+
+
+class QueryAwareScale(Learned):
+    """Multiplies each component of the query by MLP(log n) (1 + tanh(MLP(q))), in float32."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.heads, self.head_size, hidden = sizes
+        self.of_n, self.of_query = (
+            nn.Sequential(
+                nn.Linear(inputs, hidden, dtype=torch.float32),
+                nn.GELU(),
+                nn.Linear(hidden, outputs, dtype=torch.float32),
+            )
+            for inputs, outputs in ((1, self.heads * self.head_size), (self.head_size, self.head_size))
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Start from s log n + b: two hidden units hold log n, since GELU(x) - GELU(-x) = x."""
+        for first, _, last in (self.of_n, self.of_query):
+            first.reset_parameters()
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        first, _, last = self.of_n
+        for unit, sign in enumerate((1.0, -1.0)):
+            first.weight[unit].fill_(sign)
+            first.bias[unit].fill_(0.0)
+            last.weight[:, unit].fill_(sign * START["s"])
+        last.bias.fill_(START["b"])
+
+    def forward(self, query, n, log_n=None):
+        """Return the scaled query, rounded once to its dtype."""
+        if query.shape[1] != self.heads:
+            raise ValueError(f"the scale has {self.heads} heads, the query {query.shape[1]}: it was sharded")
+        kind = query.device.type
+        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+            log_n = wide(n, query).log()
+            x, gelu = query.to(log_n.dtype), nn.functional.gelu
+            first, last = ([part.to(x.dtype) for part in layer.parameters()] for layer in self.of_n[::2])
+            weight = last[0].unflatten(0, (self.heads, self.head_size)).transpose(1, 2)
+            base = gelu(nn.functional.linear(log_n, *first)) @ weight + last[1].view(self.heads, 1, self.head_size)
+            first, last = ([part.to(x.dtype) for part in layer.parameters()] for layer in self.of_query[::2])
+            gate = 1 + nn.functional.linear(gelu(nn.functional.linear(x, *first)), *last).tanh()
+            return (x * (base * gate)).to(query.dtype)
 
 
 class FixedScale(nn.Module):
@@ -148,7 +220,8 @@ class Converted:
 
     def _init_weights(self, module):
         if isinstance(module, Scale):
-            module.reset_parameters()
+            if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+                module.reset_parameters()
         else:
             super()._init_weights(module)
 

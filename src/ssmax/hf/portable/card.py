@@ -53,7 +53,7 @@ transformers then prints a table of unexpected keys that end in `ssmax.weight`, 
 {training}{values}{losses}"""
 
 TRAINING = """
-**Training.** s must not be decayed. transformers' Trainer decays it where `weight_decay` is not 0 (the default is 0), unless `ssmax.hf` is
+**Training.** What a scale learns must not be decayed. transformers' Trainer decays it where `weight_decay` is not 0 (the default is 0), unless `ssmax.hf` is
 imported.
 """
 
@@ -124,7 +124,7 @@ def _text(model, auto, losses, measured):
         version=".".join(map(str, SUPPORTED["transformers"][0])),
         install=INSTALL.replace("NAME", "hf"),
         base=base,
-        training=TRAINING if law[:2] == "s " else "",
+        training=TRAINING if next(first.parameters(), None) is not None else "",
         values=_values(scales),
         losses=_losses(losses, measured),
     )

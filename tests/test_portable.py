@@ -118,6 +118,7 @@ OLD_CODE = "# Needs the package ssmax.\nfrom ssmax.hf.checkpoint import SSMaxLla
 WITH_SSMAX = """
 import pickle, sys
 from pathlib import Path
+import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 folder, old, pickled = map(Path, sys.argv[1:])
 config = pickle.loads(pickled.read_bytes())
@@ -125,6 +126,7 @@ for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
     assert auto.from_config(config).base_model.layers[1].self_attn.ssmax.num_heads == 4
 for path in (folder, old):
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    assert getattr(transformers, model.config.architectures[0]) is type(model)  # so does transformers serve
     model.save_pretrained(path / "again")
     assert sorted(p.name for p in (path / "again").glob("*.py")) == ["modeling_ssmax.py"]
     assert "package ssmax is installed" in (path / "again" / "modeling_ssmax.py").read_text()

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -115,6 +116,8 @@ def main():
     folders, softcapped = jobs["folders"], jobs["softcapped"]
     models = {name: AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval() for name in folders}
     found = {name: {"alone": compute(model, jobs)} for name, model in models.items()}
+    raises(lambda: transformers.SSMaxLlamaForCausalLM(models[folders[0]].config), "another checkpoint")
+    assert type(models[folders[-1]]) is transformers.SSMaxLlamaForCausalLM  # where transformers serve looks for it
     first = models[folders[0]]
     precision_and_heads(folders[0], first, jobs)
     refusals(folders[0], softcapped, first, jobs)

@@ -149,10 +149,15 @@ def _is_transformers(base):
 
 @functools.cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Return the config class of converted models whose own config class is base; all Auto classes know it."""
+    """Return the config class of converted models whose own config class is base; all Auto classes know it.
+
+    So does the module transformers, in which its server looks architectures up by name; it may be two objects of one class.
+    """
     config = _config_class(base)
     for auto, head in _auto_heads(base).items():
         auto.register(config, model_class(head), exist_ok=True)
+        if _is_transformers(head):
+            setattr(type(transformers), model_class(head).__name__, model_class(head))
     for mapping in COMPANIONS:
         if base in mapping:
             mapping.register(config, mapping[base], exist_ok=True)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -103,7 +102,7 @@ def _digest(text):
 def _text(model, auto, losses, measured):
     scales = {name: module.ssmax for name, module in model.named_modules() if hasattr(module, "ssmax")}
     first = next(iter(scales.values()))
-    base = next(kind.__name__ for kind in type(model).__mro__ if getattr(transformers, kind.__name__, None) is kind)
+    base = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")).__name__
     facts = _facts(str(getattr(model.config, "_name_or_path", "") or ""))
     data = ModelCardData(
         library_name="transformers",

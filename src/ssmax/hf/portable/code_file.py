@@ -28,6 +28,7 @@ import functools
 import inspect
 {math}
 import torch
+import transformers
 from torch import nn
 from transformers import (
     {imports},
@@ -35,7 +36,8 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-# The attention modules that are scaled: how many heads each has.
+# What config.ssmax says of the law that is computed here, and the attention modules that are scaled: how many heads each has.
+LAW = {law}
 SCALES = {scales}
 {scale}
 
@@ -55,6 +57,11 @@ except ImportError:
 
     # Where transformers builds one model inside of another, it looks the inner one up.
 {registered}
+    # Its server looks models up by name, in either of two objects that the module transformers may be.
+    for kind in (
+        {classes},
+    ):
+        setattr(type(transformers), kind.__name__, kind)
 '''
 MODEL = """    class {prefix}{name}(Converted, {name}):
         config_class = {config}"""
@@ -92,6 +99,7 @@ def _code(model, heads):
         version=".".join(map(str, SUPPORTED["transformers"][0])),
         math="" if isinstance(scale, SSMaxScale) else "import math\n",
         imports=",\n    ".join(sorted({base_config.__name__, *heads, *classes})),
+        law=_named(scale),
         scales=_scales({name: _size(one) for name, one in scaled.items()}),
         scale=_scale(scale),
         dispatch=_sources(pieces.wide, pieces.visible_keys, pieces.attend, pieces.install, pieces.Converted),
@@ -103,6 +111,7 @@ def _code(model, heads):
         registered="\n".join(
             f"    {auto}.register({config}, {PREFIX}{base.__name__}, exist_ok=True)" for auto, base in heads.items()
         ),
+        classes=",\n        ".join(f"{PREFIX}{name}" for name in classes),
     )
 
 
@@ -115,6 +124,13 @@ def _size(scale):
     if isinstance(scale, QueryAwareScale):
         return scale.num_heads, scale.head_size, scale.of_n[0].out_features
     return max((part.numel() for part in scale.parameters()), default=0)
+
+
+def _named(scale):
+    """What config.ssmax says of the law of such scales, its parameters beside its name."""
+    if isinstance(scale, SSMaxScale):
+        return {"bias": scale.bias is not None}
+    return {"law": scale.law, **scale.fixed} if isinstance(scale, LawScale) else {}
 
 
 def _scale(scale):

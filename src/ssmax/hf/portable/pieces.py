@@ -11,6 +11,7 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+LAW = {"bias": True}
 SCALES = {f"layers.{i}.self_attn": 4 for i in range(2)}
 START = {"s": 0.5, "b": 1.0}
 
@@ -209,6 +210,9 @@ class Converted:
         cls._keep_in_fp32_modules_strict = [*(cls._keep_in_fp32_modules_strict or []), "ssmax"]
 
     def __init__(self, config, *args, **kwargs):
+        recipe = getattr(config, "ssmax", {})
+        if not LAW.items() <= {**recipe, **recipe.get("parameters", {})}.items():
+            raise ValueError(f"this code computes {LAW}, and config.ssmax says otherwise: it is of another checkpoint")
         super().__init__(config, *args, **kwargs)
         for name, heads in SCALES.items():
             attention = self.base_model.get_submodule(name)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 from faults import PATIENCE, Forks, wait_for
 
+import ssmax
 from ssmax import cli
-from ssmax.paper.recipes import Recipe
+from ssmax.paper.recipes import RECIPES, Recipe
 from ssmax.runs.rows import read_rows
 
 SSMAX = str(Path(sys.executable).with_name("ssmax"))
@@ -285,11 +287,53 @@ def test_train_says_what_belongs_to_reproduce(tmp_path):
     one_line(run("train", tmp_path / "out", "--recipe", "smoke", "--seeds", "1"), 2, "--seeds is of ssmax reproduce")
 
 
-def test_help_teaches():
-    top, reproduce = run("--help"), run("reproduce", "--help")
-    assert top.returncode == reproduce.returncode == 0
-    assert "reproduce" in top.stdout
+def told(capsys, *arguments):
+    """What a command prints before it ends, in words: tyro breaks lines where they fit into its boxes."""
+    with pytest.raises(SystemExit) as status:
+        cli.main(list(arguments))
+    assert not status.value.code
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_the_version(capsys):
+    assert told(capsys, "--version") == f"ssmax {ssmax.__version__}"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_help_has_an_example_that_parses(command, capsys):
+    assert command in told(capsys, "--help")
+    text = told(capsys, command, "--help")
+    assert "None" not in text.replace("None:", "")
+    example = re.search(rf"Example: ssmax ({command} .*)", cli.COMMANDS[command].__doc__)[1]
+    assert example.strip() in text
+    assert type(cli.parsed(example.split())) is cli.COMMANDS[command]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_help_shows_its_values(name, capsys):
+    recipe = RECIPES[name]()
+    for arguments in (
+        ["reproduce", name, "--help"],
+        ["prepare", "--help", name],
+        ["train", "--recipe", name, "--help"],
+    ):
+        text = told(capsys, *arguments)
+        for field in ("steps", "train_length", "learning_rate"):
+            assert re.search(rf"--{field.replace('_', '-')} \w+ [^(]*\(default: {getattr(recipe, field)}\)", text)
+        for group in ("architecture", "text", "pretraining", "fine-tuning", "measurement"):
+            assert f"{group} options" in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_not_given_is_as_in_the_recipe(name):
+    command = cli.parsed(["reproduce", "--out", "tiny", "--steps", "7", name])
+    assert command.chosen() == dataclasses.replace(RECIPES[name](), steps=7)
+    assert cli.parsed(["train", "tiny", f"--recipe={name}"]).chosen().hidden_size == RECIPES[name]().hidden_size
+
+
+def test_help_teaches(capsys):
+    text = told(capsys, "reproduce", "--help")
     for field in dataclasses.fields(Recipe):
-        assert field.name == "name" or f"--{field.name.replace('_', '-')} " in reproduce.stdout
+        assert field.name == "name" or f"--{field.name.replace('_', '-')} " in text
     for word in ("tiny", "smoke", "--corpus", "--out", "--seeds", "continues an interrupted run"):
-        assert word in reproduce.stdout
+        assert word in text

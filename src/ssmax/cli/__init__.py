@@ -1,5 +1,6 @@
 """The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect, bench, export, demo."""
 
+import dataclasses
 import errno
 import os
 import select
@@ -11,15 +12,16 @@ from typing import Any
 import tyro
 
 from ssmax.cli.demo import Demo
-from ssmax.cli.experiments import Prepare, Reproduce, Train
+from ssmax.cli.experiments import Prepare, Reproduce, Train, parse_recipe
 from ssmax.cli.export import Export
 from ssmax.cli.models import Bench, Calibrate, Convert, Evaluate, Inspect
+from ssmax.cli.options import parse
 from ssmax.cli.swallowed import check_values
 from ssmax.errors import LeftOut, RunFailed, Stopped, UserError
 from ssmax.runs import signals
-from ssmax.versions import INSTALL
+from ssmax.versions import INSTALL, __version__
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main", "parsed"]
 
 COMMANDS: dict[str, Any] = {
     "reproduce": Reproduce,
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         try:
-            status = _run(_parsed(sys.argv[1:] if arguments is None else arguments))
+            status = _run(parsed(sys.argv[1:] if arguments is None else arguments))
         except SystemExit as end:  # tyro's, of --help and of errors
             status = end.code
         sys.stdout.flush()
@@ -56,17 +58,31 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _parsed(arguments: list[str]) -> Any:
+def parsed(arguments: list[str]) -> Any:
+    """Return the command with its options; exit after --help, --version and errors."""
     try:
         check_values(COMMANDS, arguments)
     except UserError as error:
         sys.exit(_say(str(error), 2))
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="ssmax",
-        description="Scalable-Softmax (arXiv 2501.19399): attention that holds at any context length.",
-        args=arguments,
-    )
+    name, *rest = arguments or [""]
+    if name in ("--version", "-V"):
+        print(f"ssmax {__version__}")
+        sys.exit()
+    if name not in COMMANDS:
+        return tyro.extras.subcommand_cli_from_dict(
+            {name: _summary(command) for name, command in COMMANDS.items()},
+            prog="ssmax",
+            description="Scalable-Softmax (arXiv 2501.19399): attention that stays sharp at any context length.\n\n"
+            "ssmax COMMAND --help shows the options of a command, ssmax --version the version.",
+            args=arguments,
+        )
+    command, prog = COMMANDS[name], f"ssmax {name}"
+    return parse_recipe(command, rest, prog) if hasattr(command, "recipe") else parse(command, rest, prog)
+
+
+def _summary(command: Any) -> Any:
+    """Return a command without options, for the list of commands."""
+    return dataclasses.make_dataclass("Summary", [], namespace={"__doc__": command.__doc__.splitlines()[0]})
 
 
 def _run(command: Any) -> int:

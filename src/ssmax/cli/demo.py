@@ -4,20 +4,22 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from ssmax.cli.options import option
 
 __all__ = ["Demo"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Show what SSMax changes, in a minute: two small trained models that ship with the package, read far past their training length.
+    """Show what SSMax changes, in a minute: two small models that ship with the package read long texts.
 
-    Prints loss by position, needles found and the attention of the best head, and leaves a page with a slider over the
-    context length. Nothing is downloaded. Example: ssmax demo --out demo.html
+    Prints loss by position, needles found and the attention of the best head. Leaves a page with a slider over the
+    context length. Downloads nothing.
+
+    Example: ssmax demo --out demo.html
     """
 
-    out: Annotated[Path, tyro.conf.arg(help="The page, an HTML file that opens offline.")] = Path("ssmax-demo.html")
+    out: Annotated[Path, option("Page to write, an HTML file that opens offline.")] = Path("ssmax-demo.html")
 
     def run(self) -> None:
         """Run it."""

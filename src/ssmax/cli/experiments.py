@@ -1,4 +1,4 @@
-"""ssmax reproduce, train and prepare: the paper's experiments, every field of a recipe an option."""
+"""ssmax reproduce, train and prepare: the paper's experiments. Every field of a recipe is an option."""
 
 import contextlib
 import dataclasses
@@ -9,70 +9,93 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ssmax.cli.texts import TEXTS_HELP
+from ssmax.cli.options import TEXTS_HELP, UNPREFIXED, Flag, flat, option, option_groups, parse, with_values
 from ssmax.errors import UserError
 from ssmax.paper import report
 from ssmax.paper.recipes import RECIPES, Recipe
 from ssmax.runs.folder import RunFolder
 
-__all__ = ["Prepare", "Reproduce", "Train"]
+__all__ = ["Prepare", "Reproduce", "Train", "parse_recipe"]
+
+RECIPE_HELP = option(
+    "tiny: 2 CPU cores, a quarter of an hour. laptop: 2 CPU cores, more models and seeds, target: two hours. smoke: a test of "
+    "a minute, too small to show an effect. small: one GPU, target: an hour. paper: the paper's size, a cluster.",
+    metavar="{tiny,laptop,smoke,small,paper}",
+)
+Corpus: Any = Annotated[
+    str | None,
+    option(f"{TEXTS_HELP} Or a folder of ssmax prepare.", unset="Python's standard library", metavar="SOURCE"),
+]
+Shard: Any = Annotated[
+    Flag, option("Under torchrun, shard weights and optimizer over the ranks (FSDP2). Otherwise: DDP.")
+]
+Timeout: Any = Annotated[
+    float, option("Under torchrun, minutes that a rank waits for the others; preparing the corpus counts.")
+]
+DryRun: Any = Annotated[
+    Flag, option("Say what the recipe takes on this machine, from one measured step, and write nothing.")
+]
+# Fields of a recipe that train names otherwise, and one whose default depends on another.
+REPLACED = ("models", "retrieval", "counting", "seeds")
+Saving: Any = Annotated[
+    int | None,
+    option("Steps between two checkpoints. 0: no checkpoints.", unset="the recipe's, or steps / 10", metavar="INT"),
+]
+RecipeOptions: Any = option_groups(Recipe)
+TrainOptions: Any = option_groups(
+    Recipe,
+    **{f.name: Annotated[f.type | None, tyro.conf.Suppress] for f in dataclasses.fields(Recipe) if f.name in REPLACED},  # pyrefly: ignore
+    checkpoint_steps=Saving,
+)
 
 
-def _options() -> type:
-    """Every field of a recipe as an option; what is not given is the recipe's own."""
-    fields = [field for field in dataclasses.fields(Recipe) if field.name != "name"]
-    made = [
-        (field.name, Annotated[field.type | None, tyro.conf.arg(help=field.metadata["help"])], None)  # pyrefly: ignore
-        for field in fields
-    ]
-    return dataclasses.make_dataclass("Options", made, frozen=True)
-
-
-Options: Any = _options()
+def parse_recipe(command: Any, arguments: list[str], prog: str, recipe: str | None = None) -> Any:
+    """Parse the arguments of a command; what they leave open is as in the recipe that they name."""
+    name = recipe or next((word for x in arguments if (word := x.rpartition("=")[2]) in RECIPES), "tiny")
+    fields = dataclasses.fields(command)
+    needed = {f.name: tyro.MISSING for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    options = with_values(TrainOptions() if command is Train else RecipeOptions(), RECIPES[name]())
+    parsed = parse(command, arguments, prog, command(recipe=name, options=options, **needed))
+    if parsed.recipe == name or parsed.recipe not in RECIPES:
+        return parsed
+    return parse_recipe(command, arguments, prog, parsed.recipe)  # another argument had a recipe's name
 
 
 def _recipe(name: str, options: Any, **more: Any) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
-    chosen = {key: value for key, value in vars(options).items() if value is not None}
+    chosen = {key: value for key, value in flat(options).items() if value is not None}
     return dataclasses.replace(RECIPES[name](), **{**more, **chosen})
-
-
-RECIPE_HELP = (
-    "tiny: 2 CPU cores, a quarter of an hour. laptop: the same cores, more models and seeds, target: two hours. smoke: a "
-    "minute, shows nothing. small: one GPU, target: about an hour. paper: the paper's own size, a cluster."
-)
-CORPUS_HELP = f"{TEXTS_HELP} Or the folder that ssmax prepare left."
-SHARD_HELP = "Under torchrun, shard weights and optimizer over the ranks (FSDP2). Default: each rank holds all (DDP)."
-
-TIMEOUT_HELP = (
-    "Under torchrun, how long one rank waits for another before the run ends; longer than the tokenising of the corpus and "
-    "the measurements of one model."
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Train the paper's models side by side, measure them far past their training length, and report.
+    """Train the paper's models, measure them far past their training length, and judge each claim of the paper.
 
-    Leaves runs/NAME/ with rows.jsonl (every number), figures/ (PNG and SVG) and report.html. The same command
-    continues an interrupted run and repeats nothing that is finished. On more devices: torchrun --nproc-per-node 8
-    -m ssmax reproduce ...; the batch of a step stays the same.
+    Leaves OUT/rows.jsonl (every number), OUT/figures/ (PNG and SVG) and OUT/report.html. The same command continues an
+    interrupted run and repeats nothing that is finished. Defaults below are those of the recipe: see ssmax reproduce
+    laptop --help.
+
+    Example: ssmax reproduce tiny --corpus books/ --seeds 0 1 2
+
+    On eight GPUs: torchrun --nproc-per-node 8 -m ssmax reproduce small. The batch size of a step stays the same.
     """
 
-    recipe: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="{tiny,laptop,smoke,small,paper}", help=RECIPE_HELP)
-    ] = "tiny"
-    corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
-    out: Annotated[Path | None, tyro.conf.arg(help="Folder of the run. Default: runs/RECIPE.")] = None
-    dry_run: Annotated[bool, tyro.conf.arg(help="Say what it takes, from one measured step; write nothing.")] = False
-    shard: Annotated[bool, tyro.conf.arg(help=SHARD_HELP)] = False
-    timeout_minutes: Annotated[float, tyro.conf.arg(help=TIMEOUT_HELP)] = 120.0
-    of_the_recipe: Annotated[Options, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Options)
+    recipe: Annotated[str, tyro.conf.Positional, RECIPE_HELP] = "tiny"
+    corpus: Corpus = None
+    out: Annotated[Path | None, option("Folder of the run.", unset="runs/RECIPE", metavar="PATH")] = None
+    dry_run: DryRun = False
+    shard: Shard = False
+    timeout_minutes: Timeout = 120.0
+    options: Annotated[RecipeOptions, UNPREFIXED] = dataclasses.field(default_factory=RecipeOptions)
+
+    def chosen(self) -> Recipe:
+        """Return the recipe with the options that were given."""
+        return _recipe(self.recipe, self.options)
 
     def run(self) -> None:
         """Run it."""
-        recipe = _recipe(self.recipe, self.of_the_recipe)
+        recipe = self.chosen()
         if self.dry_run:
             return _print_plan(recipe)
         folder = self.out or Path("runs") / recipe.name
@@ -100,49 +123,54 @@ class Reproduce:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Pretrain one model of a recipe on your own text, and save it as a folder that transformers loads.
+    """Pretrain one model on your own text, and save it as a folder that transformers loads.
 
-    OUT/model loads with AutoModelForCausalLM after "import ssmax.hf"; OUT/rows.jsonl holds the training loss. The same
-    command continues an interrupted run from its last checkpoint. On more devices: torchrun --nproc-per-node 8 -m
-    ssmax train ...; the batch of a step stays the same, and a run may continue on another number of devices.
+    Leaves OUT/model, which loads with AutoModelForCausalLM after "import ssmax.hf", and OUT/rows.jsonl with the training
+    loss. The same command continues an interrupted run from its last checkpoint, on any number of devices.
+
+    Example: ssmax train runs/mine --recipe tiny --variant b --corpus books/
+
+    On eight GPUs: torchrun --nproc-per-node 8 -m ssmax train runs/mine. The batch size of a step stays the same.
     """
 
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="Folder of the run.")]
-    recipe: Annotated[str, tyro.conf.arg(metavar="{tiny,laptop,smoke,small,paper}", help=RECIPE_HELP)] = "tiny"
+    out: Annotated[Path, tyro.conf.Positional, option("Folder of the run.", metavar="OUT")]
+    recipe: Annotated[str, RECIPE_HELP] = "tiny"
     variant: Annotated[
         Literal["a", "b", "c", "d", "f"],
-        tyro.conf.arg(
-            help="a: Softmax. b: SSMax. c: SSMax without s. d: SSMax with bias. f: Softmax that switches to SSMax for the last "
-            "eighth. (e is ssmax convert.)"
+        option(
+            "a: Softmax. b: SSMax. c: SSMax without s. d: SSMax with bias. f: Softmax that switches to SSMax for the last "
+            "eighth of the steps."
         ),
     ] = "b"
     form: Annotated[
         Literal["paper", "qk-norm", "partial-rope"],
-        tyro.conf.arg(
-            help="paper: Llama's shape. qk-norm: queries and keys normalised. partial-rope: RoPE on half of a head."
-        ),
+        option("paper: Llama's shape. qk-norm: queries and keys normalised. partial-rope: RoPE on half of each head."),
     ] = "paper"
-    seed: Annotated[int, tyro.conf.arg(help="Of initial weights and data order.")] = 0
-    corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
-    shard: Annotated[bool, tyro.conf.arg(help=SHARD_HELP)] = False
-    timeout_minutes: Annotated[float, tyro.conf.arg(help=TIMEOUT_HELP)] = 120.0
-    report_to: Annotated[
-        str, tyro.conf.arg(help="A tracker of transformers' Trainer, such as tensorboard or wandb. Default: none.")
-    ] = "none"
-    dry_run: Annotated[bool, tyro.conf.arg(help="Say what it takes, from one measured step; write nothing.")] = False
-    of_the_recipe: Annotated[Options, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Options)
+    seed: Annotated[int, option("Seed of the initial weights and of the order of the data.")] = 0
+    corpus: Corpus = None
+    shard: Shard = False
+    timeout_minutes: Timeout = 120.0
+    report_to: Annotated[str, option("Tracker of transformers' Trainer, such as tensorboard or wandb.")] = "none"
+    dry_run: DryRun = False
+    options: Annotated[TrainOptions, UNPREFIXED] = dataclasses.field(default_factory=TrainOptions)
 
-    def run(self) -> None:
-        """Run it."""
-        for name in ("models", "retrieval", "counting", "seeds"):
-            if getattr(self.of_the_recipe, name) is not None:
+    def chosen(self) -> Recipe:
+        """Return the recipe with the options that were given."""
+        given = flat(self.options)
+        for name in REPLACED:
+            if given[name] is not None:
                 raise UserError(
                     f"--{name} is of ssmax reproduce; train takes --form, --variant and --seed of one model"
                 )
         only = {"models": (f"{self.form}:{self.variant}",), "retrieval": (), "counting": (), "seeds": (self.seed,)}
-        recipe = _recipe(self.recipe, self.of_the_recipe, **only)
-        if self.of_the_recipe.checkpoint_steps is None and not recipe.checkpoint_steps:
+        recipe = _recipe(self.recipe, self.options, **only)
+        if given["checkpoint_steps"] is None and not recipe.checkpoint_steps:
             recipe = dataclasses.replace(recipe, checkpoint_steps=max(1, recipe.steps // 10))
+        return recipe
+
+    def run(self) -> None:
+        """Run it."""
+        recipe = self.chosen()
         if self.dry_run:
             return _print_plan(recipe)
         from ssmax.paper.reproduce import start_ranks, train  # loads torch and transformers
@@ -159,22 +187,23 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Tokenise a corpus ahead, so that no accelerator waits for it; give the folder to train or reproduce as --corpus.
+    """Tokenise a corpus ahead of a run, so that no accelerator waits for it.
 
-    With --tokenizer the text passes as a stream of any size, into shards on disk; the same command continues an
-    interrupted preparation behind its last whole shard. Without it the text is held in memory.
+    Prints a folder; give it to ssmax train or reproduce as --corpus. With --tokenizer the text may have any size: it is
+    read as a stream and written in shards, and the same command continues an interrupted preparation after its last
+    whole shard. Without --tokenizer the text is held in memory.
+
+    Example: ssmax prepare paper --corpus org/web-text --tokenizer gpt2
     """
 
-    recipe: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="{tiny,laptop,smoke,small,paper}", help=RECIPE_HELP)
-    ] = "tiny"
-    corpus: Annotated[str | None, tyro.conf.arg(help=CORPUS_HELP)] = None
-    cache: Annotated[Path, tyro.conf.arg(help="Folder of all prepared corpora.")] = Path("runs/cache")
-    of_the_recipe: Annotated[Options, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Options)
+    recipe: Annotated[str, tyro.conf.Positional, RECIPE_HELP] = "tiny"
+    corpus: Corpus = None
+    cache: Annotated[Path, option("Folder that holds all prepared corpora.")] = Path("runs/cache")
+    options: Annotated[RecipeOptions, UNPREFIXED] = dataclasses.field(default_factory=RecipeOptions)
 
     def run(self) -> None:
         """Run it."""
-        recipe = _recipe(self.recipe, self.of_the_recipe)
+        recipe = _recipe(self.recipe, self.options)
         from ssmax.data.shards import check
         from ssmax.paper.reproduce import prepared  # loads torch and transformers
 

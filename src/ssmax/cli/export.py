@@ -6,24 +6,28 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ssmax.cli.options import Flag, option
+
 __all__ = ["Export"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write a model for another engine, which then computes it exactly, or say why it would not.
+    """Write a model for another engine, which then computes exactly the same, or say why that is not possible.
 
-    gguf: one file for stock llama.cpp, tokenizer included. It takes models of the families Llama, Mistral and Qwen 2 whose layers are all
-    converted, without b.
+    gguf: one file for stock llama.cpp, with the tokenizer. It takes models of the families Llama, Mistral and Qwen 2
+    whose layers are all converted, without b.
+
+    Example: ssmax export gguf SmolLM2-ssmax SmolLM2-ssmax.gguf --dtype f16
     """
 
-    format: Annotated[Literal["gguf"], tyro.conf.Positional, tyro.conf.arg(help="The format.")]
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a model and its tokenizer.")]
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="New file.")]
+    format: Annotated[Literal["gguf"], tyro.conf.Positional, option("Format of the file.")]
+    source: Annotated[str, tyro.conf.Positional, option("Folder of a model and its tokenizer.", metavar="SOURCE")]
+    target: Annotated[Path, tyro.conf.Positional, option("File to write. It must not exist yet.", metavar="TARGET")]
     dtype: Annotated[
-        Literal["f32", "f16", "q8_0"], tyro.conf.arg(help="Precision of the matrices; q8_0 is blocks of eight bits.")
+        Literal["f32", "f16", "q8_0"], option("Precision of the matrices: 32, 16 or 8 bits for each number.")
     ] = "f16"
-    dry_run: Annotated[bool, tyro.conf.arg(help="Check the model, write nothing.")] = False
+    dry_run: Annotated[Flag, option("Check the model, and write nothing.")] = False
 
     def run(self) -> None:
         """Run it."""

@@ -6,55 +6,56 @@ from typing import Annotated, Any
 
 import tyro
 
-from ssmax.cli.texts import TEXTS_HELP
+from ssmax.cli.options import TEXTS_HELP, UNPREFIXED, Flag, flat, option, option_groups
 from ssmax.compare import report as longcontext
 from ssmax.compare.settings import Settings
 from ssmax.runs.folder import RunFolder
 
 __all__ = ["Bench", "Calibrate", "Convert", "Evaluate", "Inspect"]
 
-EvaluateOptions: Any = dataclasses.make_dataclass(
-    "EvaluateOptions",
-    [
-        (f.name, Annotated[f.type, tyro.conf.arg(help=f.metadata["help"])], f.default)  # pyrefly: ignore
-        for f in dataclasses.fields(Settings)
-        if "help" in f.metadata
-    ],
-    frozen=True,
-)
+EvaluateOptions: Any = option_groups(Settings)
+Source: Any = Annotated[
+    str, tyro.conf.Positional, option("Folder of a transformers model, or its name on a hub.", metavar="SOURCE")
+]
+Target: Any = Annotated[Path, tyro.conf.Positional, option("Folder to write. It must not exist yet.", metavar="TARGET")]
+Texts: Any = Annotated[str | None, option(TEXTS_HELP, unset="Python's standard library", metavar="SOURCE")]
+Layers: Any = Annotated[
+    tuple[int, ...] | None,
+    option("Indices of the layers to convert.", unset="all with full attention", metavar="[INT ...]"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Measure how models hold at long context, side by side: loss by position, retrieval, sharpness of attention.
+    """Measure models at long context, side by side: loss by position, sharpness of attention, retrieval.
 
-    Any causal model of transformers, converted or not. Leaves OUT/rows.jsonl (every number), figures/ (PNG and SVG) and
-    report.html, and prints tables. The same command continues an interrupted run and repeats nothing that is finished.
+    Takes any causal model of transformers, converted or not. Leaves OUT/rows.jsonl (every number), OUT/figures/ (PNG and
+    SVG) and OUT/report.html, and prints tables. The same command continues an interrupted run and repeats nothing that is
+    finished.
+
+    Example: ssmax evaluate SmolLM2 SmolLM2-ssmax --length 8192 --tasks needle several
     """
 
     models: Annotated[
         tuple[str, ...],
         tyro.conf.Positional,
         tyro.conf.arg(
-            help="Folders of transformers models with their tokenizers, or names on a hub.", metavar="MODEL ..."
+            help="Folders of transformers models with their tokenizers, or names on a hub.",
+            metavar="MODEL ...",
+            help_behavior_hint="",
         ),
     ]
-    texts: Annotated[str | None, tyro.conf.arg(help=TEXTS_HELP)] = None
-    out: Annotated[Path, tyro.conf.arg(help="Folder of the run.")] = Path("runs/evaluate")
-    device: Annotated[str, tyro.conf.arg(help="cpu, cuda, cuda:1, mps; auto takes the best that is there.")] = "auto"
-    chunk: Annotated[
-        int,
-        tyro.conf.arg(help="Tokens that pass at once: smaller needs less memory. It may change when a run continues."),
-    ] = 1024
-    json: Annotated[bool, tyro.conf.arg(help="Print the tables as JSON.")] = False
-    dry_run: Annotated[bool, tyro.conf.arg(help="Read texts and tokenizers, say what it takes, write nothing.")] = False
-    of_the_evaluation: Annotated[EvaluateOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=EvaluateOptions
-    )
+    texts: Texts = None
+    out: Annotated[Path, option("Folder of the run.")] = Path("runs/evaluate")
+    device: Annotated[str, option("cpu, cuda, cuda:1 or mps. auto: the fastest of this machine.")] = "auto"
+    chunk: Annotated[int, option("Tokens in a forward pass. Fewer need less memory; another run may change it.")] = 1024
+    json: Annotated[Flag, option("Print the tables as JSON.")] = False
+    dry_run: Annotated[Flag, option("Read texts and tokenizers, say what the run takes, and write nothing.")] = False
+    options: Annotated[EvaluateOptions, UNPREFIXED] = dataclasses.field(default_factory=EvaluateOptions)
 
     def run(self) -> None:
         """Run it."""
-        settings = Settings("evaluate", self.models, **vars(self.of_the_evaluation))
+        settings = Settings("evaluate", self.models, **flat(self.options))
         from ssmax.compare.run import Machine, evaluate, filled_in, plan  # loads torch and transformers
 
         machine = Machine(self.device, self.chunk)
@@ -74,38 +75,39 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Turn a softmax model into an SSMax model and save it as a new folder.
+    """Convert a softmax model to SSMax and save it as a new folder.
 
     The new folder loads with AutoModelForCausalLM after "import ssmax.hf", or with trust_remote_code=True.
+
+    Example: ssmax convert SmolLM2 SmolLM2-ssmax --init identity
     """
 
-    source: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a transformers model, or its name on a hub.")
-    ]
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="New folder.")]
+    source: Source
+    target: Target
     init: Annotated[
         str,
-        tyro.conf.arg(
-            help="matched: on average as sharp as before, the paper's start. identity: s = 0, b = 1, the same model, to be "
-            "trained on. Or a number for s."
+        option(
+            "matched: s = 1 / mean(log n), on average as sharp as before (the paper's start). identity: s = 0 and b = 1, the "
+            "same model, to be trained further. Or a number for s."
         ),
     ] = "matched"
-    train_length: Annotated[int | None, tyro.conf.arg(help="What matched is matched to. Default: the config's.")] = None
-    bias: Annotated[bool | None, tyro.conf.arg(help="Learn b as well. Default: as init says.")] = None
-    layers: Annotated[
-        tuple[int, ...] | None, tyro.conf.arg(help="Indices of layers. Default: all that attend in full.")
+    train_length: Annotated[
+        int | None, option("Training length for matched, in tokens.", unset="from the config", metavar="INT")
     ] = None
+    bias: Annotated[bool | None, option("Learn b as well.", unset="only with identity", metavar="{True,False}")] = None
+    layers: Layers = None
     law: Annotated[
         str,
-        tyro.conf.arg(
-            help="ssmax: s log n, learned. Other learned laws: ssmax-power, query-aware, temperature. Fixed laws: ssmax-fixed "
-            "(log n), qwen-1, yarn, llama-4, ministral-3. See docs/laws.md."
+        option(
+            "ssmax: s log n, with s learned. Other learned laws: ssmax-power, query-aware, temperature. Laws that learn "
+            "nothing: ssmax-fixed (log n), qwen-1, yarn, llama-4, ministral-3. See docs/laws.md."
         ),
     ] = "ssmax"
     law_parameters: Annotated[
-        dict[str, float], tyro.conf.arg(help="Parameters of such a law, as NAME VALUE; yarn needs factor.")
+        dict[str, float],
+        option("Parameters of the law; yarn needs: factor 4.", metavar="[NAME FLOAT ...]"),
     ] = dataclasses.field(default_factory=dict)
-    dry_run: Annotated[bool, tyro.conf.arg(help="Say what would be done, write nothing.")] = False
+    dry_run: Annotated[Flag, option("Say what would be done, and write nothing.")] = False
 
     def run(self) -> None:
         """Run it."""
@@ -126,42 +128,41 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibrate:
-    """Fit s and b of each head on long texts, all other weights frozen, and save the model as a new folder.
+class Fit:
+    """How s and b are fitted."""
 
-    Tries each init, keeps what is best on held-out text, and prints the loss by position before and after. Where
-    nothing is better than the model as it was, it says so and writes nothing.
-    """
-
-    source: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a transformers model, or its name on a hub.")
-    ]
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="New folder.")]
-    texts: Annotated[
-        str | None,
-        tyro.conf.arg(help=TEXTS_HELP),
-    ] = None
     length: Annotated[
         int | None,
-        tyro.conf.arg(help="Tokens of a piece of text: longer teaches more of n. Default: the config's longest."),
+        option("Tokens in each piece of text. Longer pieces teach more of n.", unset="from the config", metavar="INT"),
     ] = None
-    steps: Annotated[int, tyro.conf.arg(help="Steps of each fit, one piece each.")] = 30
-    inits: Annotated[
-        tuple[str, ...], tyro.conf.arg(help="Where to start, one fit each: matched, identity or numbers for s.")
-    ] = ("identity", "matched")
-    layers: Annotated[
-        tuple[int, ...] | None, tyro.conf.arg(help="Indices of layers. Default: all that attend in full.")
-    ] = None
-    bias: Annotated[bool, tyro.conf.arg(help="Fit b as well.")] = True
-    learning_rate: Annotated[float, tyro.conf.arg(help="How far the multipliers move in a step, root mean square.")] = (
-        0.006
+    steps: Annotated[int, option("Steps of each fit, one piece of text each.")] = 30
+    inits: Annotated[tuple[str, ...], option("Starting points, one fit each: matched, identity, or numbers for s.")] = (
+        "identity",
+        "matched",
     )
-    theta_factor: Annotated[float, tyro.conf.arg(help="Multiply RoPE's theta, for longer contexts.")] = 1.0
-    checkpointing: Annotated[bool, tyro.conf.arg(help="Recompute activations: far less memory, a third more time.")] = (
-        False
-    )
-    seed: Annotated[int, tyro.conf.arg(help="Of the order of texts.")] = 0
-    dry_run: Annotated[bool, tyro.conf.arg(help="Load everything, say what would be done, write nothing.")] = False
+    layers: Layers = None
+    bias: Annotated[bool, option("Fit b as well.")] = True
+    learning_rate: Annotated[float, option("Change of the multipliers in a step (root mean square).")] = 0.006
+    seed: Annotated[int, option("Seed of the order of the texts.")] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Fit s and b of each head on long texts, with all other weights frozen, and save the model as a new folder.
+
+    Tries each starting point, keeps the best on held-out text, and prints the loss by position before and after. If no
+    fit is better than the model as it was, it says so and writes nothing.
+
+    Example: ssmax calibrate SmolLM2 SmolLM2-ssmax --texts books/ --length 4096
+    """
+
+    source: Source
+    target: Target
+    texts: Texts = None
+    theta_factor: Annotated[float, option("Factor of RoPE's theta, saved with the model, for longer contexts.")] = 1.0
+    checkpointing: Annotated[Flag, option("Recompute activations: less memory, a third more time.")] = False
+    dry_run: Annotated[Flag, option("Load everything, say what would be done, and write nothing.")] = False
+    fit: Annotated[Fit, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Fit)
 
     def run(self) -> None:
         """Run it."""
@@ -174,28 +175,29 @@ class Calibrate:
             theta_factor=self.theta_factor,
             checkpointing=self.checkpointing,
             dry_run=self.dry_run,
-            length=self.length,
-            steps=self.steps,
-            inits=[_number(init) for init in self.inits],
-            layer_sets=[None if self.layers is None else list(self.layers)],
-            bias=self.bias,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
+            length=self.fit.length,
+            steps=self.fit.steps,
+            inits=[_number(init) for init in self.fit.inits],
+            layer_sets=[None if self.fit.layers is None else list(self.fit.layers)],
+            bias=self.fit.bias,
+            learning_rate=self.fit.learning_rate,
+            seed=self.fit.seed,
         )
         print("\n".join(lines))
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Say which layers of a model carry SSMax, by which law, and s and b of each head."""
+    """Show which layers of a model carry SSMax, by which law, and s and b of each head.
 
-    source: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a transformers model, or its name on a hub.")
-    ]
-    figure: Annotated[Path | None, tyro.conf.arg(help="Draw s and b of each head as well, as this .png or .svg.")] = (
-        None
-    )
-    dry_run: Annotated[bool, tyro.conf.arg(help="Write no figure.")] = False
+    Example: ssmax inspect SmolLM2-ssmax --figure scales.png
+    """
+
+    source: Source
+    figure: Annotated[
+        Path | None, option("File to draw s and b of each head in, .png or .svg.", unset="no figure", metavar="PATH")
+    ] = None
+    dry_run: Annotated[Flag, option("Draw no figure.")] = False
 
     def run(self) -> None:
         """Run it."""
@@ -206,10 +208,13 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure what SSMax costs here, as a ratio to plain attention, contenders in alternation in one process.
+    """Measure the cost of SSMax on this machine, as a ratio to plain attention.
 
-    A contender is compared with the float64 reference first; a wrong one gets no speed. Prints a table and leaves
-    OUT/CASE.jsonl (every number, with versions) and OUT/CASE.png. Let nothing else run meanwhile.
+    Contenders run in turn, in one process. Each is compared with a float64 reference first; a wrong one is not timed.
+    Prints a table and leaves OUT/CASE.jsonl (every number, with versions) and OUT/CASE.png. Run nothing else at the same
+    time.
+
+    Example: ssmax bench attention decode --out bench
     """
 
     cases: Annotated[
@@ -217,14 +222,15 @@ class Bench:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="CASE",
-            help="attention: forward and backward by length. decode: sharp decoding behind long caches. model: a converted "
-            "model. evaluation: measuring a model, over a plain forward. training: the recipe tiny over a bare loop, and that "
-            "compiled. peer: beside the package scalable-softmax. gradient: error of ds in bfloat16. scale: cost and memory "
-            "from formulae, and how far they hold here. Default: all that run here.",
+            help="attention: forward and backward by length. decode: sharp decoding after long caches. model: a converted "
+            "model. evaluation: measurements, against a plain forward pass. training: the recipe tiny, against a bare loop. peer: "
+            "against the package scalable-softmax. gradient: the error of ds in bfloat16. scale: cost and memory from "
+            "formulas, and how far they hold here.",
+            help_behavior_hint="(default: all that can run here)",
         ),
     ] = ()
-    out: Annotated[Path, tyro.conf.arg(help="Folder for rows and figures.")] = Path("bench")
-    dry_run: Annotated[bool, tyro.conf.arg(help="List what would run and about how long; measure nothing.")] = False
+    out: Annotated[Path, option("Folder for rows and figures.")] = Path("bench")
+    dry_run: Annotated[Flag, option("List the cases and their minutes, and measure nothing.")] = False
 
     def run(self) -> None:
         """Run it."""

@@ -59,7 +59,7 @@ def _options_of_several(command: Any) -> Iterator[tuple[str, Any]]:
     """Each option that takes several values, and the type of one."""
     for field, kind in _fields(command):
         plain = kind.__origin__
-        if tyro.conf.OmitArgPrefixes in kind.__metadata__:
+        if dataclasses.is_dataclass(plain):
             yield from _options_of_several(plain)
         elif tyro.conf.Positional not in kind.__metadata__:
             for choice in typing.get_args(plain) if typing.get_origin(plain) in UNIONS else (plain,):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ class Contender:
     """A model to measure.
 
     Attributes:
-        name: in rows, figures and file names.
+        name: its name in rows, figures and file names.
         source: its folder, or its name on a hub.
     """
 
@@ -26,8 +27,13 @@ class Contender:
     source: str
 
 
-def _field(default: Any, text: str, *, zero: bool = False) -> Any:
-    return field(default=default, metadata={"help": text, "zero": zero})
+def _field(group: str, default: Any, text: str, *, zero: bool = False) -> Any:
+    return field(default=default, metadata={"group": group, "help": text, "zero": zero})
+
+
+# A field's group of options on the command line.
+_measure, _retrieval = partial(_field, "measurement"), partial(_field, "retrieval")
+_rope, _tune = partial(_field, "rope"), partial(_field, "fine_tuning")
 
 
 @dataclass(frozen=True)
@@ -43,38 +49,40 @@ class Settings:
 
     name: str
     models: tuple[str, ...]
-    measures: tuple[Literal["loss", "attention", "retrieval"], ...] = _field(
-        MEASURES, "loss by position, sharpness of attention, and retrieval with needle scores."
+    measures: tuple[Literal["loss", "attention", "retrieval"], ...] = _measure(
+        MEASURES,
+        "loss: loss by position. attention: sharpness of attention. retrieval: numbers found in long texts, and needle scores.",
     )
-    length: int = _field(
-        0, "Tokens of a text, for loss and attention. Default: the shortest context of the models' configs.", zero=True
+    length: int = _measure(
+        0, "Tokens of each text, for loss and attention. 0: the shortest context in the models' configs.", zero=True
     )
-    documents: int = _field(4, "Texts for loss and attention; their spread is the confidence band.")
-    tasks: tuple[Literal["needle", "several", "distractors", "abc"], ...] = _field(
+    documents: int = _measure(4, "Texts for loss and attention. Their spread gives the confidence band.")
+    tasks: tuple[Literal["needle", "several", "distractors", "abc"], ...] = _retrieval(
         ("needle",),
-        "needle: the paper's sentence in text. several: one needle of another city at each depth, each asked in its turn. "
-        "distractors: needles of other cities that nobody asks for. abc: lines A=482910, one letter asked.",
+        "needle: one sentence with a number, hidden in text (the paper's task). several: a needle at each depth, each asked "
+        "for in turn. distractors: further needles that are not asked for. abc: lines like A=482910, one of them asked for.",
     )
-    sizes: tuple[int, ...] = _field((), "Context sizes of retrieval. Default: length in five equal steps.")
-    depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
-    trials: int = _field(4, "Texts with a needle for each size and depth.")
-    distractors: int = _field(3, "Needles that nobody asks for, in the task of that name.")
-    prompt: Literal["base", "chat"] = _field(
-        "base", "base: the model goes on with the sentence. chat: it is asked, by its tokenizer's chat template."
+    sizes: tuple[int, ...] = _retrieval((), "Context sizes, in tokens. None: five equal steps up to --length.")
+    depths: tuple[float, ...] = _retrieval(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True
     )
-    theta_factor: float = _field(1.0, "Multiply RoPE's theta (the paper: 50).")
-    rope: str = _field(
-        "",
-        """Scale RoPE by a rule of transformers, as JSON: '{"rope_type": "yarn", "factor": 4}'. Default: as it is.""",
+    trials: int = _retrieval(4, "Texts for each size and depth.")
+    distractors: int = _retrieval(3, "Further needles in the task distractors.")
+    prompt: Literal["base", "chat"] = _retrieval(
+        "base", "base: the model continues the sentence. chat: the tokenizer's chat template asks for the number."
     )
-    finetune_steps: int = _field(
-        0, "Fine-tune each model on the first task before retrieval, as the paper does. 0: not at all.", zero=True
+    theta_factor: float = _rope(1.0, "Factor of RoPE's theta (the paper: 50).")
+    rope: str = _rope(
+        "", """RoPE scaling of transformers, as JSON: '{"rope_type": "yarn", "factor": 4}'. None: the model's own."""
     )
-    finetune_length: int = _field(1024, "Longest context of fine-tuning.")
-    finetune_batch_size: int = _field(128, "Examples of a step of fine-tuning.")
-    finetune_learning_rate: float = _field(2e-5, "Of fine-tuning, cosine.")
-    dtype: Literal["auto", "float32", "bfloat16"] = _field("auto", "Of the weights. auto: as they are saved.")
-    seed: int = _field(0, "Of the choice of texts, numbers and cities.", zero=True)
+    finetune_steps: int = _tune(
+        0, "Steps of fine-tuning on the first task, before retrieval. 0: no fine-tuning.", zero=True
+    )
+    finetune_length: int = _tune(1024, "Longest context of fine-tuning, in tokens.")
+    finetune_batch_size: int = _tune(128, "Examples in each step of fine-tuning.")
+    finetune_learning_rate: float = _tune(2e-5, "Learning rate of fine-tuning, along a cosine.")
+    dtype: Literal["auto", "float32", "bfloat16"] = _measure("auto", "Dtype of the weights. auto: as they are saved.")
+    seed: int = _measure(0, "Seed that chooses texts, numbers and cities.", zero=True)
 
     def __post_init__(self):
         for f in fields(self):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from ssmax.errors import UserError
@@ -60,8 +61,13 @@ class Job:
         return f"{self.form}-{self.variant}-{self.seed}"
 
 
-def _field(default: Any, text: str, *, zero: bool = False, empty: bool = False) -> Any:
-    return field(default=default, metadata={"help": text, "zero": zero, "empty": empty})
+def _field(group: str, default: Any, text: str, *, zero: bool = False, empty: bool = False) -> Any:
+    return field(default=default, metadata={"group": group, "help": text, "zero": zero, "empty": empty})
+
+
+# A field's group of options on the command line.
+_models, _shape, _text = (partial(_field, group) for group in ("models", "architecture", "text"))
+_train, _tune, _measure = (partial(_field, group) for group in ("pretraining", "fine_tuning", "measurement"))
 
 
 @dataclass(frozen=True)
@@ -76,64 +82,61 @@ class Recipe:
     later: ClassVar[dict[str, Any]] = LATER
 
     name: str
-    models: tuple[str, ...] = _field(
+    models: tuple[str, ...] = _models(
         ("paper:abcdefp",),
-        "The models, as FORM:LETTERS. Forms: paper (Llama's shape), qk-norm (the same with normalised queries and keys), "
-        "partial-rope (RoPE on half of each head). Letters: the paper's a to f, and p for its Figure 2.",
+        "Models to train, as FORM:LETTERS. Forms: paper (Llama's shape), qk-norm (queries and keys normalised), partial-rope "
+        "(RoPE on half of each head). Letters: a Softmax, b SSMax, c SSMax without s, d SSMax with bias, e switched after "
+        "pretraining, f switched for its last eighth, p the free form of Figure 2.",
     )
-    retrieval: tuple[str, ...] = _field(
-        ("paper:ab",), "Which of them are fine-tuned and asked for needles.", empty=True
+    retrieval: tuple[str, ...] = _models(
+        ("paper:ab",), "Of these models, those that are tuned and tested on needles.", empty=True
     )
-    counting: tuple[str, ...] = _field(
-        (), "Which of them learn to count, a task that wants flat attention.", empty=True
+    counting: tuple[str, ...] = _models(
+        (), "Of these models, those that learn to count words, which needs flat attention.", empty=True
     )
-    seeds: tuple[int, ...] = _field(
-        (0, 1, 2), "One model each; the models of a seed share initial weights and data.", zero=True
+    seeds: tuple[int, ...] = _models(
+        (0, 1, 2), "Each seed trains every model once, from the same weights on the same data.", zero=True
     )
-    hidden_size: int = _field(128, "Width of the model; the head size is this by the number of heads.")
-    num_layers: int = _field(2, "Layers of the model.")
-    num_heads: int = _field(4, "Attention heads of a layer.")
-    intermediate_size: int = _field(352, "Width of the feed-forward layer.")
-    vocab_size: int = _field(512, "Of the byte-pair tokenizer that is trained on the corpus.")
-    tokenizer: str = _field("", "A tokenizer's folder, or its name on a hub. Default: train one on the corpus.")
-    train_length: int = _field(128, "Tokens of a training window.")
-    theta: float = _field(
-        0.0, "RoPE's theta in training. 0: the one for which full_turns of the frequencies complete a turn.", zero=True
-    )
-    full_turns: float = _field(
+    hidden_size: int = _shape(128, "Width of the model: number of heads times head size.")
+    num_layers: int = _shape(2, "Number of layers.")
+    num_heads: int = _shape(4, "Attention heads in each layer.")
+    intermediate_size: int = _shape(352, "Width of the feed-forward layer.")
+    vocab_size: int = _text(512, "Number of tokens of the tokenizer that is trained on the corpus.")
+    tokenizer: str = _text("", "A tokenizer's folder or its name on a hub. None: one is trained on the corpus.")
+    train_length: int = _text(128, "Length of a training window, in tokens.")
+    theta: float = _shape(0.0, "RoPE's theta in training. 0: computed from --full-turns.", zero=True)
+    full_turns: float = _shape(
         PAPER_TURNS,
-        "Share of RoPE's frequencies that complete a turn within the training length, where theta is 0; the paper's is 0.553.",
+        "Share of RoPE's frequencies that complete a turn within the training length; sets theta (the paper: 0.553).",
     )
-    batch_size: int = _field(32, "Windows of a step, over all devices.")
-    device_batch_size: int = _field(32, "Windows that pass at once on a device; the rest of a step accumulates.")
-    precision: Literal["float32", "bfloat16"] = _field("float32", "Of the matrix products in training.")
-    steps: int = _field(400, "Of pretraining.")
-    learning_rate: float = _field(3e-3, "Of pretraining: linear warm-up, then constant.")
-    warmup_steps: int = _field(50, "Of pretraining.", zero=True)
-    weight_decay: float = _field(0.1, "On parameters of rank >= 2 alone.", zero=True)
-    checkpoint_steps: int = _field(0, "Steps between checkpoints inside a training; 0 for none.", zero=True)
-    finetune_steps: int = _field(1500, "Of the fine-tuning on needles.")
-    count_steps: int = _field(440, "Of the fine-tuning on counting.")
-    finetune_batch_size: int = _field(24, "Examples of a step of fine-tuning.")
-    finetune_learning_rate: float = _field(1e-3, "Of fine-tuning: linear warm-up, then a cosine to zero.")
-    finetune_warmup_steps: int = _field(50, "Of fine-tuning.", zero=True)
-    needle_digits: int = _field(2, "Digits of the needle's number; the paper's is 7.")
-    loss_texts: int = _field(24, "Held-out texts for the loss by position.")
-    length_factor: int = _field(32, "How far past the training length everything is measured.")
-    theta_factors: tuple[int, ...] = _field((50,), "Multiply RoPE's theta by these for the loss by position.")
-    needle_theta_factors: tuple[int, ...] = _field(
-        (),
-        "Multiply RoPE's theta by these for needles; figures show the largest. Default: the largest of theta_factors.",
-        empty=True,
+    batch_size: int = _train(32, "Windows in each step, over all devices.")
+    device_batch_size: int = _train(32, "Windows in a forward pass on one device; gradients accumulate.")
+    precision: Literal["float32", "bfloat16"] = _train("float32", "Dtype of the matrix products. Weights stay float32.")
+    steps: int = _train(400, "Steps of pretraining.")
+    learning_rate: float = _train(3e-3, "Learning rate of pretraining, constant after the warm-up.")
+    warmup_steps: int = _train(50, "Warm-up steps of pretraining.", zero=True)
+    weight_decay: float = _train(0.1, "Weight decay of matrices. Norms, s and b are not decayed.", zero=True)
+    checkpoint_steps: int = _train(0, "Steps between two checkpoints. 0: no checkpoints.", zero=True)
+    finetune_steps: int = _tune(1500, "Steps of fine-tuning on needles.")
+    count_steps: int = _tune(440, "Steps of fine-tuning on counting.")
+    finetune_batch_size: int = _tune(24, "Examples in each step of fine-tuning.")
+    finetune_learning_rate: float = _tune(1e-3, "Learning rate of fine-tuning: warm-up, then a cosine to zero.")
+    finetune_warmup_steps: int = _tune(50, "Warm-up steps of fine-tuning.", zero=True)
+    needle_digits: int = _tune(2, "Digits of the number that a needle hides (the paper: 7).")
+    loss_texts: int = _measure(24, "Held-out texts for the loss by position.")
+    length_factor: int = _measure(32, "Longest context that is measured, in training lengths.")
+    theta_factors: tuple[int, ...] = _measure((50,), "Factors of RoPE's theta for the loss by position.")
+    needle_theta_factors: tuple[int, ...] = _measure(
+        (), "Factors of RoPE's theta for needles. None: the largest of --theta-factors.", empty=True
     )
-    depths: tuple[float, ...] = _field((0.0, 0.25, 0.5, 0.75, 1.0), "Of the needle; 0 = start of the text.", zero=True)
-    trials: int = _field(16, "Needles for each context size and depth, and texts to count in for each size.")
-    score_trials: int = _field(60, "Trials of the needle scores.")
-    score_length_factor: int = _field(32, "Context of the needle scores, in training lengths.")
-    corpus_bytes: int = _field(64_000_000, "How much text is read, where it is held in memory.")
-    corpus_tokens: int = _field(
-        0, "Training tokens to prepare, with a tokenizer; 0: what pretraining reads.", zero=True
+    depths: tuple[float, ...] = _measure(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True
     )
+    trials: int = _measure(16, "Needles for each size and depth, counting texts for each size.")
+    score_trials: int = _measure(60, "Trials of the needle scores.")
+    score_length_factor: int = _measure(32, "Context of the needle scores, in training lengths.")
+    corpus_bytes: int = _text(64_000_000, "Bytes of text to read, without --tokenizer.")
+    corpus_tokens: int = _text(0, "Tokens to prepare, with --tokenizer. 0: as many as training reads.", zero=True)
 
     def __post_init__(self):
         for f in fields(self):

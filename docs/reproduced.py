@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 
-from ssmax.paper.claims import Claim, claims, headlines
-from ssmax.paper.measured import raised
+from ssmax.paper.claims import Claim, headlines
+from ssmax.paper.figures import claims
+from ssmax.paper.formula import formula_rows
+from ssmax.paper.measured import forms, raised, variants
+from ssmax.paper.models import FORM_NAMES, NAMES
 from ssmax.paper.recipes import tiny
-from ssmax.paper.stages import formula_rows
 from ssmax.plots.drawing import STYLE, band, panels, tokens
-from ssmax.plots.select import FORM_NAMES, NAMES, Spread, by, forms, pick, spread, variants
+from ssmax.plots.select import Spread, by, pick, spread
 from ssmax.runs.rows import Row, read_rows, write_rows
 
 DOCS = Path(__file__).parent

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ssmax.bench.scale import Shape
-from ssmax.runs.rows import read_rows, write_atomically
+from ssmax.runs.files import write_atomically
+from ssmax.runs.rows import read_rows
 from ssmax.sharp.keys import MIN_KEYS
 
 ROOT = Path(__file__).parent.parent

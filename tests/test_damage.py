@@ -22,9 +22,8 @@ from ssmax.errors import Damaged, RunFailed, UserError
 from ssmax.evaluation.tasks import NEEDLE_WORDS
 from ssmax.hf.loading import load_model, load_tokenizer
 from ssmax.paper import training
-from ssmax.paper.models import build_model
+from ssmax.paper.building import build_model
 from ssmax.paper.recipes import smoke
-from ssmax.paper.stages import _load, _save
 from ssmax.runs.files import check_folder, seal_folder, written_whole
 from ssmax.runs.folder import RunFolder
 from ssmax.runs.rows import Row, read_rows, write_rows
@@ -74,7 +73,7 @@ def pretrained(tokens, tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for variant in "ac":
         folder = root / f"paper-{variant}-0"
-        _save(pretrain(tokens, folder, variant).model, folder / "pretrained", RECIPE)
+        training.save_stage(pretrain(tokens, folder, variant).model, folder / "pretrained", RECIPE)
     return root
 
 
@@ -113,7 +112,7 @@ def test_a_checkpoint_of_another_model_is_not_continued(models, capsys, record):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_model_of_a_run_is_never_loaded(kind, models, record):
     good = models / "paper-a-0" / "pretrained"
-    assert _load(good, RECIPE) is not None
+    assert training.load_stage(good, RECIPE) is not None
     files = sorted(path.name for path in good.iterdir())
     assert {"model.safetensors", "config.json", "seal.json"} <= set(files)
     kept = shutil.copytree(good, models / "kept")
@@ -122,7 +121,7 @@ def test_a_damaged_model_of_a_run_is_never_loaded(kind, models, record):
         shutil.copytree(kept, good)
         damage(good / name, kind)
         with pytest.raises(UserError, match=rf"{name}.*delete models/paper-a-0 and stages/paper-a-0"):
-            _load(good, RECIPE)
+            training.load_stage(good, RECIPE)
     record(f"a file of a saved model {kind}", len(files))
 
 
@@ -130,7 +129,7 @@ def test_a_model_of_another_name_is_never_loaded(models, record):
     shutil.rmtree(models / "paper-a-0" / "pretrained")
     shutil.copytree(models / "paper-c-0" / "pretrained", models / "paper-a-0" / "pretrained")
     with pytest.raises(UserError, match="is that of paper-c-0 pretrained"):
-        _load(models / "paper-a-0" / "pretrained", RECIPE)
+        training.load_stage(models / "paper-a-0" / "pretrained", RECIPE)
     record("saved models swapped", 1)
 
 

@@ -16,11 +16,11 @@ from ssmax.data.tokenizer import END_OF_TEXT
 from ssmax.errors import LeftOut, RunFailed, UserError
 from ssmax.evaluation.tasks import NEEDLE_WORDS
 from ssmax.paper import training
-from ssmax.paper.counting import counted
-from ssmax.paper.models import SwitchedScale, build_model, switch_at, turn_on
+from ssmax.paper.building import SwitchedScale, build_model, switch_at, turn_on
 from ssmax.paper.plan import plan
 from ssmax.paper.recipes import LATER, Job, Recipe, laptop, paper, small, smoke, tiny, turns
-from ssmax.paper.stages import _examples, count_task, run_stage
+from ssmax.paper.stages import STAGES
+from ssmax.paper.tasks import count_task, counted
 from ssmax.runs import provenance
 from ssmax.runs.folder import RunFolder
 from ssmax.training import checkpoints
@@ -159,7 +159,7 @@ def test_windows_follow_the_seed_alone_and_repeat_only_after_all():
 
 def test_examples_stay_within_the_training_length_and_batches_have_one_length(loaded):
     recipe = smoke()
-    examples = _examples("finetune", loaded, recipe, seed=4)
+    examples = training.stage_examples("finetune", loaded, recipe, seed=4)
     sizes = [len(examples[i]["input_ids"]) for i in range(len(examples))]
     batches = np.array(sizes).reshape(recipe.finetune_steps, recipe.finetune_batch_size)
     assert (batches == batches[:, :1]).all()
@@ -263,9 +263,9 @@ def test_the_late_switch_is_softmax_for_seven_eighths_and_ssmax_then(loaded, tmp
 def test_the_afterwards_switched_model_is_the_trained_softmax_model(loaded, tmp_path):
     recipe = dataclasses.replace(smoke(), steps=4)
     a, e = Job("paper", "a", 0), Job("paper", "e", 0)
-    run_stage("pretrain", a, recipe, loaded, tmp_path, lambda tokens: None)
+    STAGES["pretrain"].run(a, recipe, loaded, tmp_path, lambda tokens: None)
     rows = {
-        job.variant: run_stage("position_loss", job, recipe, loaded, tmp_path, lambda tokens: None) for job in (a, e)
+        job.variant: STAGES["position_loss"].run(job, recipe, loaded, tmp_path, lambda tokens: None) for job in (a, e)
     }
     assert recipe.stages(e) == ["position_loss"]
     assert [row.at for row in rows["a"]] == [row.at for row in rows["e"]]
@@ -278,7 +278,7 @@ def test_losses_of_texts_are_those_by_position_and_retrieval_begins_where_it_was
     a = Job("paper", "a", 0)
     rows = []
     for stage in ("pretrain", "position_loss", "finetune", "retrieval"):
-        rows += run_stage(stage, a, recipe, loaded, tmp_path, lambda tokens: None)
+        rows += STAGES[stage].run(a, recipe, loaded, tmp_path, lambda tokens: None)
     texts = [row for row in rows if row.metric == "text_loss"]
     assert {row.at["theta_factor"] for row in texts} == {50}
     assert {row.at["text"] for row in texts} == set(range(len(loaded.held_out)))
@@ -350,12 +350,14 @@ def test_a_run_of_0_1_0_is_continued(tmp_path):
 
 def test_only_the_answer_is_projected_and_the_loss_is_the_same(loaded, tmp_path):
     recipe = dataclasses.replace(smoke(), finetune_steps=1)
-    batch = [_examples("finetune", loaded, recipe, 0)[i] for i in range(recipe.finetune_batch_size)]
+    batch = [training.stage_examples("finetune", loaded, recipe, 0)[i] for i in range(recipe.finetune_batch_size)]
     inputs = {name: torch.stack([item[name] for item in batch]) for name in batch[0]}
     model = build_model(recipe, "paper", "b", 0, loaded.tokenizer.get_vocab_size())
     wanted, projected = model(**inputs).loss.item(), []
     model.lm_head.register_forward_hook(lambda module, arguments, output: projected.append(output.shape[1]))
-    trained = training.finetune(model, recipe, _examples("finetune", loaded, recipe, 0), tmp_path, lambda tokens: None)
+    trained = training.finetune(
+        model, recipe, training.stage_examples("finetune", loaded, recipe, 0), tmp_path, lambda tokens: None
+    )
     assert trained.losses[0][1] == pytest.approx(wanted, rel=1e-6)
     assert projected == [recipe.needle_digits + 1]
 

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from ssmax.paper import claims as judged
-from ssmax.paper import report
-from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, verdict
+from ssmax.paper import figures, report
+from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, headlines, verdict
+from ssmax.paper.figures.learned_p import law_fits
 from ssmax.paper.recipes import smoke
 from ssmax.runs.rows import Row, read_rows, write_rows
 
@@ -92,7 +92,7 @@ def made_up_rows(better):
 
 @pytest.mark.parametrize(("better", "expected"), [(0.5, HOLDS), (-0.5, HOLDS_NOT)])
 def test_claims_follow_the_rows(better, expected):
-    found = judged.claims(made_up_rows(better), train_length=16)
+    found = figures.claims(made_up_rows(better), train_length=16)
     comparisons = [claim for claim in found if claim.figure in (4, 5, 6, 7) or claim.name == "top-score"]
     assert [claim.name for claim in comparisons] == ["faster", "lower", "far", "rise", "needles", "head", "top-score"]
     assert {claim.verdict for claim in comparisons} == {expected}
@@ -112,7 +112,7 @@ def test_models_that_did_not_learn_the_task_are_left_out_and_counted():
             else row
             for row in made_up_rows(0.5)
         ]
-        return next(claim for claim in judged.claims(rows, 16) if claim.name == "needles")
+        return next(claim for claim in figures.claims(rows, 16) if claim.name == "needles")
 
     some = needles(lambda variant, seed: 0.89 if (variant, seed) == ("a", 1) else 0.9)
     assert some.paired.seeds == 2
@@ -125,7 +125,7 @@ def test_models_that_did_not_learn_the_task_are_left_out_and_counted():
 
 def test_without_a_measure_at_the_trained_theta_all_models_take_part():
     rows = [row for row in made_up_rows(0.5) if row.metric != "retrieval_accuracy" or row.at["length"] != 16]
-    needles = next(claim for claim in judged.claims(rows, 16) if claim.name == "needles")
+    needles = next(claim for claim in figures.claims(rows, 16) if claim.name == "needles")
     assert needles.paired.seeds == 3
 
 
@@ -136,8 +136,8 @@ def test_a_headline_without_anything_to_compare_says_so():
         if row.metric == "retrieval_accuracy" and row.at["length"] == 128
     ]
     rows = [dataclasses.replace(r, value=0.5) if r.metric == "retrieval_accuracy" else r for r in made_up_rows(0.5)]
-    found = judged.claims([*rows, *far], 16)
-    line = next(line for line in judged.headlines(found) if line.title == "Key information retrieval")
+    found = figures.claims([*rows, *far], 16)
+    line = next(line for line in headlines(found) if line.title == "Key information retrieval")
     assert line.words.startswith("Nothing to compare; 6 of 6 models did not learn the task")
     assert "nan" not in report.claims_text(found, 100)
 
@@ -161,13 +161,13 @@ def test_claims_of_the_other_models():
     fair = other_models(
         {"c": 3.6, "d": 3.7, "e": 3.8, "f": 3.55}, short=3.2, late={"c": 2.52, "d": 2.4, "e": 3.0, "f": 2.6}
     )
-    found = {claim.claim: claim.verdict for claim in judged.claims(fair, 16) if claim.figure in (4, 5)}
+    found = {claim.claim: claim.verdict for claim in figures.claims(fair, 16) if claim.figure in (4, 5)}
     assert len(found) == 13
     assert set(found.values()) == {HOLDS}
     foul = other_models(
         {"c": 4.1, "d": 3.4, "e": 4.2, "f": 4.1}, short=2.9, late={"c": 3.2, "d": 2.6, "e": 3.0, "f": 2.6}
     )
-    against = {claim.claim: claim.verdict for claim in judged.claims(foul, 16) if claim.figure in (4, 5)}
+    against = {claim.claim: claim.verdict for claim in figures.claims(foul, 16) if claim.figure in (4, 5)}
     ours = {
         name
         for name in found
@@ -189,13 +189,13 @@ def test_the_learned_law_is_fitted_without_its_untrained_ends():
         ]
 
     ends = {1: 1.0, 16: 1.0}
-    log = judged.claims([*made_up_rows(0.5), *rows(lambda n: ends.get(n, 0.2 * math.log(n) + 0.4))], 16)
+    log = figures.claims([*made_up_rows(0.5), *rows(lambda n: ends.get(n, 0.2 * math.log(n) + 0.4))], 16)
     claim = next(claim for claim in log if claim.figure == 2)
     assert claim.verdict == HOLDS
     assert "R² of a1 log n + a2: 1.000 ± 0.000" in claim.measured
-    line = judged.claims([*made_up_rows(0.5), *rows(lambda n: 0.1 * n + (n % 2) / 10)], 16)
+    line = figures.claims([*made_up_rows(0.5), *rows(lambda n: 0.1 * n + (n % 2) / 10)], 16)
     assert next(claim for claim in line if claim.figure == 2).verdict == HOLDS_NOT
-    fit = judged.law_fits([2, 4, 8], np.array([1.0, 2.0, 3.0]))["log"]
+    fit = law_fits([2, 4, 8], np.array([1.0, 2.0, 3.0]))["log"]
     assert fit.formula == f"{1 / math.log(2):.3f} log n + 0.000"
     assert fit.r2 == pytest.approx(1)
 
@@ -231,15 +231,15 @@ def test_the_report_is_whole_offline_and_escaped(run):
     assert {path.name for path in (run / "figures").iterdir()} == {
         f"{n}.{k}" for n in ("counting", *(f"figure{i}" for i in (1, 3, 4, 5, 6, 7, 8))) for k in ("png", "svg")
     }
-    for claim in judged.claims(made_up_rows(0.5), 16):
+    for claim in figures.claims(made_up_rows(0.5), 16):
         assert claim.verdict in page
 
 
 def test_the_report_opens_with_the_abstract(run):
     report.build(run)
     page = (run / "report.html").read_text()
-    found = judged.claims(made_up_rows(0.5), 16)
-    lines = judged.headlines(found)
+    found = figures.claims(made_up_rows(0.5), 16)
+    lines = headlines(found)
     assert [line.title for line in lines] == [
         "Faster loss reduction", "Better at long context", "Attention on key information"
     ]  # fmt: skip
@@ -260,7 +260,7 @@ def test_the_bootstrap_over_texts_counts_seeds():
             for i, value in enumerate(4 - gap * (variant == "b") + 0.01 * np.arange(12) * (variant == "b"))
         ]
 
-    claim = next(c for c in judged.claims([*made_up_rows(0.5), *texts((0.5, 0.5, 0.05))], 16) if c.name == "far")
+    claim = next(c for c in figures.claims([*made_up_rows(0.5), *texts((0.5, 0.5, 0.05))], 16) if c.name == "far")
     assert "over texts (bootstrap) below zero in 2 of 3 seeds" in claim.measured
 
 
@@ -276,8 +276,8 @@ def test_an_unchanged_report_is_left_alone_and_other_rows_make_another(run):
 
 
 def test_the_terminal_table_fits_and_keeps_every_claim():
-    found = judged.claims(made_up_rows(0.5), 16)
+    found = figures.claims(made_up_rows(0.5), 16)
     for width in (60, 100, 200):
         text = report.claims_text(found, width)
         assert max(map(len, text.splitlines())) <= width
-        assert text.count("holds") == len(found) + len(judged.headlines(found))
+        assert text.count("holds") == len(found) + len(headlines(found))

@@ -29,7 +29,9 @@ from ssmax.errors import LeftOut, UserError
 from ssmax.paper import reproduce
 from ssmax.paper.plan import _data, plan
 from ssmax.paper.recipes import paper, smoke
-from ssmax.paper.stages import check_fit, count_task, needle_task, run_stage
+from ssmax.paper.stages import STAGES
+from ssmax.paper.tasks import count_task, needle_task
+from ssmax.paper.training import check_fit
 from ssmax.runs.rows import read_rows
 
 # datasets leaves files open that it did not read to the end.
@@ -389,7 +391,7 @@ def test_needles_and_counts_with_digits_that_share_tokens(rows, tokenizer, tmp_p
         check_fit(dataclasses.replace(recipe, train_length=128), loaded)
     metrics = set()
     for stage in recipe.stages(recipe.jobs[0]):
-        metrics |= {row.metric for row in run_stage(stage, recipe.jobs[0], recipe, loaded, tmp_path, lambda n: None)}
+        metrics |= {row.metric for row in STAGES[stage].run(recipe.jobs[0], recipe, loaded, tmp_path, lambda n: None)}
     assert {"loss_by_position", "retrieval_accuracy", "top_needle_score", "counting_accuracy"} <= metrics
     task = needle_task(loaded, recipe, loaded.train)
     examples = [task.example(task.shortest, 0.5, np.random.default_rng(i)) for i in range(99)]

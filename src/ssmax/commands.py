@@ -21,8 +21,8 @@ from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.hf.portable.card import write_card
-from ssmax.runs.files import written_whole
-from ssmax.runs.rows import Row, write_atomically
+from ssmax.runs.files import write_atomically, written_whole
+from ssmax.runs.rows import Row
 
 __all__ = ["calibrate_folder", "convert_folder", "inspect_folder"]
 
@@ -104,7 +104,7 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
     rows = _scale_rows(model, Path(source).name)
     if not rows:
         raise UserError(f"{source} learns no number for each head, such as s; there is nothing to draw")
-    from ssmax.paper.figures import scales  # loads matplotlib
+    from ssmax.plots.scales import scales  # loads matplotlib
 
     write_atomically(figure, scales(rows, figure.suffix[1:]))
     return [*lines, f"figure: {figure.resolve()}"]

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from ssmax.bench import measure
 from ssmax.bench.cases import CASES
 from ssmax.errors import UserError
-from ssmax.paper.figures import STYLE
-from ssmax.runs.rows import Row, write_atomically, write_rows
+from ssmax.plots.drawing import STYLE
+from ssmax.runs.files import write_atomically
+from ssmax.runs.rows import Row, write_rows
 
 __all__ = ["bench", "figure", "table"]
 

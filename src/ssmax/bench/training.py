@@ -13,7 +13,7 @@ import torch
 
 from ssmax.bench.measure import PLAIN, Comparison
 from ssmax.hf import parameter_groups
-from ssmax.paper.models import build_model
+from ssmax.paper.building import build_model
 from ssmax.paper.recipes import Recipe, tiny
 from ssmax.paper.training import pretrain
 from ssmax.training.datasets import Windows

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ssmax.paper.report import document, escaped, figures_html, is_made_from, save, state_of
+from ssmax.plots.html import document, escaped, figures_html, is_made_from, save, state_of
 from ssmax.plots.select import by, pick
-from ssmax.runs.rows import Row, read_rows, write_atomically
+from ssmax.runs.files import write_atomically
+from ssmax.runs.rows import Row, read_rows
 
 __all__ = ["Table", "build", "tables", "tables_json", "tables_text"]
 

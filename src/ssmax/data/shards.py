@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ssmax.errors import UserError
+from ssmax.runs.files import write_atomically
 from ssmax.runs.progress import progress_bar
-from ssmax.runs.rows import write_atomically
 
 __all__ = [
     "SHARD_TOKENS",

@@ -10,8 +10,8 @@ import numpy as np
 from ssmax.demo import measure
 from ssmax.demo.measure import MODELS, THETA_FACTOR, Shipped
 from ssmax.demo.page import page
+from ssmax.runs.files import write_atomically
 from ssmax.runs.progress import progress_bar
-from ssmax.runs.rows import write_atomically
 
 __all__ = ["demo", "facts_of"]
 

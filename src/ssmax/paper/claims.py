@@ -3,15 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from ssmax.paper.measured import MEASURES, UNITS, Values, far_texts, learned, raised
-from ssmax.paper.registered import ABSTRACT, LEARNED, REGISTERED, Registered
+from ssmax.paper.measured import MEASURES, UNITS, Values, far_texts, forms, learned, raised
+from ssmax.paper.models import FORM_NAMES, NAMES
+from ssmax.paper.registered import ABSTRACT, LEARNED, Registered
 from ssmax.paper.statistics import Paired, bootstrap
-from ssmax.plots.select import FORM_NAMES, NAMES, Spread, by, forms, pick
+from ssmax.plots.select import Spread
 from ssmax.runs.rows import Row
 
-__all__ = ["HOLDS", "HOLDS_NOT", "OPEN", "RULE", "Claim", "Headline", "claims", "headlines", "law_fits", "learned_p"]
+__all__ = [
+    "HOLDS",
+    "HOLDS_NOT",
+    "OPEN",
+    "RULE",
+    "Claim",
+    "Headline",
+    "headlines",
+    "interval_words",
+    "judged",
+    "verdict",
+]
 
 HOLDS, HOLDS_NOT, OPEN = "holds", "does not hold", "open"
 RULE = (
@@ -52,47 +62,15 @@ class Headline:
     claim: Claim
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A least-squares fit: its curve at the points, its formula with numbers, and R² (nan for constant values)."""
-
-    formula: str
-    curve: np.ndarray
-    r2: float
-
-
-def law_fits(n: Sequence[int], p: np.ndarray) -> dict[str, Fit]:
-    """Fit p_n by a1 log n + a2 (the paper's Figure 2), a1 n + a2 and a2."""
-    keys = np.asarray(n, dtype=float)
-    shapes = {
-        "log": (np.log(keys), "{:.3f} log n + {:.3f}"),
-        "linear": (keys, "{:.4f} n + {:.3f}"),
-        "constant": (None, "{:.3f}"),
-    }
-    fits = {}
-    for name, (x, formula) in shapes.items():
-        columns = [np.ones_like(keys)] if x is None else [x, np.ones_like(keys)]
-        design = np.stack(columns, 1)
-        solution = np.linalg.lstsq(design, p, rcond=None)[0]
-        curve = design @ solution
-        scatter = float(((p - p.mean()) ** 2).sum())
-        r2 = 1 - float(((p - curve) ** 2).sum()) / scatter if scatter else float("nan")
-        r2 = 0.0 if x is None and scatter else r2  # exactly, where rounding leaves -0.000
-        fits[name] = Fit(formula.format(*solution), curve, r2)
-    return fits
-
-
-def claims(rows: Sequence[Row], train_length: int) -> list[Claim]:
-    """Return every claim that the rows can speak of, in the order of the paper's figures, the counter-test last."""
-    found = [_fading(rows), _lead(rows)]
-    found += [_logarithmic(rows, form, train_length) for form in forms(pick(rows, "learned_p"))]
-    for registered in REGISTERED:
+def judged(registered: Sequence[Registered], rows: Sequence[Row], train_length: int) -> list[Claim]:
+    """Return the registered claims that the rows can speak of, one for each form."""
+    found = []
+    for claim in registered:
         for form in forms([row for row in rows if row.variant in NAMES]):
-            values = MEASURES[registered.measure](rows, form, train_length)
-            if all(model in values for model in registered.models):
-                found.append(_judged(registered, rows, form, train_length, values))
-    found += [_score_and_success(rows, form) for form in forms(pick(rows, "top_needle_score"))]
-    return sorted(found, key=lambda claim: (isinstance(claim.figure, str), claim.figure))
+            values = MEASURES[claim.measure](rows, form, train_length)
+            if all(model in values for model in claim.models):
+                found.append(_judged(claim, rows, form, train_length, values))
+    return found
 
 
 def headlines(found: Sequence[Claim]) -> list[Headline]:
@@ -191,78 +169,3 @@ def _who_learned(rows, form, train_length, models):
         f"{len(asked) - sum(asked)} of {len(asked)} models did not learn the task (below {LEARNED:.0%} at the training "
         "length) and are left out with the model that they are compared with"
     ]
-
-
-def _fading(rows):
-    weights = {variant: by(pick(rows, "max_weight", variant), "n") for variant in "ab"}
-    n = max(weights["a"])
-    a, b = (weights[variant][n][0] for variant in "ab")
-    return Claim(
-        1,
-        "The largest Softmax weight fades as the number of keys grows; SSMax's does not",
-        "Softmax → 0, SSMax stays near 1 (s = 0.43)",
-        f"at {n:,} keys: Softmax {a:.4f}, SSMax {b:.4f}",
-        HOLDS if a < 0.5 < b else HOLDS_NOT,
-    )
-
-
-def crossing(rows: Sequence[Row], variant: str, n: int, s: float | None) -> float:
-    """Return the z_max whose weight is 1/2, by linear interpolation."""
-    curve = by(pick(rows, "focus_weight", variant, n=n, s=s), "z_max")
-    return float(np.interp(0.5, [value[0] for value in curve.values()], [float(z) for z in curve]))
-
-
-def _lead(rows):
-    few, many = 100, 100_000
-    softmax = [crossing(rows, "a", n, None) for n in (few, many)]
-    ssmax = [crossing(rows, "b", n, 0.43) for n in (few, many)]
-    return Claim(
-        3,
-        "The lead that a key needs to hold half of the attention grows with log n under Softmax, not under SSMax",
-        "SSMax focuses at a lead of about 1/s, whatever n is",
-        f"from {few} to {many:,} keys z_max for weight 1/2 moves {softmax[0]:.2f} → {softmax[1]:.2f} under Softmax, "
-        f"{ssmax[0]:.2f} → {ssmax[1]:.2f} under SSMax (s = 0.43)",
-        HOLDS if ssmax[1] - ssmax[0] < 0.1 * (softmax[1] - softmax[0]) else HOLDS_NOT,
-    )
-
-
-def learned_p(rows: Sequence[Row], form: str, train_length: int) -> list[Row]:
-    """Return the rows of p_n that learned: n = 1 has one key, whose weight is 1, and the last n has no next token."""
-    return [row for row in pick(rows, "learned_p", form=form) if 1 < row.at["n"] < train_length]
-
-
-def _logarithmic(rows, form, train_length):
-    fits = {}
-    for seed in by(pick(rows, "learned_p", form=form), "seed"):
-        curve = by([row for row in learned_p(rows, form, train_length) if row.seed == seed], "n")
-        fits[seed] = law_fits(list(curve), np.array([values[0] for values in curve.values()]))
-    log, line = (Spread(tuple(fit[name].r2 for fit in fits.values())) for name in ("log", "linear"))
-    gains = [a - max(b, 0.0) for a, b in zip(log.values, line.values, strict=True)]
-    return Claim(
-        2,
-        f"A factor learned freely for each n is logarithmic in n, rather than linear or constant ({FORM_NAMES[form]})",
-        "p_n = a1 log n + a2 fits the learned values",
-        f"R² of a1 log n + a2: {log:.3f}; of a line {line:.3f}; of a constant 0; {interval_words(Paired(tuple(gains)))}",
-        verdict(gains),
-        "law",
-        form,
-    )
-
-
-def _score_and_success(rows, form):
-    gaps, right, wrong = [], [], []
-    for seed in by(pick(rows, "top_needle_score", form=form), "seed"):
-        trials = [row for row in pick(rows, "top_needle_score", form=form) if row.seed == seed]
-        hits, misses = ([row.value for row in trials if row.at["correct"] is ok] for ok in (True, False))
-        if hits and misses:
-            gaps.append(float(np.mean(hits) - np.mean(misses)))
-            right.append(float(np.mean(hits)))
-            wrong.append(float(np.mean(misses)))
-    text = f"A high needle score and a right answer go together ({FORM_NAMES[form]}; all models' trials)"
-    if not gaps:
-        return Claim(8, text, "they do", "every trial had the same outcome", OPEN, "score", form)
-    measured = (
-        f"top score when right {Spread(tuple(right)):.3f}, when wrong {Spread(tuple(wrong)):.3f}; "
-        f"{interval_words(Paired(tuple(gaps)))}"
-    )
-    return Claim(8, text, "they do", measured, verdict(gaps), "score", form)

@@ -6,13 +6,24 @@ from typing import Any
 
 import numpy as np
 
+from ssmax.paper.models import FORM_NAMES, NAMES
 from ssmax.paper.registered import LEARNED
-from ssmax.plots.select import NAMES, pick
+from ssmax.plots.select import pick
 from ssmax.runs.rows import Row
 
-__all__ = ["MEASURES", "UNITS", "Values", "far_texts", "learned", "raised"]
+__all__ = ["MEASURES", "UNITS", "Values", "far_texts", "forms", "learned", "raised", "variants"]
 
 Values = dict[str, dict[int, float]]  # model -> seed -> value
+
+
+def forms(rows: Sequence[Row]) -> list[str]:
+    """Return the model forms among the rows, the paper's first."""
+    return sorted({row.at["form"] for row in rows if "form" in row.at}, key=list(FORM_NAMES).index)
+
+
+def variants(rows: Sequence[Row]) -> list[str]:
+    """Return the letters of the models among the rows."""
+    return sorted({row.variant for row in rows if row.variant in NAMES})
 
 
 def raised(rows: Sequence[Row], metric: str) -> int:

@@ -1,116 +1,93 @@
-"""The paper's models: three forms, and the variants (a) to (f) with what Figure 2 needs; all of a seed share weights."""
+"""The paper's models, one entry each: forms (the shape of a model) and variants (what its attention computes). Loads no torch."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import (
-    GlmConfig,
-    GlmForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-
-from ssmax.hf import convert
-from ssmax.hf.layers import language_layers
-from ssmax.nn import SSMaxScale
-from ssmax.paper.recipes import Recipe
-from ssmax.scaling import scale_query
-from ssmax.visible import rows_of
-
-__all__ = ["LearnedLaw", "SwitchedScale", "build_model", "switch_at", "turn_on"]
-
-FORMS: dict[str, tuple[Any, Any, dict]] = {
-    "paper": (LlamaConfig, LlamaForCausalLM, {}),
-    "qk-norm": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "partial-rope": (GlmConfig, GlmForCausalLM, {"partial_rotary_factor": 0.5}),
-}
-# (c) has nothing to learn, so its law is log n itself.
-CONVERSIONS: dict[str, dict[str, Any]] = {
-    "b": {},
-    "c": {"law": "ssmax-fixed"},
-    "d": {"bias": True},
-    "f": {},
-}
+__all__ = ["FORMS", "FORM_NAMES", "NAMES", "VARIANTS", "Form", "Variant"]
 
 
-class SwitchedScale(SSMaxScale):
-    """The scale of (f): Softmax until it is turned on; s is in the optimizer from the start and gets no gradient."""
+@dataclass(frozen=True)
+class Form:
+    """A shape of the models.
 
-    def __init__(self, num_heads: int, s: float):
-        super().__init__(num_heads, s)
-        self.register_buffer("on", torch.tensor(False), persistent=False)
-
-    def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
-        """Return the scaled query, or the query as it is."""
-        return torch.where(self.on, super().forward(query, n, log_n), query)
-
-
-class LearnedLaw(nn.Module):
-    """The scale of Figure 2: s p_n + b, one p for each n shared by all layers and heads; it starts as Softmax.
-
-    Args:
-        num_heads: query heads, H; s = 1 and b = 0 for each at the start.
-        p: (N,), for n = 1 to N; owned by the model.
+    Attributes:
+        name: in rows and on the command line.
+        title: in reports.
+        family: of transformers, whose FAMILYConfig and FAMILYForCausalLM are built.
+        rope: what its RoPE has beside a type and theta.
     """
 
-    def __init__(self, num_heads: int, p: nn.Parameter):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(num_heads)), nn.Parameter(torch.zeros(num_heads))
-        self.shared = (p,)  # not a parameter of each layer: checkpoints hold it once
-
-    def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
-        """Return the scaled query in query's dtype."""
-        p_BHN = self.shared[0][rows_of(n, query) - 1]
-        return scale_query(query, self.weight[:, None] * p_BHN + self.bias[:, None])
+    name: str
+    title: str
+    family: str
+    rope: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: int, end: int = 0) -> PreTrainedModel:
-    """Return a new model of the paper's shape; all variants of a seed have the same weights. A text ends with the id end."""
-    config_type, model_type, options = FORMS[form]
-    rope = {"rope_type": "default", "rope_theta": recipe.rope_theta, **options}
-    config = config_type(
-        vocab_size=vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_heads,
-        head_dim=recipe.hidden_size // recipe.num_heads,
-        max_position_embeddings=recipe.train_length,
-        rope_parameters=rope,
-        attention_bias=False,
-        attention_dropout=0.0,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=None,
+@dataclass(frozen=True)
+class Variant:
+    """A model that is compared; all variants of a seed start from the same weights.
+
+    Attributes:
+        letter: in rows and on the command line.
+        title: in reports.
+        help: on the command line.
+        colour: in figures.
+        options: of convert, where the model starts with "matched"; None for Softmax.
+        finish: called with the converted model and its recipe, to put other scales in.
+        made_of: the variant whose trained model it is, converted without further training; it has no training of its own.
+        measured: False for a model that is not saved: what its training finds is all that is asked of it.
+    """
+
+    letter: str
+    title: str
+    help: str
+    colour: str
+    options: Mapping[str, Any] | None = None
+    finish: Callable[[Any, Any], None] = lambda model, recipe: None
+    made_of: str = ""
+    measured: bool = True
+
+
+def _switch_late(model, recipe):
+    from ssmax.paper.building import put_switches  # loads torch
+
+    put_switches(model)
+
+
+def _learn_law(model, recipe):
+    from ssmax.paper.building import put_learned_law
+
+    put_learned_law(model, recipe.train_length)
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("paper", "paper's form", "Llama"),
+        Form("qk-norm", "with QK-norm", "Qwen3"),
+        Form("partial-rope", "with partial RoPE", "Glm", {"partial_rotary_factor": 0.5}),
     )
-    torch.manual_seed(seed)
-    model = model_type(config)
-    if variant in CONVERSIONS:
-        convert(model, "matched", **CONVERSIONS[variant])
-    if variant == "f":
-        for layer in language_layers(model).values():
-            layer.module.ssmax = SwitchedScale(layer.heads, model.config.ssmax["s"])
-    if variant == "p":
-        model.learned_p = nn.Parameter(torch.ones(recipe.train_length))
-        for layer in language_layers(model).values():
-            layer.module.ssmax = LearnedLaw(layer.heads, model.learned_p)
-    return model
-
-
-def switch_at(recipe: Recipe) -> int:
-    """Return the pretraining step at which (f) turns to SSMax: seven eighths."""
-    return recipe.steps * 7 // 8
-
-
-def turn_on(model: nn.Module, on: bool) -> None:
-    """Let (f) compute SSMax from now on, or Softmax; other models have nothing to turn."""
-    for module in model.modules():
-        if isinstance(module, SwitchedScale):
-            module.on.fill_(on)
+}
+VARIANTS = {
+    variant.letter: variant
+    for variant in (
+        Variant("a", "Softmax", "Softmax", "#d55e00"),
+        Variant("b", "SSMax", "SSMax", "#0072b2", {}),
+        # It has nothing to learn, so that its law is log n itself.
+        Variant("c", "SSMax without s", "SSMax without s", "#56b4e9", {"law": "ssmax-fixed"}),
+        Variant("d", "SSMax with b", "SSMax with bias", "#009e73", {"bias": True}),
+        Variant("e", "switched afterwards", "Softmax, converted after its training", "#e69f00", made_of="a"),
+        Variant(
+            "f",
+            "switched late",
+            "Softmax that switches to SSMax for the last eighth",
+            "#cc79a7",
+            {},
+            _switch_late,
+        ),
+        Variant("p", "", "one factor learned for each n (Figure 2)", "", finish=_learn_law, measured=False),
+    )
+}
+FORM_NAMES = {form.name: form.title for form in FORMS.values()}
+NAMES = {variant.letter: variant.title for variant in VARIANTS.values() if variant.measured}

@@ -9,7 +9,8 @@ import torch
 from ssmax.data.shards import SHARD_TOKENS, token_type
 from ssmax.data.tokenizer import load_tokenizer, vocabulary
 from ssmax.errors import UserError
-from ssmax.paper.models import build_model
+from ssmax.paper.building import build_model
+from ssmax.paper.models import VARIANTS
 from ssmax.paper.recipes import Recipe
 from ssmax.training.loop import batch_arguments
 from ssmax.training.ranks import world_size
@@ -33,7 +34,7 @@ def plan(recipe: Recipe) -> list[str]:
     scales = sum(count for name, count in sizes.items() if ".ssmax." in name)
     norms = sum(count for name, count in sizes.items() if "norm" in name)
     matrices = sum(sizes.values()) - scales - norms
-    trained = [job for job in recipe.jobs if job.variant != "e"]
+    trained = [job for job in recipe.jobs if not VARIANTS[job.variant].made_of]
     step_tokens = recipe.batch_size * recipe.train_length
     flops = _training_flops(recipe, matrices, recipe.steps * step_tokens, size)
     asked = sum("finetune" in recipe.stages(job) for job in recipe.jobs)

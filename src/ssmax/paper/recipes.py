@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 from ssmax.errors import UserError
+from ssmax.paper.models import FORMS, VARIANTS
+from ssmax.paper.stages import STAGES
 
 __all__ = [
-    "FORMS",
     "LATER",
     "PAPER_THETA",
     "PAPER_TURNS",
     "RECIPES",
-    "TOGETHER",
     "Job",
     "Recipe",
     "laptop",
@@ -23,11 +23,6 @@ __all__ = [
     "tiny",
     "turns",
 ]
-
-FORMS = ("paper", "qk-norm", "partial-rope")
-LETTERS = "abcdefp"
-# Stages that all ranks of a distributed run do together; the others are one rank's work.
-TOGETHER = ("pretrain", "finetune", "count")
 
 
 def turns(theta: float, length: int) -> float:
@@ -154,12 +149,14 @@ class Recipe:
             )
         trained = _letters("--models", self.models)
         for form, letters in trained.items():
-            if "e" in letters and "a" not in letters:
-                raise UserError(f"--models {form}:{letters}: e is made of a, which is missing")
+            for variant in map(VARIANTS.__getitem__, letters):
+                if variant.made_of not in letters:  # "" is in every text
+                    raise UserError(
+                        f"--models {form}:{letters}: {variant.letter} is made of {variant.made_of}, which is missing"
+                    )
         for option in ("retrieval", "counting"):
             for form, letters in _letters(f"--{option}", getattr(self, option)).items():
-                unknown = set(letters) - (set(trained.get(form, "")) - {"p"})
-                if unknown:
+                if any(x not in trained.get(form, "") or not VARIANTS[x].measured for x in letters):
                     raise UserError(
                         f"--{option} {form}:{letters} asks for models that --models does not train, or for p"
                     )
@@ -167,16 +164,16 @@ class Recipe:
     @property
     def jobs(self) -> list[Job]:
         """The recipe's models, the variants of a seed side by side."""
-        forms = _letters("--models", self.models)
-        return [Job(form, letter, seed) for seed in self.seeds for form, letters in forms.items() for letter in letters]
+        forms = self.letters("models").items()
+        return [Job(form, letter, seed) for seed in self.seeds for form, letters in forms for letter in letters]
+
+    def letters(self, option: str) -> dict[str, str]:
+        """Form -> letters of the variants that an option names: models, retrieval or counting."""
+        return _letters(f"--{option}", getattr(self, option))
 
     def stages(self, job: Job) -> list[str]:
         """What is done with a model, in this order."""
-        named = [] if job.variant == "e" else ["pretrain"]
-        named += [] if job.variant == "p" else ["position_loss"]
-        for option, stages in (("retrieval", ["finetune", "retrieval"]), ("counting", ["count", "counting"])):
-            named += stages if job.variant in _letters(option, getattr(self, option)).get(job.form, "") else []
-        return named
+        return [stage.name for stage in STAGES.values() if stage.asked(self, job)]
 
     @property
     def rope_theta(self) -> float:
@@ -204,9 +201,9 @@ def _letters(option, models):
     found = {}
     for model in models:
         form, _, letters = model.partition(":")
-        if form not in FORMS or form in found or not letters or set(letters) - set(LETTERS):
+        if form not in FORMS or form in found or not letters or set(letters) - set(VARIANTS):
             raise UserError(
-                f"{option} must be FORM:LETTERS, a form of {', '.join(FORMS)} (each once) and letters of {LETTERS}; got {model!r}"
+                f"{option} must be FORM:LETTERS, a form of {', '.join(FORMS)} (each once) and letters of {''.join(VARIANTS)}; got {model!r}"
             )
         found[form] = "".join(sorted(set(letters)))
     return found

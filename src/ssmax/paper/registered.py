@@ -6,7 +6,7 @@ Add claims, never remove one because of what came out; a change of a measure is 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ABSTRACT", "LEARNED", "REGISTERED", "Line", "Registered"]
+__all__ = ["ABSTRACT", "LEARNED", "REGISTERED", "Line", "Registered", "registered"]
 
 # Share of needles that a model has to find at its training length, under its trained theta, to have learned the task.
 LEARNED = 0.9
@@ -163,6 +163,11 @@ REGISTERED = (
         ("b", "a"),
     ),
 )
+
+
+def registered(figure: int | str) -> tuple[Registered, ...]:
+    """Return the claims of a figure."""
+    return tuple(claim for claim in REGISTERED if claim.figure == figure)
 
 
 @dataclass(frozen=True)

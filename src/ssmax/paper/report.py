@@ -1,41 +1,18 @@
 """report.html: verdicts, figures and settings on one page that opens offline, and the same table for the terminal."""
 
-import base64
-import hashlib
-import html
-import io
 import json
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ssmax.paper.claims import HOLDS, HOLDS_NOT, RULE, Claim, claims, headlines, interval_words
-from ssmax.plots.select import FORM_NAMES
-from ssmax.runs.rows import read_rows, write_atomically
-from ssmax.versions import __version__
+from ssmax.paper.claims import HOLDS, HOLDS_NOT, RULE, Claim, headlines, interval_words
+from ssmax.paper.models import FORM_NAMES
+from ssmax.plots.html import document, escaped, figures_html, is_made_from, save, state_of
+from ssmax.runs.files import write_atomically
+from ssmax.runs.rows import read_rows
 
-__all__ = ["build", "claims_text", "document", "escaped", "figures_html", "is_made_from", "save", "state_of"]
-
-CAPTIONS = {
-    1: "Figure 1. The largest attention weight against the number of keys, from the formula.",
-    2: "Figure 2. One factor p_n learned for each number of visible keys, shared by all layers and heads, in softmax((s p_n + b) z), with least-squares fits; the first and the last n get no gradient and are left out.",
-    3: "Figure 3. The weight of the largest logit against its value, from the formula. Darker: more keys.",
-    4: "Figure 4. Training loss; mean and range over seeds. The first sixth of the training lies above the panel.",
-    5: "Figure 5. Loss at each position of held-out texts, far past the training length; mean and range over seeds.",
-    6: "Figure 6. Share of needles found, by context size and depth, after fine-tuning on contexts no longer than the training length.",
-    7: "Figure 7. Needle score of each head: its attention on the needle's tokens from the query that emits the first answer token, mean over trials, sorted; mean and range over seeds.",
-    8: "Figure 8. The highest needle score of any head in each trial, all seeds, marked by whether the answer was right.",
-    "counting": "Counter-test. Share of right answers to how often a word stands in the text, after fine-tuning on contexts no longer than the training length; mean and range over seeds.",
-}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { margin-bottom: 0 } h2 { margin-top: 2em } .sub { color: #666; margin-top: .2em }
-table { border-collapse: collapse; width: 100% } th, td { text-align: left; vertical-align: top; padding: .4em .7em; border-bottom: 1px solid #ddd }
-.holds { color: #00703c; font-weight: 600 } .not { color: #b3261e; font-weight: 600 } .open { color: #777; font-weight: 600 }
-figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555 } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
-"""
+__all__ = ["build", "claims_text", "theta_of"]
 
 CSS = {HOLDS: "holds", HOLDS_NOT: "not"}
 
@@ -45,6 +22,8 @@ def build(folder: Path) -> list[Claim]:
 
     A report that was made from the same rows by the same version is left as it is.
     """
+    from ssmax.paper.figures import FIGURES, claims, draw, drawable  # loads matplotlib
+
     rows = read_rows(folder / "rows.jsonl")
     settings = json.loads((folder / "recipe.json").read_text())
     recipe = settings["recipe"]
@@ -53,53 +32,13 @@ def build(folder: Path) -> list[Claim]:
     made_from = state_of(folder)
     if is_made_from(page, made_from):
         return found
-    from ssmax.paper.figures import draw, drawable  # loads matplotlib
-
-    images = {}
+    images = []
     for name in drawable(rows):
-        file_name = f"figure{name}" if isinstance(name, int) else name
-        images[name] = save(draw(name, rows, recipe["train_length"]), folder / "figures", file_name)
+        figure = FIGURES[name]
+        image = save(draw(name, rows, recipe["train_length"]), folder / "figures", figure.file_name)
+        images.append((figure.caption, image))
     write_atomically(page, _page(rows, settings, found, images, made_from))
     return found
-
-
-def state_of(folder: Path) -> str:
-    """Return a hash of what a report is made from: the rows, and this version."""
-    return hashlib.sha256((folder / "rows.jsonl").read_bytes() + __version__.encode()).hexdigest()
-
-
-def is_made_from(page: Path, state: str) -> bool:
-    """Whether the page is there and was made from that state."""
-    return page.exists() and state in page.read_text()
-
-
-def save(figure: Any, folder: Path, name: str) -> bytes:
-    """Save a figure as PNG and SVG and return the SVG."""
-    image = b""
-    for kind in ("png", "svg"):
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        image = content.getvalue()
-        write_atomically(folder / f"{name}.{kind}", image)
-    return image
-
-
-def document(name: str, state: str, body: str) -> str:
-    """Return a page of the reports' style that needs no other file."""
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="made-from" content="{state}"><title>ssmax: {escaped(name)}</title><style>{STYLE}</style>
-{body}
-</html>
-"""
-
-
-def figures_html(images: Sequence[tuple[str, bytes]]) -> str:
-    """Return captions and SVG images as HTML."""
-    return "".join(
-        f"<figure><img alt='{escaped(caption)}' src='data:image/svg+xml;base64,{base64.b64encode(image).decode()}'>"
-        f"<figcaption>{escaped(caption)}</figcaption></figure>"
-        for caption, image in images
-    )
 
 
 def claims_text(found: Sequence[Claim], width: int) -> str:
@@ -159,7 +98,7 @@ def _page(rows, settings, found, images, made_from):
         f"<td>{escaped(claim.measured)}</td><td class='{CSS.get(claim.verdict, 'open')}'>{escaped(claim.verdict)}</td></tr>"
         for claim in found
     )
-    figures = figures_html([(CAPTIONS[number], image) for number, image in images.items()])
+    figures = figures_html(images)
     facts = ", ".join(f"{name} {value}" for name, value in provenance.items() if value is not None)
     body = f"""<h1>Softmax against Scalable-Softmax</h1>
 <p class="sub">Recipe “{escaped(recipe["name"])}”: every experiment of arXiv 2501.19399 that it covers, run here. {len(rows):,} measured rows in rows.jsonl.</p>
@@ -255,8 +194,3 @@ def _method(rows, recipe):
         "Needle score: the paper's definition could not be read; here it is one head's attention on the needle's tokens "
         "from the query that emits the first answer token.",
     ]
-
-
-def escaped(value: Any) -> str:
-    """Return a value as text of HTML."""
-    return html.escape(str(value), quote=True)

@@ -25,8 +25,11 @@ from ssmax.data import corpus as corpora
 from ssmax.data.shards import check, verify
 from ssmax.errors import RunFailed, Stopped, UserError
 from ssmax.evaluation.tasks import NEEDLE_WORDS
-from ssmax.paper.recipes import TOGETHER, Recipe
-from ssmax.paper.stages import check_fit, formula_rows, run_stage, stage_tokens
+from ssmax.paper.formula import formula_rows
+from ssmax.paper.models import VARIANTS
+from ssmax.paper.recipes import Recipe
+from ssmax.paper.stages import STAGES
+from ssmax.paper.training import check_fit
 from ssmax.runs import signals
 from ssmax.runs.files import check_folder, written_whole
 from ssmax.runs.folder import RunFolder, versions
@@ -86,9 +89,9 @@ def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup
         done = rows.exists()
         state.wait_for_everyone()
         if not done:
-            total = stage_tokens("pretrain", recipe)
+            total = STAGES["pretrain"].tokens(recipe)
             with progress_bar(total, job.name, state.is_main_process) as bar:
-                found = run_stage("pretrain", job, recipe, corpus, run.folder / "models", bar.update, setup)
+                found = STAGES["pretrain"].run(job, recipe, corpus, run.folder / "models", bar.update, setup)
             if state.is_main_process:
                 write_rows(rows, stamped(found, provenance), checked=True)
         if state.is_main_process:
@@ -168,16 +171,19 @@ def _run_together(run, recipe, tokens, provenance, setup):
     corpus, state = corpora.load(tokens), PartialState()
     todo = [(job, stage) for job in recipe.jobs for stage in run.todo(job)]
     state.wait_for_everyone()  # before anybody writes what another one still looks for
-    training = [(job, stage) for stage in TOGETHER for job, wanted in todo if wanted == stage]
-    measuring = [(job, stage) for job, stage in todo if stage not in TOGETHER]
+    together = [stage.name for stage in STAGES.values() if stage.trains]
+    training = [(job, stage) for stage in together for job, wanted in todo if wanted == stage]
+    measuring = [(job, stage) for job, stage in todo if stage not in together]
     mine = measuring[state.process_index :: state.num_processes]
-    total = sum(stage_tokens(stage, recipe) for _, stage in training + mine)
+    total = sum(STAGES[stage].tokens(recipe) for _, stage in training + mine)
     with progress_bar(total, f"{len(recipe.jobs)} models, {state.num_processes} ranks", state.is_main_process) as bar:
         for job, stage in training + mine:
             bar.set_description_str(f"{job.name} {stage}")
             with failures(f"{job.name}: "):
-                rows = run_stage(stage, job, recipe, corpus, run.folder / "models", bar.update, setup)
-                if stage not in TOGETHER or state.is_main_process:
+                place = run.folder / "models"
+                more = (setup,) if stage in together else ()
+                rows = STAGES[stage].run(job, recipe, corpus, place, bar.update, *more)
+                if stage not in together or state.is_main_process:
                     write_rows(run.stage_file(f"{job.name}.{stage}"), stamped(rows, provenance), checked=True)
         with failures(""):
             state.wait_for_everyone()
@@ -200,7 +206,7 @@ def _run_jobs(run, recipe, tokens, provenance):
     keep_freed_memory()
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
-    total = sum(stage_tokens(stage, recipe) for unit in units for _, stage in unit)
+    total = sum(STAGES[stage].tokens(recipe) for unit in units for _, stage in unit)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (messages, threads))
     with progress_bar(total, f"{len(recipe.jobs)} models") as bar:
         watcher = threading.Thread(target=_show, args=(messages, bar), daemon=True)
@@ -221,11 +227,11 @@ def _run_jobs(run, recipe, tokens, provenance):
 
 
 def _units(jobs):
-    """One worker's work: a model, and (e) behind the (a) that it is made of."""
-    units = {job: [job] for job in jobs if job.variant != "e"}
+    """One worker's work: a model, and after it those that are made of it."""
+    units = {job: [job] for job in jobs if not VARIANTS[job.variant].made_of}
     for job in jobs:
-        if job.variant == "e":
-            units[dataclasses.replace(job, variant="a")].append(job)
+        if made_of := VARIANTS[job.variant].made_of:
+            units[dataclasses.replace(job, variant=made_of)].append(job)
     return list(units.values())
 
 
@@ -299,11 +305,11 @@ def _work(unit, recipe, tokens, run, provenance):
 
         def progress(done, job=job, stage=stage):
             _messages.put((job.name, stage, done))
-            if stage not in TOGETHER:  # a training saves first
+            if not STAGES[stage].trains:  # a training saves first
                 signals.check()
 
         with failures(f"{job.name}: "):
-            rows = run_stage(stage, job, recipe, corpus, run.folder / "models", progress)
+            rows = STAGES[stage].run(job, recipe, corpus, run.folder / "models", progress)
             rows = stamped(rows, provenance | meter.read())
             write_rows(run.stage_file(f"{job.name}.{stage}"), rows, checked=True)
         _messages.put((job.name, None, 0))

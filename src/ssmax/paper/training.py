@@ -1,21 +1,38 @@
-"""The paper's trainings: Table 2 (pretraining) and Table 3 (fine-tuning on a task), as specs of the training loop."""
+"""The paper's trainings: Table 2 (pretraining) and Table 3 (fine-tuning on a task), and the stages that run them."""
 
+import dataclasses
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from ssmax.errors import UserError
-from ssmax.paper.models import switch_at, turn_on
-from ssmax.paper.recipes import Recipe
+from ssmax.data.corpus import Corpus
+from ssmax.errors import Damaged, UserError
+from ssmax.hf import convert
+from ssmax.hf.loading import load_model
+from ssmax.paper.building import build_model, switch_at, turn_on
+from ssmax.paper.models import VARIANTS
+from ssmax.paper.recipes import Job, Recipe
+from ssmax.paper.stages import count_lengths
+from ssmax.paper.tasks import count_task, needle_task
+from ssmax.runs.files import check_folder, written_whole
+from ssmax.runs.rows import Row
 from ssmax.training.checkpoints import owner
 from ssmax.training.datasets import Examples, Windows
 from ssmax.training.loop import Setup, Spec, Trained, train
 from ssmax.training.ranks import world_size
 
-__all__ = ["finetune", "pretrain", "task_examples"]
+__all__ = [
+    "FINETUNED", "check_fit", "count_stage", "finetune", "finetune_stage", "load_stage", "pretrain", "pretrain_stage", "pretrained",
+    "save_stage", "stage_examples", "task_examples",
+]  # fmt: skip
+
+FINETUNED = {"finetune": "finetuned", "count": "counting"}  # folders of fine-tuned models
 
 
 def pretrain(
@@ -83,3 +100,116 @@ def finetune(
         owner=owner(folder, recipe),
     )
     return train(model, examples, spec, folder, progress, setup)
+
+
+def check_fit(recipe: Recipe, corpus: Corpus) -> None:
+    """Raise UserError where the corpus or the training length is too short for the recipe, before anything is trained."""
+    Windows(corpus.train, recipe.train_length, 1, seed=0)
+    for stage, asked in (("finetune", recipe.retrieval), ("count", recipe.counting)):
+        if asked:
+            stage_examples(stage, corpus, recipe, seed=0)
+    if recipe.counting and (shortest := count_task(corpus, corpus.train).shortest) > min(count_lengths(recipe)):
+        raise UserError(
+            f"a text to count in has up to {shortest} tokens in marks and question, and the shortest that is asked about has "
+            f"{min(count_lengths(recipe))}, half of the training window; raise --train-length"
+        )
+
+
+def pretrain_stage(
+    job: Job,
+    recipe: Recipe,
+    corpus: Corpus,
+    models: Path,
+    progress: Callable[[int], Any],
+    setup: Setup = Setup(),  # noqa: B008 (frozen)
+) -> list[Row]:
+    """Pretrain a model from its seed, save it, and return its training loss and what it learned of n."""
+    folder = models / job.name
+    model = build_model(recipe, job.form, job.variant, job.seed, corpus.vocab_size, corpus.end)
+    scratch = folder / "pretrain-checkpoints"
+    trained = pretrain(model, recipe, corpus.train, job.seed, scratch, progress, setup)
+    rows = _loss_rows(job, trained.losses, "pretrain")
+    if not VARIANTS[job.variant].measured:
+        learned: Any = trained.model.learned_p
+        rows += [
+            Row("learned_p", "p", job.seed, {"form": job.form, "n": n}, p, 1) for n, p in enumerate(learned.tolist(), 1)
+        ]
+    else:
+        save_stage(trained.model, folder / "pretrained", recipe)
+    _remove(scratch)
+    return rows
+
+
+def finetune_stage(*args: Any) -> list[Row]:
+    """Fine-tune a model on needles, save it, and return its training loss; arguments as pretrain_stage."""
+    return _finetune_stage("finetune", *args)
+
+
+def count_stage(*args: Any) -> list[Row]:
+    """Fine-tune a model on counting; as finetune_stage."""
+    return _finetune_stage("count", *args)
+
+
+def _finetune_stage(stage, job, recipe, corpus, models, progress, setup=Setup()):  # noqa: B008 (frozen)
+    folder = models / job.name
+    model = pretrained(job, recipe, models)
+    examples = stage_examples(stage, corpus, recipe, job.seed)
+    scratch = folder / f"{stage}-checkpoints"
+    trained = finetune(model, recipe, examples, scratch, progress, setup)
+    save_stage(trained.model, folder / FINETUNED[stage], recipe)
+    _remove(scratch)
+    return _loss_rows(job, trained.losses, stage)
+
+
+def stage_examples(stage: str, corpus: Corpus, recipe: Recipe, seed: int) -> Examples:
+    """Return what a stage of fine-tuning reads."""
+    if stage == "count":
+        task = count_task(corpus, corpus.train)
+        return task_examples(task.example, task.shortest, recipe, recipe.count_steps, seed)
+    needles = needle_task(corpus, recipe, corpus.train)
+    draw = partial(_at_any_depth, needles)
+    return task_examples(draw, needles.shortest, recipe, recipe.finetune_steps, seed)
+
+
+def _at_any_depth(task, length, rng):
+    return task.example(length, rng.random(), rng)
+
+
+def _loss_rows(job, losses, stage):
+    return [
+        Row("train_loss", job.variant, job.seed, {"form": job.form, "stage": stage, "step": step}, loss, 1)
+        for step, loss in losses
+    ]
+
+
+def save_stage(model: PreTrainedModel, folder: Path, recipe: Recipe) -> None:
+    """Save a model, whole and sealed, as MODEL/STAGE of its run."""
+    if PartialState().is_main_process:
+        with written_whole(folder, owner(folder, recipe)) as temporary:
+            model.save_pretrained(temporary)
+
+
+def _remove(scratch: Path) -> None:
+    if PartialState().is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def pretrained(job: Job, recipe: Recipe, models: Path) -> PreTrainedModel:
+    """Return a job's pretrained model; one that is made of another is converted without further training."""
+    made_of = VARIANTS[job.variant].made_of
+    if not made_of:
+        return load_stage(models / job.name / "pretrained", recipe)
+    return convert(
+        load_stage(models / dataclasses.replace(job, variant=made_of).name / "pretrained", recipe), "matched"
+    )
+
+
+def load_stage(folder: Path, recipe: Recipe) -> PreTrainedModel:
+    """Load a model that save_stage left; UserError where it is not whole, or another run's."""
+    try:
+        check_folder(folder, owner(folder, recipe))
+    except Damaged as error:
+        name = folder.parent.name
+        raise UserError(f"{error}; delete models/{name} and stages/{name}.* to train that model anew") from error
+    model: Any = load_model(folder, attn_implementation="sdpa", local_files_only=True)
+    return model.to(PartialState().device)

@@ -9,18 +9,7 @@ import numpy as np
 
 from ssmax.runs.rows import Row
 
-__all__ = ["NAMES", "Spread", "by", "forms", "pick", "spread", "variants"]
-
-# The paper's letters, in the words of every figure and table.
-NAMES = {
-    "a": "Softmax",
-    "b": "SSMax",
-    "c": "SSMax without s",
-    "d": "SSMax with b",
-    "e": "switched afterwards",
-    "f": "switched late",
-}
-FORM_NAMES = {"paper": "paper's form", "qk-norm": "with QK-norm", "partial-rope": "with partial RoPE"}
+__all__ = ["Spread", "by", "pick", "spread"]
 
 
 def pick(rows: Sequence[Row], metric: str, variant: str | None = None, **at: Any) -> list[Row]:
@@ -41,16 +30,6 @@ def by(rows: Sequence[Row], *names: str) -> dict[Any, list[float]]:
         key = tuple({"seed": row.seed, "variant": row.variant, **row.at}[name] for name in names)
         groups[key if len(names) > 1 else key[0]].append(row.value)
     return dict(sorted(groups.items()))
-
-
-def forms(rows: Sequence[Row]) -> list[str]:
-    """Return the model forms among the rows, the paper's first."""
-    return sorted({row.at["form"] for row in rows if "form" in row.at}, key=list(FORM_NAMES).index)
-
-
-def variants(rows: Sequence[Row]) -> list[str]:
-    """Return the letters of the models among the rows."""
-    return sorted({row.variant for row in rows if row.variant in NAMES})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from ssmax.errors import Damaged
 from ssmax.runs.files import check_file, write_atomically, write_checked
 
-__all__ = ["Row", "is_whole", "read_rows", "write_atomically", "write_rows"]
+__all__ = ["Row", "is_whole", "read_rows", "write_rows"]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,20 @@
-"""A task that wants flat attention: how often does a word stand in the text? The counter-test of sharpening."""
+"""The tasks of a recipe in the tokens of its corpus: needles, and counting, the counter-test, which wants flat attention."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ssmax.data.corpus import Corpus
+from ssmax.errors import UserError
+from ssmax.evaluation import NeedleTask
 from ssmax.evaluation.mode import eval_mode
+from ssmax.paper.recipes import Recipe
 
-__all__ = ["CountExample", "CountTask", "counted"]
+__all__ = ["CountExample", "CountTask", "count_task", "counted", "needle_task"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,19 @@ def counted(model: PreTrainedModel, examples: Sequence[CountExample]) -> list[bo
     with eval_mode(model):
         chosen = model(input_ids=prompts, logits_to_keep=1).logits[:, -1].argmax(-1)
     return [token == example.answer[0] for token, example in zip(chosen.tolist(), examples, strict=True)]
+
+
+def count_task(corpus: Corpus, haystack: Any) -> CountTask:
+    """Return the counting task in tokens of the corpus, or raise UserError where a number is not one token."""
+    split = [count for count in range(10) if len(corpus.encode(f" {count}")) != 1]
+    if split:
+        raise UserError(
+            f"the tokenizer makes more than one token of ' {split[0]}', and counting asks for numbers of one token; leave "
+            "counting out with an empty --counting, or give another --tokenizer"
+        )
+    return CountTask(corpus.encode, haystack)
+
+
+def needle_task(corpus: Corpus, recipe: Recipe, haystack: Any) -> NeedleTask:
+    """Return the needle task in tokens of the corpus."""
+    return NeedleTask(corpus.encode, haystack, recipe.needle_digits)

@@ -1,0 +1,102 @@
+"""Builds the models that ssmax.paper.models lists: a new model of a form, its variant's scales put in."""
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssmax.hf import convert
+from ssmax.hf.layers import language_layers
+from ssmax.nn import SSMaxScale
+from ssmax.paper.models import FORMS, VARIANTS
+from ssmax.paper.recipes import Recipe
+from ssmax.scaling import scale_query
+from ssmax.visible import rows_of
+
+__all__ = ["LearnedLaw", "SwitchedScale", "build_model", "put_learned_law", "put_switches", "switch_at", "turn_on"]
+
+
+class SwitchedScale(SSMaxScale):
+    """The scale of (f): Softmax until it is turned on; s is in the optimizer from the start and gets no gradient."""
+
+    def __init__(self, num_heads: int, s: float):
+        super().__init__(num_heads, s)
+        self.register_buffer("on", torch.tensor(False), persistent=False)
+
+    def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
+        """Return the scaled query, or the query as it is."""
+        return torch.where(self.on, super().forward(query, n, log_n), query)
+
+
+class LearnedLaw(nn.Module):
+    """The scale of Figure 2: s p_n + b, one p for each n shared by all layers and heads; it starts as Softmax.
+
+    Args:
+        num_heads: query heads, H; s = 1 and b = 0 for each at the start.
+        p: (N,), for n = 1 to N; owned by the model.
+    """
+
+    def __init__(self, num_heads: int, p: nn.Parameter):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(num_heads)), nn.Parameter(torch.zeros(num_heads))
+        self.shared = (p,)  # not a parameter of each layer: checkpoints hold it once
+
+    def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
+        """Return the scaled query in query's dtype."""
+        p_BHN = self.shared[0][rows_of(n, query) - 1]
+        return scale_query(query, self.weight[:, None] * p_BHN + self.bias[:, None])
+
+
+def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: int, end: int = 0) -> PreTrainedModel:
+    """Return a new model of the paper's shape; all variants of a seed have the same weights. A text ends with the id end."""
+    family, rope = FORMS[form].family, {"rope_type": "default", "rope_theta": recipe.rope_theta, **FORMS[form].rope}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_heads,
+        head_dim=recipe.hidden_size // recipe.num_heads,
+        max_position_embeddings=recipe.train_length,
+        rope_parameters=rope,
+        attention_bias=False,
+        attention_dropout=0.0,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=None,
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    chosen = VARIANTS[variant]
+    if chosen.options is not None:
+        convert(model, "matched", **chosen.options)
+    chosen.finish(model, recipe)
+    return model
+
+
+def put_switches(model: PreTrainedModel) -> None:
+    """Let a converted model compute Softmax until turn_on."""
+    for layer in language_layers(model).values():
+        layer.module.ssmax = SwitchedScale(layer.heads, model.config.ssmax["s"])
+
+
+def put_learned_law(model: PreTrainedModel, train_length: int) -> None:
+    """Give a softmax model one learned factor for each n, model.learned_p."""
+    model.learned_p = p = nn.Parameter(torch.ones(train_length))
+    for layer in language_layers(model).values():
+        layer.module.ssmax = LearnedLaw(layer.heads, p)
+
+
+def switch_at(recipe: Recipe) -> int:
+    """Return the pretraining step at which (f) turns to SSMax: seven eighths."""
+    return recipe.steps * 7 // 8
+
+
+def turn_on(model: nn.Module, on: bool) -> None:
+    """Let (f) compute SSMax from now on, or Softmax; other models have nothing to turn."""
+    for module in model.modules():
+        if isinstance(module, SwitchedScale):
+            module.on.fill_(on)

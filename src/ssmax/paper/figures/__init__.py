@@ -1,0 +1,46 @@
+"""The paper's figures, one file each, with their captions and claims."""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.figure import Figure as Drawing
+
+from ssmax.paper.claims import Claim, judged
+from ssmax.paper.figure import Figure
+from ssmax.plots.drawing import STYLE
+from ssmax.runs.rows import Row
+
+__all__ = ["FIGURES", "claims", "draw", "drawable"]
+
+
+def _found() -> dict[int | str, Figure]:
+    """All figures by their names, numbers first."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    figures = [module.FIGURE for module in modules if hasattr(module, "FIGURE")]
+    return {figure.name: figure for figure in sorted(figures, key=lambda f: (isinstance(f.name, str), f.name))}
+
+
+FIGURES = _found()
+
+
+def draw(name: int | str, rows: Sequence[Row], train_length: int) -> Drawing:
+    """Draw a figure by its name."""
+    with matplotlib.rc_context(STYLE):
+        return FIGURES[name].draw(rows, train_length)
+
+
+def drawable(rows: Sequence[Row]) -> list[int | str]:
+    """Return the names of the figures that the rows can show."""
+    metrics = {row.metric for row in rows}
+    return [name for name, figure in FIGURES.items() if figure.metric in metrics]
+
+
+def claims(rows: Sequence[Row], train_length: int) -> list[Claim]:
+    """Return every claim that the rows can speak of, in the order of the figures."""
+    found = []
+    for name in drawable(rows):
+        figure = FIGURES[name]
+        found += [*judged(figure.claims, rows, train_length), *figure.judge(rows, train_length)]
+    return found

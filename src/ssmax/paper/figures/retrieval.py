@@ -1,0 +1,62 @@
+"""Figure 6: needles found."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure as Drawing
+
+from ssmax.paper.figure import Figure
+from ssmax.paper.figures.parts import band_of_seeds, mark_training
+from ssmax.paper.measured import forms, raised, variants
+from ssmax.paper.models import FORM_NAMES, NAMES
+from ssmax.paper.registered import registered
+from ssmax.plots.drawing import heat_map, panels, title, tokens
+from ssmax.plots.select import by, pick
+from ssmax.runs.rows import Row
+
+
+def _draw(rows: Sequence[Row], train_length: int) -> Drawing:
+    rows = pick(rows, "retrieval_accuracy", theta_factor=raised(rows, "retrieval_accuracy"))
+    cells = rows
+    shown = forms(cells)
+    asked = {form: variants(pick(cells, "retrieval_accuracy", form=form)) for form in shown}
+    most = max(map(len, asked.values()))
+    lengths, depths = (sorted({row.at[name] for row in cells}) for name in ("length", "depth"))
+    figure, axes = panels(len(shown), most + 1, 3.6 * (most + 1), 3.0 * len(shown))
+    for row, form in enumerate(shown):
+        for column, variant in enumerate(asked[form]):
+            axis = axes[row, column]
+            mean = by(pick(rows, "retrieval_accuracy", variant, form=form), "depth", "length")
+            grid = np.array([[np.mean(mean[depth, length]) for length in lengths] for depth in depths])
+            heat_map(axis, grid, lengths, depths, f"{NAMES[variant]}, {FORM_NAMES[form]}")
+        for axis in axes[row, len(asked[form]) : -1]:
+            axis.axis("off")
+        axis = axes[row, -1]
+        for variant in asked[form]:
+            per_seed = by(pick(rows, "retrieval_accuracy", variant, form=form), "length", "seed")
+            band_of_seeds(
+                axis, {n: [float(np.mean(v)) for (m, _), v in per_seed.items() if m == n] for n in lengths}, variant
+            )
+        mark_training(axis, train_length)
+        axis.set(title=f"mean over depths, {FORM_NAMES[form]}", ylabel="accuracy", ylim=(-0.02, 1.02))
+        tokens(axis, lengths, "context (tokens)")
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
+    beyond = {
+        v: np.mean([r.value for r in pick(rows, "retrieval_accuracy", v) if r.at["length"] > train_length])
+        for v in variants(cells)
+    }
+    what = ", ".join(f"{NAMES[v]} {x:.0%}" for v, x in beyond.items())
+    title(figure, f"Needles found past the training length, theta × {cells[0].at['theta_factor']}: {what}")
+    return figure
+
+
+FIGURE = Figure(
+    name=6,
+    metric="retrieval_accuracy",
+    caption=(
+        "Figure 6. Share of needles found, by context size and depth, after fine-tuning on contexts no longer "
+        "than the training length."
+    ),
+    draw=_draw,
+    claims=registered(6),
+)

@@ -5,7 +5,6 @@ they can be imported, pickled and named in auto_map.
 """
 
 import functools
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,9 @@ from ssmax.hf import refusals
 from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.portable.card import CARD, keep_card, write_card
 from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
+from ssmax.hf.spec import ScaleSpec
 from ssmax.hf.visibility import forward_scope
-from ssmax.laws import QueryAwareScale, make_scale
-from ssmax.nn import SSMaxScale
+from ssmax.laws import QueryAwareScale
 from ssmax.query_scale import QueryScale
 from ssmax.versions import __version__
 
@@ -60,7 +59,7 @@ class SSMaxModel(PreTrainedModel):
     """What a converted model adds to its transformers class: scales built from config.ssmax, and a strict checkpoint."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        _check_fields(config, type(self))  # before anything large is made
+        ScaleSpec.of(config, type(self))  # before anything large is made
         super().__init__(config, *args, **kwargs)
         attach(self)
         shard_by_heads(self)
@@ -200,14 +199,13 @@ def softmax_class(kind: type) -> type[PreTrainedModel]:
 
 def attach(model: PreTrainedModel) -> None:
     """Give the layers named in config.ssmax their scale, at its starting value."""
-    _check_fields(model.config, type(model))
-    recipe = model.config.ssmax
-    layers = layers_of(model, recipe["layers"])
-    unknown = [key for key in recipe["layers"] if key not in layers]
+    spec = ScaleSpec.of(model.config, type(model))
+    layers = layers_of(model, spec.layers)
+    unknown = [key for key in spec.layers if key not in layers]
     if unknown:
         raise ValueError(f"config.ssmax names layers {unknown}; {type(model).__name__} has {sorted(layers)}")
     try:
-        scales = {index: _scale(model, recipe, layers[index]) for index in recipe["layers"]}
+        scales = {index: _scale(model, spec, layers[index]) for index in spec.layers}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"config.ssmax describes no scales that fit ({type(error).__name__}: {error})") from error
     for index, scale in scales.items():
@@ -259,36 +257,11 @@ def shard_by_heads(model: PreTrainedModel) -> None:
             plan.update({f"{prefix}.ssmax.{part}": "colwise" for part, _ in scale.named_parameters(recurse=False)})
 
 
-def _scale(model, recipe, layer):
-    if "s" in recipe:
-        scale: QueryScale = SSMaxScale(layer.heads, recipe["s"], recipe["bias"], recipe["b"])
-    else:
-        scale = make_scale(recipe["law"], layer.heads, layer.head_size, **recipe["parameters"])
+def _scale(model, spec, layer):
+    scale = spec.make(layer)
     scale.to_empty(device=computing_device(layer.module, model))
     scale.reset_parameters()
     return scale
-
-
-def _check_fields(config, kind):
-    """Raise ValueError where config.ssmax is missing or damaged, whatever the model is."""
-    recipe = getattr(config, "ssmax", None)
-    if recipe is None:
-        raise ValueError(f"config.ssmax is missing: {kind.__name__} cannot know its scales; convert the model anew")
-    learned = isinstance(recipe, dict) and "s" in recipe
-    fields = {"law", "layers", "version", *(("s", "b", "bias") if learned else ("parameters",))}
-    if not isinstance(recipe, dict) or not fields <= set(recipe) or (learned and "parameters" in recipe):
-        raise ValueError(f"config.ssmax must hold {', '.join(sorted(fields))}; got {recipe!r}; convert the model anew")
-    layers = recipe["layers"]
-    keys = isinstance(layers, (list, tuple)) and layers and all(type(key) in (int, str) for key in layers)
-    if not keys or len(set(layers)) < len(layers):
-        raise ValueError(f"config.ssmax must name layers, each once; got {layers!r}; convert the model anew")
-    if learned and not (
-        type(recipe["bias"]) is bool
-        and all(type(recipe[name]) in (int, float) and math.isfinite(recipe[name]) for name in ("s", "b"))
-    ):
-        raise ValueError(
-            f"config.ssmax must hold finite numbers s and b and bias true or false; got {recipe!r}; convert the model anew"
-        )
 
 
 def _scoped(forward: Callable) -> Callable:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ssmax.hf.checkpoint import attach, auto_map, config_class, model_class, softmax_class
 from ssmax.hf.layers import FULL, language_layers, layers_of, named_layers, part_by_hand, refuse_own_law
 from ssmax.hf.refusals import carries_scales
+from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import LAWS, make_scale
 from ssmax.modules.whole import whole_or_not_at_all
 from ssmax.nn import starting_values
@@ -74,17 +75,18 @@ def convert(
         if law_parameters:
             raise ValueError("law 'ssmax' takes init and bias, not law_parameters")
         values = starting_values(init, bias, _train_length(train_length, config))
-        recipe = {"law": "s log n + b" if values["bias"] else "s log n", "init": init, **values}
+        words = "s log n + b" if values["bias"] else "s log n"
+        spec = ScaleSpec(words, chosen, __version__, init, **values)
     else:
         if init != "matched" or bias is not None:
             instead = "starts from law_parameters" if law in LEARNED_LAWS else "learns nothing"
             raise ValueError(f"law {law!r} {instead}; init and bias belong to law 'ssmax'")
         kinds = [available[key].kind if isinstance(key, int) else "named" for key in chosen]
-        recipe = {"law": law, "parameters": _law_parameters(law, law_parameters or {}, kinds, train_length, config)}
-    recipe |= {"layers": chosen, "version": __version__}
+        parameters = _law_parameters(law, law_parameters or {}, kinds, train_length, config)
+        spec = ScaleSpec(law, chosen, __version__, parameters=parameters)
     before = {name: config.__dict__[name] for name in REVERTED if name in config.__dict__}
     config = _own_config(model, config_class(type(config)))
-    config.ssmax = recipe
+    config.ssmax = spec.held()
     if auto_map(base):
         config.auto_map = auto_map(base)
     else:

@@ -1,0 +1,85 @@
+"""What config.ssmax holds: the law of a converted model, where its scales start, and the layers that carry them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ssmax.hf.layers import Layer
+from ssmax.laws import make_scale
+from ssmax.nn import SSMaxScale
+from ssmax.query_scale import QueryScale
+
+__all__ = ["ScaleSpec"]
+
+
+@dataclass(frozen=True)
+class ScaleSpec:
+    """The scales of a converted model, as its config keeps them in JSON.
+
+    A model of the law s log n + b holds init, s, b and bias; one of another law holds parameters instead. s and b are
+    where the scales start; what they learned is in the weights.
+
+    Attributes:
+        law: "s log n", "s log n + b", or a name of ssmax.laws.
+        layers: indices of decoder layers, or names of attention modules in all other models.
+        version: of the ssmax that converted the model.
+        init: "matched", "identity" or a number, as convert was told.
+        s: of each head at the start.
+        b: as s.
+        bias: whether b is learned.
+        parameters: of another law, at the start.
+    """
+
+    law: str
+    layers: list[int | str]
+    version: str
+    init: str | float | None = None
+    s: float | None = None
+    b: float | None = None
+    bias: bool | None = None
+    parameters: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, config: Any, kind: type) -> "ScaleSpec":
+        """Read a config; 0.1.0's too.
+
+        Args:
+            config: of a model.
+            kind: the model's class, for messages.
+
+        Raises:
+            ValueError: config.ssmax is missing or damaged.
+        """
+        held = getattr(config, "ssmax", None)
+        if held is None:
+            raise ValueError(f"config.ssmax is missing: {kind.__name__} cannot know its scales; convert the model anew")
+        learned = isinstance(held, dict) and "s" in held
+        fields = {"law", "layers", "version", *(("s", "b", "bias") if learned else ("parameters",))}
+        if not isinstance(held, dict) or not fields <= set(held) or (learned and "parameters" in held):
+            raise ValueError(
+                f"config.ssmax must hold {', '.join(sorted(fields))}; got {held!r}; convert the model anew"
+            )
+        layers = held["layers"]
+        keys = isinstance(layers, (list, tuple)) and layers and all(type(key) in (int, str) for key in layers)
+        if not keys or len(set(layers)) < len(layers):
+            raise ValueError(f"config.ssmax must name layers, each once; got {layers!r}; convert the model anew")
+        if learned and not (
+            type(held["bias"]) is bool
+            and all(type(held[name]) in (int, float) and math.isfinite(held[name]) for name in ("s", "b"))
+        ):
+            raise ValueError(
+                f"config.ssmax must hold finite numbers s and b and bias true or false; got {held!r}; convert the model anew"
+            )
+        return cls(**{name: held[name] for name in cls.__dataclass_fields__ if name in held})
+
+    def held(self) -> dict[str, Any]:
+        """Return what config.ssmax holds."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def make(self, layer: Layer) -> QueryScale:
+        """Return the scale of a layer, at its start."""
+        if self.s is not None and self.bias is not None and self.b is not None:
+            return SSMaxScale(layer.heads, self.s, self.bias, self.b)
+        parameters: Any = self.parameters
+        return make_scale(self.law, layer.heads, layer.head_size, **parameters)

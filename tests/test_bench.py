@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -18,6 +20,13 @@ from ssmax.runs.rows import read_rows
 
 def metrics(rows, contender):
     return {row.metric: row for row in rows if row.variant == contender}
+
+
+def test_the_profiler_prints_nothing():
+    code = "import torch; from ssmax.bench.measure import peak_memory; print(peak_memory(lambda: torch.ones(1000)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 4000
+    assert "profiler" not in done.stderr
 
 
 def test_a_wrong_contender_gets_an_error_and_no_speed():

@@ -5,9 +5,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ssmax
 import ssmax.hf
+from ssmax.hf.loading import load_config
 
 SSMAX = str(Path(sys.executable).with_name("ssmax"))
 TOKENS = torch.arange(3, 13)[None]
@@ -96,6 +99,50 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, source, options, wor
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.fixture
+def broken(folder):
+    """A model with a config, a tokenizer and weights that cannot be loaded."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "plain")
+    (folder / "plain" / "model.safetensors").write_bytes(b"no weights")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "plain", "file/new"], "not a directory"),
+        (["calibrate", "plain", "file/new"], "not a directory"),
+        (["calibrate", "plain", "new", "--texts", "nowhere.txt"], "does not exist"),
+        (["calibrate", "plain", "new", "--texts", "short.txt"], "fewer than two pieces"),
+        (["inspect", "plain", "--figure", "file/s.png"], "not a directory"),
+        (["export", "gguf", "plain", "file/new.gguf"], "not a directory"),
+        (["convert", "plain", "new"], "cannot be loaded"),
+    ],
+)
+def test_destination_and_texts_are_checked_before_the_weights_are_read(broken, arguments, words):
+    (broken / "file").touch()
+    (broken / "short.txt").write_text("a few words")
+    paths = ("plain", "new", "file/", "nowhere", "short")
+    one_line(run(*(broken / x if x.startswith(paths) else x for x in arguments)), 2, words)
+
+
+@pytest.mark.parametrize("source", ["plian", "folder/plian", "org/plian", "runs/mine/model"])
+def test_a_mistyped_path_is_said_at_once(folder, source, monkeypatch):
+    (folder / "folder").mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    with pytest.raises(ValueError, match=f"{source} cannot be loaded.* there is no such folder"):
+        load_config(source)
+
+
+def unreachable(host, *more):
+    """As where there is no network."""
+    raise OSError("no network")
 
 
 @pytest.mark.parametrize("command", ["convert", "calibrate"])

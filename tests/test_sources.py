@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssmax.data import sources
-from ssmax.data.hub import is_hub_name
 from ssmax.data.sources import Documents, documents
 from ssmax.data.text import cleaned
 from ssmax.errors import LeftOut, RunFailed, UserError
+from ssmax.runs.hub import is_hub_name
 
 # datasets leaves files open that it did not read to the end.
 pytestmark = pytest.mark.filterwarnings(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssmax.evaluation import loss_by_position
 from ssmax.evaluation.mode import eval_mode
@@ -128,7 +128,7 @@ def calibrate(
 
     Whatever is raised, the model is as it was.
     """
-    tokens = piece_length(model, length)
+    tokens = piece_length(model.config, length)
     if steps < 1 or not inits or not layer_sets:
         raise ValueError(
             f"steps must be at least 1, inits and layer_sets not empty; got {steps}, {inits}, {layer_sets}"
@@ -184,9 +184,9 @@ def calibrate(
     )
 
 
-def piece_length(model: PreTrainedModel, length: int | None) -> int:
+def piece_length(config: PreTrainedConfig, length: int | None) -> int:
     """Return length, or by default the config's max_position_embeddings; ValueError where there is none or it is too small."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None) if length is None else length
+    length = getattr(config.get_text_config(), "max_position_embeddings", None) if length is None else length
     if length is None:
         raise ValueError("calibrate needs length: the config has no max_position_embeddings")
     if length < 16:

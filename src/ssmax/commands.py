@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ssmax.calibration import Calibration, calibrate, piece_length
@@ -21,7 +21,7 @@ from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.hf.portable.card import write_card
-from ssmax.runs.files import write_atomically, written_whole
+from ssmax.runs.files import check_destination, write_atomically, written_whole
 from ssmax.runs.rows import Row
 
 __all__ = ["calibrate_folder", "convert_folder", "inspect_folder"]
@@ -37,7 +37,7 @@ def convert_folder(source: str, target: Path, *, dry_run: bool, **options: Any) 
         UserError: target exists, source is no model, or it cannot be converted.
         RunFailed: no space to write it.
     """
-    _refuse_existing(target)
+    check_destination(target, new=True)
     model = _load(source)
     _for_people(lambda: convert(model, **options))
     lines = _describe(model)
@@ -64,13 +64,14 @@ def calibrate_folder(
         UserError: target exists, source is no model or cannot be converted, or the texts are too short.
         RunFailed: a loss that is not finite, or no space to write.
     """
-    _refuse_existing(target)
-    model = _load(source, theta_factor)
+    check_destination(target, new=True)
+    config = _config(source, theta_factor)
+    length = _for_people(lambda: piece_length(config, options["length"]))
+    tokens = _tokens(source, texts, length, options["steps"])
+    model = load_model(source, config)
     if checkpointing:
         # transformers 5 has a new name for it, and a warning for the old one
         _for_people(getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable))
-    length = _for_people(lambda: piece_length(model, options["length"]))
-    tokens = _tokens(source, texts, length, options["steps"])
     if dry_run:
         pieces = sum(len(document) // length for document in tokens)
         fits = len(options["inits"]) * len(options["layer_sets"])
@@ -95,8 +96,10 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
     Raises:
         UserError: no model, no learned scale to draw, or a figure's name of another kind.
     """
-    if figure is not None and figure.suffix not in (".png", ".svg"):
-        raise UserError(f"the figure's name must end in .png or .svg, got {figure.name!r}")
+    if figure is not None:
+        if figure.suffix not in (".png", ".svg"):
+            raise UserError(f"the figure's name must end in .png or .svg, got {figure.name!r}")
+        check_destination(figure)
     model = _load(source)
     lines = _describe(model)
     if figure is None:
@@ -160,12 +163,16 @@ def _for_people(call: Callable[[], Any]) -> Any:
         raise UserError(str(error)) from error
 
 
-def _load(source: str, theta_factor: float = 1.0) -> PreTrainedModel:
+def _config(source: str, theta_factor: float = 1.0) -> PreTrainedConfig:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     config = load_config(source)
     _raise_theta(config, theta_factor)
-    return load_model(source, config)
+    return config
+
+
+def _load(source: str) -> PreTrainedModel:
+    return load_model(source, _config(source))
 
 
 def _raise_theta(config: Any, factor: float) -> None:
@@ -195,11 +202,6 @@ def _tokens(source: str, texts: str | None, length: int, steps: int) -> list[Ten
             f"{name} has fewer than two pieces of {length:,} tokens; give longer texts or a smaller --length"
         )
     return tokens
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.exists():
-        raise UserError(f"{target} exists already; give a new folder")
 
 
 def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration | None = None) -> list[str]:

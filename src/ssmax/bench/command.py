@@ -13,7 +13,7 @@ from ssmax.bench import measure
 from ssmax.bench.cases import CASES
 from ssmax.errors import UserError
 from ssmax.plots.drawing import STYLE
-from ssmax.runs.files import write_atomically
+from ssmax.runs.files import check_destination, write_atomically
 from ssmax.runs.rows import Row, write_rows
 
 __all__ = ["bench", "figure", "table"]
@@ -42,6 +42,7 @@ def bench(names: list[str], out: Path, *, dry_run: bool) -> None:
             raise UserError(
                 f"case {name!r} needs the package {missing[name]!r}: pip install {missing[name].replace('_', '-')}"
             )
+    check_destination(out / "rows")
     chosen = names or [name for name in CASES if name not in missing]
     for name in chosen:
         print(f"{name}: {CASES[name].about}; about {CASES[name].minutes:g} min")

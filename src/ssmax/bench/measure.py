@@ -1,5 +1,6 @@
 """Contenders in alternation: each is compared with the float64 reference first, then its time with plain attention's."""
 
+import os
 import platform
 import statistics
 import time
@@ -98,6 +99,7 @@ def _alternate(contenders, rounds, name):
 
 def peak_memory(call):
     """Bytes that a call allocates at its peak beyond what was there, from torch's own profiler (CPU)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line at each start and stop otherwise
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

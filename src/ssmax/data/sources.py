@@ -15,9 +15,9 @@ from typing import Any
 
 from ssmax.data import row_files
 from ssmax.data.corpus_files import declared_files, find_corpus, is_saved, name_in, visible_files
-from ssmax.data.hub import cached_only_offline, is_hub_name, may_pass, reason
 from ssmax.data.text import COMPRESSED, Account, pieces
 from ssmax.errors import LeftOut, RunFailed, UserError
+from ssmax.runs.hub import cached_only_offline, is_hub_name, may_pass, reason
 from ssmax.runs.progress import progress_bar
 
 __all__ = ["Documents", "documents", "warn_left_out"]

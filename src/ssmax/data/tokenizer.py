@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ssmax.data.hub import cached_only_offline, is_hub_name, reason
 from ssmax.errors import UserError
+from ssmax.runs.hub import cached_only_offline, is_hub_name, reason
 
 __all__ = ["END_OF_TEXT", "GivenTokenizer", "load_tokenizer", "train_tokenizer", "vocabulary", "wrapped"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from ssmax.demo import measure
 from ssmax.demo.measure import MODELS, THETA_FACTOR, Shipped
 from ssmax.demo.page import page
-from ssmax.runs.files import write_atomically
+from ssmax.runs.files import check_destination, write_atomically
 from ssmax.runs.progress import progress_bar
 
 __all__ = ["demo", "facts_of"]
@@ -20,6 +20,7 @@ TRIALS = 4  # needles for each context size and depth
 
 def demo(out: Path) -> list[str]:
     """Measure the shipped models, write the page, and return the lines for the terminal."""
+    check_destination(out)
     started = time.monotonic()
     shipped = measure.load()
     per_model = shipped.texts.size + TRIALS * len(measure.DEPTHS) * sum(shipped.lengths)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -15,6 +16,7 @@ from transformers import (
 
 from ssmax.errors import Damaged
 from ssmax.runs.files import SEAL, check_folder
+from ssmax.runs.hub import cached_only_offline, is_hub_name
 
 __all__ = ["check_causal", "check_weights", "load_config", "load_model", "load_tokenizer"]
 
@@ -69,6 +71,8 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def _told(source, load, what="causal language model"):
+    if not Path(source).exists():
+        cached_only_offline()
     try:
         return load()
     except Damaged:
@@ -76,6 +80,8 @@ def _told(source, load, what="causal language model"):
     # Whatever a damaged file makes a parser raise; tokenizers raises Exception itself.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if is_offline_mode() and not Path(source).exists():
+            reason = "there is no such folder, and no network to look for it on a hub"
         raise Damaged(f"{source} cannot be loaded as a {what}: {reason[:300]}") from error
 
 
@@ -107,8 +113,7 @@ def _check(source):
     folder = Path(source)
     if folder.is_file():
         raise Damaged(f"{source} cannot be loaded: it is a file; give the folder of a model, or its name on a hub")
-    # A name on a hub has at most one slash; nothing else is asked for there.
-    if not folder.exists() and (len(folder.parts) > 2 or str(source).startswith((".", "/", "~", "\\"))):
+    if not folder.exists() and not is_hub_name(str(source)):
         raise Damaged(
             f"{source} cannot be loaded: there is no such folder; give the folder of a model, or its name on a hub"
         )

@@ -8,11 +8,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ssmax.errors import Damaged
+from ssmax.errors import Damaged, UserError
 
-__all__ = ["check_file", "check_folder", "seal_folder", "sha256", "write_atomically", "write_checked", "written_whole"]
+__all__ = [
+    "check_destination",
+    "check_file",
+    "check_folder",
+    "seal_folder",
+    "sha256",
+    "write_atomically",
+    "write_checked",
+    "written_whole",
+]
 
 SEAL = "seal.json"
+
+
+def check_destination(path: Path, *, new: bool = False) -> None:
+    """Raise UserError if a path cannot be written, before the work whose result it will hold.
+
+    Args:
+        path: a file or folder; its parents need not exist.
+        new: it must not exist either.
+    """
+    if new and path.exists():
+        raise UserError(f"{path} exists already; give a new {'file' if path.is_file() else 'folder'}")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise UserError(f"{path} cannot be written: {place} is not a directory")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{path} cannot be written: no permission to write in {place}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -19,6 +19,7 @@ from ssmax.errors import UserError
 from ssmax.hf.layers import FULL, language_layers
 from ssmax.hf.loading import load_model
 from ssmax.nn import SSMaxScale
+from ssmax.runs.files import check_destination
 from ssmax.serving.gguf_tokenizer import add_tokenizer
 from ssmax.versions import INSTALL
 
@@ -54,8 +55,7 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
     Raises:
         UserError: target exists, the package gguf is missing, or llama.cpp would not run the model or its tokenizer exactly.
     """
-    if target.exists():
-        raise UserError(f"{target} exists already; give a new file")
+    check_destination(target, new=True)
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Names on a hub: what is one, what its client can do without a network, and which of its failures may pass."""
+"""Names on a hub: which names it could have, what its client does without a network, and which failures may pass."""
 
 import re
 import socket
@@ -14,14 +14,14 @@ CLIENTS = {"aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "request
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name could be one on a hub; a path that does not exist should be said at once, not after a search."""
+    """Whether a hub could have this name. A mistyped path cannot be one, and is reported without a search."""
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None or re.search(r"--|\.\.", name):
         return False
     return "/" not in name or not Path(name).parent.is_dir()  # of a folder that is here, a file is meant
 
 
 def cached_only_offline() -> None:
-    """Let the hub's client take what it has cached where there is no network; it would try again for a minute first."""
+    """Restrict the hub's client to its cache if there is no network. It would retry for a minute otherwise."""
     from huggingface_hub import constants
 
     if urllib.request.getproxies():

@@ -28,7 +28,7 @@ test-faults: $(STAMP)
 	$(PYTEST) -m slow
 
 fuzz: $(STAMP)
-	$(BIN)/python tests/calls.py 10000 $(or $(SEED),1)
+	$(BIN)/python tests/support/calls.py 10000 $(or $(SEED),1)
 
 # The oldest and the newest supported torch and transformers, each in a venv of its own: gigabytes, some minutes.
 versions:
@@ -37,18 +37,18 @@ versions:
 # lm-evaluation-harness is large and needed by one test alone.
 test-harness: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt lm_eval==0.4.13 wonderwords==3.0.1 nltk==3.10.4
-	$(BIN)/python -m pytest tests/test_lm_eval.py
+	$(BIN)/python -m pytest tests/evaluation/test_lm_eval.py
 
 # Models of timm, x-transformers, diffusers and litgpt, converted.
 test-modules: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse
 	$(BIN)/python -m pip install --quiet --no-deps litgpt lightning lightning-utilities torchmetrics
-	$(BIN)/python -m pytest -rs tests/test_packages.py
+	$(BIN)/python -m pytest -rs tests/modules/test_packages.py
 
 # The demo's page in a real browser: needs Debian's packages chromium and chromium-driver.
 test-browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt selenium
-	$(BIN)/python -m pytest -rs tests/test_demo_page.py
+	$(BIN)/python -m pytest -rs tests/cli/test_demo_page.py
 
 # The documentation as a site, in site/; a broken link fails.
 docs: $(STAMP)

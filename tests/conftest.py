@@ -50,7 +50,7 @@ def record(request):
     """record(fault, tried, lost): how often a fault was tried, and how often anything was lost by it."""
 
     def write(fault, tried, lost=0, **at):
-        test = f"tests/{request.node.fspath.basename}::{request.node.name.partition('[')[0]}"
+        test = f"{request.node.path.relative_to(request.config.rootpath)}::{request.node.name.partition('[')[0]}"
         versions = {name: metadata.version(name) for name in ("torch", "transformers")}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         provenance = {"command": "make test-faults", **versions, "python": platform.python_version(), "time": now}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer,
 import ssmax
 from ssmax.hf import parameter_groups
 
-PROGRAM = Path(__file__).parent / "programs" / "distributed.py"
+PROGRAM = Path(__file__).parent.parent / "programs" / "distributed.py"
 ROWS = torch.randint(3, 99, (16, 24), generator=torch.Generator().manual_seed(0))
 # Other libraries' own deprecation warnings are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -248,7 +248,7 @@ def torchrun(way, ranks, folder):
             way,
             folder,
         ],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "support"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

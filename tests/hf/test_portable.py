@@ -18,7 +18,7 @@ from transformers.utils import hub
 import ssmax
 from ssmax.commands import convert_folder
 
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = Path(__file__).parent.parent / "programs"
 WINDOWED = {"num_hidden_layers": 4, "sliding_window": 5}
 # What a family needs to be converted with and without b.
 CASES = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from test_hf import spread_scales
 from transformers import AutoModelForImageTextToText
+from written_out import spread_scales
 
 import ssmax
 

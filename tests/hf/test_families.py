@@ -8,7 +8,7 @@ import oracle
 import pytest
 import rounding
 import torch
-from tiny_models import tiny_model
+from tiny_models import implementations, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -216,15 +216,6 @@ def bound(family):
     model, _ = converted_and_naive(family)
     with torch.no_grad():
         return rounding.of(lambda: model(TOKENS, use_cache=False).logits, draws=4).max().item()
-
-
-def implementations(model):
-    # Families with sinks or a softcap run on eager alone (and on kernels that know them).
-    config = model.config.get_text_config()
-    special = hasattr(config, "attn_logit_softcapping") and config.attn_logit_softcapping is not None
-    if special or any(hasattr(module, "sinks") for module in model.modules()):
-        return ["eager"]
-    return ["sdpa", "eager", "standin_of_fa2"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from attention_modules import Naive, randomise
-from test_modules import OPEN, causal, close, differs
+from module_checks import OPEN, causal, close, differs
 
 import ssmax
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,55 +21,14 @@ from attention_modules import (
     Stack,
     merge,
     naive_attention,
-    randomise,
     split,
 )
+from module_checks import OPEN, causal, close, converted, differs, inputs, made, trains_alike
 from torch import nn
 
 import ssmax
 
 TOKENS = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
-OPEN = torch.ones(1, 1, dtype=torch.bool)
-
-
-def causal(rows, keys):
-    """torch's own alignment: top left."""
-    return torch.arange(keys) <= torch.arange(rows)[:, None]
-
-
-def inputs(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def made(build, *arguments, seed=3):
-    torch.manual_seed(seed)
-    return build(*arguments).double().eval()
-
-
-def converted(plain, example, **options):
-    """A converted copy with values of its own, and these."""
-    model = ssmax.convert(copy.deepcopy(plain), 0.5, bias=True, example=example, **options)
-    return model, randomise(model)
-
-
-def close(got, want, tolerance=1e-12):
-    assert want.abs().max() > 1e-2
-    torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
-
-
-def differs(got, other):
-    assert (got - other).abs().max() > 1e-4, "the comparison would not notice SSMax"
-
-
-def trains_alike(model, got, plain, want):
-    """The same gradient in every weight."""
-    got.square().sum().backward()
-    want.square().sum().backward()
-    gradients = dict(model.named_parameters())
-    for name, parameter in plain.named_parameters():
-        close_gradient = gradients[name].grad
-        torch.testing.assert_close(close_gradient, parameter.grad, atol=1e-9, rtol=1e-9)
-    assert all(p.grad.abs().max() > 0 for name, p in gradients.items() if "ssmax" in name)
 
 
 def test_a_causal_transformer_whole_and_cached():
@@ -475,7 +435,7 @@ def test_a_pickle_loads_in_another_process(tmp_path):
     model, _ = converted(made(GPT), (TOKENS,))
     torch.save((model, TOKENS, model(TOKENS)), tmp_path / "model.pt")
     code = "import sys, torch; model, tokens, want = torch.load(sys.argv[1], weights_only=False); assert torch.equal(model(tokens), want)"
-    folder = __file__.rpartition("/")[0]
+    folder = Path(__file__).parent.parent / "support"
     subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True, cwd=folder, env=None)
 
 

@@ -41,3 +41,12 @@ def tiny_model(family, **changes):
     torch.manual_seed(0)
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     return getattr(transformers, name)(tiny_config(family, **changes)).eval()
+
+
+def implementations(model):
+    # Families with sinks or a softcap run on eager alone (and on kernels that know them).
+    config = model.config.get_text_config()
+    special = hasattr(config, "attn_logit_softcapping") and config.attn_logit_softcapping is not None
+    if special or any(hasattr(module, "sinks") for module in model.modules()):
+        return ["eager"]
+    return ["sdpa", "eager", "standin_of_fa2"]

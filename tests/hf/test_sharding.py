@@ -14,7 +14,7 @@ import ssmax.hf
 from ssmax import SSMaxScale
 from ssmax.hf.checkpoint import refuse_split_heads
 
-PROGRAM = str(Path(__file__).parent / "programs" / "ranks.py")
+PROGRAM = str(Path(__file__).parent.parent / "programs" / "ranks.py")
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 

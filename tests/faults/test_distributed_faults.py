@@ -14,7 +14,7 @@ from faults import PATIENCE, TRAIN, make_corpus, values, wait_for, whole
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = Path(__file__).parent / "programs" / "unlike.py"
+PROGRAM = Path(__file__).parent.parent / "programs" / "unlike.py"
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 

@@ -2,25 +2,12 @@ import numpy as np
 import pytest
 import rounding
 import torch
+from plain_bytes import SHAPE, encode
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import ssmax
 from ssmax.evaluation import NeedleTask, loss_by_position, needle_scores, retrieve, rope_theta
-
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 
 
 @pytest.fixture(params=["llama", "llama-ssmax", "qwen3-ssmax"])
@@ -83,10 +70,6 @@ def test_rope_theta_is_another_model_for_a_while(model):
             torch.testing.assert_close(model.model.rotary_emb.inv_freq, want)
         assert torch.equal(model(tokens).logits, before)
     assert (raised - before).abs().max() > 0.01
-
-
-def encode(text):
-    return [ord(character) for character in text]
 
 
 def task(digits=7):

@@ -4,9 +4,9 @@ import oracle
 import pytest
 import rounding
 import torch
-from test_hf import SHAPE, TOKENS, logits_bound, naive_llama, spread_scales
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from written_out import SHAPE, TOKENS, logits_bound, naive_llama, spread_scales
 
 import ssmax
 

@@ -8,11 +8,11 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from command_line import SSMAX, run
 from faults import PATIENCE, Forks, wait_for
 
 import ssmax
@@ -20,8 +20,7 @@ from ssmax import cli
 from ssmax.paper.recipes import RECIPES, Recipe
 from ssmax.runs.rows import read_rows
 
-SSMAX = str(Path(sys.executable).with_name("ssmax"))
-GOLDEN = Path(__file__).parent / "golden" / "smoke.json"
+GOLDEN = Path(__file__).parent.parent / "golden" / "smoke.json"
 WORDS = [
     f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti") for b in ("bar", "den", "fil", "gor", "hum")
 ]
@@ -37,10 +36,6 @@ def corpus(tmp_path_factory):
         words = [rng.choice(topic) if rng.random() < 0.8 else rng.choice(WORDS) for _ in range(700)]
         (root / f"{i:02}.txt").write_text(". ".join(" ".join(words[j : j + 7]) for j in range(0, 700, 7)))
     return root
-
-
-def run(*arguments, **options):
-    return subprocess.run([SSMAX, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 def values(folder):

@@ -15,7 +15,7 @@ from ssmax.runs.rows import read_rows
 
 # Seconds after which a wait is a hang on any machine: a guard, by which nothing is judged.
 PATIENCE = 900
-PROGRAM = Path(__file__).parent / "programs" / "forks.py"
+PROGRAM = Path(__file__).parent.parent / "programs" / "forks.py"
 SMALL = [
     *("--hidden-size", "16", "--num-heads", "2", "--intermediate-size", "24", "--train-length", "64"),
     *("--batch-size", "8", "--finetune-batch-size", "4", "--loss-texts", "2", "--score-trials", "2"),

@@ -13,13 +13,17 @@ import torch
 
 from ssmax import attention
 
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = Path(__file__).parent.parent / "programs"
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux")
 
 
 def run(*command, **environment):
     done = subprocess.run(
-        [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, cwd=PROGRAMS.parent
+        [sys.executable, *command],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        cwd=PROGRAMS.parent / "support",
     )
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
     return done.stdout

@@ -8,27 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import call
 from faults import PATIENCE
+from plain_bytes import byte_tokenizer
 from tiny_models import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ssmax
-from ssmax import cli
 from ssmax.compare import run as suite
 from ssmax.compare import stages
 from ssmax.compare.settings import Settings
 from ssmax.runs.rows import read_rows
 
 QUICK = ("--length", "300", "--sizes", "200", "300", "--depths", "0", "1", "--documents", "2", "--trials", "2")
-
-
-def byte_tokenizer():
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_tokens(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
 
 
 def save_model(folder, convert):
@@ -51,14 +43,6 @@ def folder(tmp_path_factory):
         words = rng.choices(["some", "words", "of", "no", "great", "meaning"], k=400)
         (root / "texts" / f"{i}.txt").write_text(" ".join(words))
     return root
-
-
-def call(capsys, *arguments):
-    """Run the command in this process; return its status, output and errors."""
-    with pytest.raises(SystemExit) as status:
-        cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status.value.code, captured.out, captured.err
 
 
 def evaluate(capsys, folder, *options, models=("plain", "sharp")):

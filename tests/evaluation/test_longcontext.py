@@ -5,9 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_evaluation import SHAPE, encode
-from test_families import implementations
-from tiny_models import tiny_model
+from plain_bytes import SHAPE, encode
+from tiny_models import implementations, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

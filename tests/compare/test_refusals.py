@@ -5,7 +5,8 @@ import time
 
 import pytest
 import torch
-from test_suite import byte_tokenizer, call
+from command_line import call
+from plain_bytes import byte_tokenizer
 from tiny_models import tiny_config, tiny_model
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig
 

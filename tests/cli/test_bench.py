@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from test_cli import run
+from command_line import run
 
 from ssmax import SSMaxScale, attention
 from ssmax.bench import cases, command, measure

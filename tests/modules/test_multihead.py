@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from attention_modules import Naive, randomise
-from test_modules import OPEN, causal, close, converted, differs, inputs, made, trains_alike
+from module_checks import OPEN, causal, close, converted, differs, inputs, made, trains_alike
 from torch import nn
 
 import ssmax

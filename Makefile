@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-serving test-modules fuzz versions lint clean
+.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-onnx test-serving test-modules fuzz versions lint clean
 
 demo: $(STAMP)
 	$(BIN)/ssmax demo
@@ -59,6 +59,11 @@ docs: $(STAMP)
 test-llama: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]'
 	$(BIN)/python tests/programs/llama.py .venvs/llama
+
+# Exported graphs in ONNX Runtime and OpenVINO.
+test-onnx: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]' onnxruntime openvino
+	$(BIN)/python -W ignore tests/programs/onnx_logits.py
 
 # vLLM on the CPU in a venv of its own, 3.4 GB; real engines and a server on 127.0.0.1.
 test-serving:

@@ -1,6 +1,7 @@
 """ssmax export: what llama.cpp would not run exactly is refused in one line, with the way out; the rest make test-llama compares."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny_models import tiny_model
 import ssmax
 from ssmax.errors import UserError
 from ssmax.serving.gguf import export_gguf
+from ssmax.serving.onnx import export_onnx
 
 REFUSED = {
     "b": ("llama", {}, {"init": "identity"}, "layer 0 has a bias b.*'matched' instead of 'identity'.*calibrate without b"),
@@ -47,3 +49,22 @@ def test_what_it_runs_passes_the_checks(tmp_path):
     (tmp_path / "out.gguf").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
         export_gguf(str(tmp_path / law / family), tmp_path / "out.gguf")
+
+
+def test_onnx_has_a_cache_where_all_layers_attend_in_full(tmp_path):
+    windows = {"num_hidden_layers": 4, "sliding_window": 5}
+    for family, changes, words in (("llama", {}, "with a KV cache"), ("olmo3", windows, "without a KV cache")):
+        ssmax.convert(tiny_model(family, **changes)).save_pretrained(tmp_path / family)
+        lines = export_onnx(str(tmp_path / family), tmp_path / "out", dry_run=True)
+        assert words in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_onnx_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    ssmax.convert(tiny_model("llama")).save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"'onnx.*is missing.*export"):
+        export_onnx(str(tmp_path / "model"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(UserError, match="exists already"):
+        export_onnx(str(tmp_path / "model"), tmp_path / "model")

@@ -1,5 +1,6 @@
 """attention(): validate, find n, choose the backend, call it."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ssmax.arguments import check_flag, check_plain, whole_number
 from ssmax.backends import reference, sdpa
-from ssmax.scaling import head_multiplier
+from ssmax.scaling import head_multiplier, log_of
 from ssmax.sharp import decode
 from ssmax.sharp.keys import ScreenedKeys
 from ssmax.visible import as_bool, check_offsets, count_blocks, is_readable, rows_of, visible_keys
@@ -96,22 +97,26 @@ def attention(
         _check_sharp(attn_mask, is_bias, cu_seqlens, tolerance)
         more = {"tolerance": tolerance, "screen": screen, "plain": sdpa.forward}
     if 0 in (query.shape[2], key.shape[2]):
-        head_multiplier(0 if n is None else n, s, b, query)  # refuses what does not fit
+        head_multiplier(log_of(rows_of(0 if n is None else n, query), query), s, b, query)  # refuses what does not fit
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     if isinstance(attn_mask, Tensor):
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
         # Without n a floating mask must be a mask and no bias: bool is exact in every dtype.
         attn_mask = as_bool(attn_mask) if n is None else attn_mask
-    derived = n is None
-    n = _derive_n(query, key, attn_mask, cu_seqlens, is_causal, window) if n is None else n
-    if attn_mask is not None or not derived or (cu_seqlens is not None and chosen != "triton"):
+    plain = n is None and attn_mask is None and cu_seqlens is None
+    if plain:
+        log_n, blind = _log_n(query, key.shape[2], is_causal, window), None
+    else:
+        n_BHN = rows_of(n, query) if n is not None else _count(query, key, attn_mask, cu_seqlens, is_causal, window)
+        log_n, blind = log_of(n_BHN, query), n_BHN[..., None] <= 0
+    if blind is not None and (cu_seqlens is None or chosen != "triton" or n is not None):
         # A row that sees nothing passes nothing on, whatever stands in it; triton's kernel does not read padding.
-        query = query.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
+        query = query.masked_fill(blind, 0.0)
     output = backend.forward(
         query,
         key,
         value,
-        head_multiplier(n, s, b, query),
+        head_multiplier(log_n, s, b, query),
         mask=attn_mask,
         cu_seqlens=cu_seqlens,
         is_causal=is_causal,
@@ -120,21 +125,47 @@ def attention(
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         dropout_p=float(dropout_p),
         **more,
-    ).to(query.dtype)  # under autocast the kernels answer in its dtype
+    )
+    output = output if output.dtype == query.dtype else output.to(query.dtype)  # under autocast a kernel has its dtype
     # A derived n is 0 only where the mask leaves nothing, and the backends return zeros there.
-    return output if derived else output.masked_fill(rows_of(n, query)[..., None] <= 0, 0.0)
+    return output if blind is None or n is None else output.masked_fill(blind, 0.0)
 
 
-def _derive_n(query, key, attn_mask, cu_seqlens, is_causal, window):
+def _log_n(query, num_keys, is_causal, window):
+    """log n where nothing is masked, (1, 1, N), or a number where all rows see as many keys."""
+    num_queries = query.shape[2]
+    if not is_causal or num_queries == 1:
+        n = num_keys if window is None else min(num_keys, window)
+        # torch.full takes a symbolic size as it is; a number would be compiled anew for each value.
+        return (
+            log_of(torch.full((1, 1, 1), n, device=query.device), query)
+            if torch.compiler.is_compiling()
+            else math.log(n)
+        )
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        n = torch.arange(num_keys - num_queries + 1, num_keys + 1, device=query.device)
+        return log_of(n if window is None else n.clamp(max=window), query)[None, None]
+    wide = np.float64 if query.dtype == torch.float64 else np.float32
+    return torch.from_numpy(_causal_logs(num_queries, num_keys, window, wide))
+
+
+@functools.lru_cache(maxsize=4)
+def _causal_logs(num_queries, num_keys, window, wide):
+    """The layers of a model ask for the same: made once, since small operations between two kernels cost 30 us each."""
+    n = np.arange(num_keys - num_queries + 1, num_keys + 1).clip(1, window)
+    return np.log(n).astype(wide)[None, None]
+
+
+def _count(query, key, attn_mask, cu_seqlens, is_causal, window):
+    """n as rows_of returns it."""
+    n = _visible_keys(query, key, attn_mask, cu_seqlens, is_causal, window)
+    return n[:, None] if n.ndim == 2 else n
+
+
+def _visible_keys(query, key, attn_mask, cu_seqlens, is_causal, window):
     num_queries, num_keys = query.shape[2], key.shape[2]
     if cu_seqlens is not None:
         return visible_keys(cu_seqlens=cu_seqlens, num_queries=num_queries, window=window, causal=is_causal)
-    if attn_mask is None and num_queries == 1 and not torch.compiler.is_compiling():
-        return num_keys if window is None else min(num_keys, window)
-    if attn_mask is None:
-        position = torch.arange(num_keys - num_queries, num_keys, device=query.device)
-        n = position.clamp(min=-1) + 1 if is_causal else torch.full_like(position, num_keys)
-        return n if window is None else n.clamp(max=window)
     if not isinstance(attn_mask, Tensor):
         return count_blocks(attn_mask)
     mask = attn_mask

@@ -1,13 +1,14 @@
 """The definition: the multiplier s log n + b, and Scalable-Softmax itself (arXiv 2501.19399). ssmax.visible counts n."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssmax.arguments import check_plain, moved
-from ssmax.visible import as_count, as_number, rows_of
+from ssmax.visible import as_count
 
 __all__ = ["head_multiplier", "log_visible", "matched_scale", "multiplier", "scalable_softmax", "scale_query"]
 
@@ -38,29 +39,29 @@ def multiplier(n: Tensor, s: Tensor | float, b: Tensor | float | None = None, *,
     return m if b is None else m + torch.as_tensor(b, dtype=dtype, device=n.device)
 
 
-def head_multiplier(n: Tensor | int, s: Tensor | float, b: Tensor | float | None, query: Tensor) -> Tensor:
-    """Return the multiplier of each query row: (B or 1, H or 1, N), float32 (float64 for a float64 query).
+def head_multiplier(log_n: Tensor | float, s: Tensor | float, b: Tensor | float | None, query: Tensor) -> Tensor:
+    """Return the multiplier of each query row: (B or 1, H or 1, N or 1), float32 (float64 for a float64 query).
 
     Args:
-        n: a number, (N,), (B or 1, N) or (B or 1, H or 1, N).
+        log_n: a number, or (B or 1, H or 1, N or 1); see log_of.
         s: a number, (), (1,) or (H,).
         b: as s, or None.
         query: (B, H, N, D).
 
     Raises:
-        ValueError: n, s or b does not have such a shape, or n is negative.
+        ValueError: s or b does not have such a shape.
     """
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    # One n for all rows, as in a decode step, which pays for each small operation: its log is python's.
-    one = isinstance(n, int) and not torch.compiler.is_compiling()
-    if one and not isinstance(s, Tensor) and not isinstance(b, Tensor):
-        m = _finite(s, "s") * math.log(max(as_number(n), 1)) + (0.0 if b is None else _finite(b, "b"))
-        return torch.full((1, 1, query.shape[2]), m, dtype=wide, device=query.device)
-    s, b = _per_head(s, query, "s"), None if b is None else _per_head(b, query, "b")
-    if one:
-        m_H1 = s.to(wide) * math.log(max(as_number(n), 1))
-        return (m_H1 if b is None else m_H1 + b.to(wide)).expand(1, -1, query.shape[2])
-    return multiplier(rows_of(n, query), s, b, dtype=wide).expand(-1, -1, query.shape[2])
+    # Each small operation counts beside a kernel of a few milliseconds, so that numbers stay Python's as long as they can.
+    if isinstance(log_n, float) and not isinstance(s, Tensor) and not isinstance(b, Tensor):
+        m = _finite(s, "s") * log_n + (0.0 if b is None else _finite(b, "b"))
+        return torch.full((1, 1, 1), m, dtype=_wide(query), device=query.device)
+    m_BHN = _per_head(s, query, "s") * log_n
+    return m_BHN if b is None else m_BHN + _per_head(b, query, "b")
+
+
+def log_of(n: Tensor, query: Tensor) -> Tensor:
+    """Return log n, float32 (float64 for a float64 query). n = 0 counts as 1: nothing to sharpen."""
+    return n.clamp(min=1).to(_wide(query)).log()
 
 
 def log_visible(n_BHN: Tensor, query: Tensor) -> Tensor:
@@ -70,15 +71,21 @@ def log_visible(n_BHN: Tensor, query: Tensor) -> Tensor:
         n_BHN: as rows_of returns it. n = 0 counts as 1.
         query: (B, H, N, D).
     """
-    return n_BHN[..., None].clamp(min=1).to(torch.float64 if query.dtype == torch.float64 else torch.float32).log()
+    return log_of(n_BHN[..., None], query)
 
 
-def _per_head(value: Tensor | float, query: Tensor, name: str) -> Tensor:
-    heads = query.shape[1]
-    value = _real(value, name, torch.float64 if query.dtype == torch.float64 else torch.float32, query.device)
+def _per_head(value: Tensor | float, query: Tensor, name: str) -> Any:
+    """(H or 1, 1) of a tensor, in the multiplier's dtype; a number as it is."""
+    if not isinstance(value, Tensor):
+        return _finite(value, name)
+    heads, value = query.shape[1], moved(value, name, query.device).to(_wide(query))
     if value.shape not in ((), (1,), (heads,)):
         raise ValueError(f"{name} must be a number or one value for each of {heads} heads, got {tuple(value.shape)}")
     return value.reshape(-1, 1)
+
+
+def _wide(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def scale_query(query: Tensor, m: Tensor) -> Tensor:
@@ -88,7 +95,8 @@ def scale_query(query: Tensor, m: Tensor) -> Tensor:
         query: (B, H, N, D).
         m: (B or 1, H or 1, N), float32 or float64.
     """
-    return (query * m.unsqueeze(-1)).to(query.dtype)
+    scaled = query * m.unsqueeze(-1)
+    return scaled if scaled.dtype == query.dtype else scaled.to(query.dtype)
 
 
 def scalable_softmax(
@@ -135,7 +143,7 @@ def scalable_softmax(
     visible = (z > -math.inf) | z.isnan()  # a NaN that is seen must surface
     if mask is not None:
         visible = visible & _broadcast(mask, z.shape, "mask")
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide = _wide(z)
     n_row = visible.sum(dim, keepdim=True) if n is None else _broadcast(as_count(n, z.device), row, "n")
     s_row, b_row = (_broadcast(_real(x, name, wide, z.device), row, name) for x, name in ((s, "s"), (b, "b")))
     scaled = z.to(wide).masked_fill(~visible, 0.0) * multiplier(n_row, s_row, b_row, dtype=wide)

@@ -6,6 +6,7 @@ import pytest
 import rounding
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmax import SSMaxScale, attention, visible_keys
 
@@ -510,3 +511,34 @@ PACKED = {"query": Q[:1], "key": Q[:1], "value": Q[:1], "cu_seqlens": OFFSETS}
 def test_bad_calls_name_the_argument(arguments, error, words):
     with pytest.raises(error, match=words):
         attention(**({"query": Q, "key": Q, "value": Q, "s": 0.4} | arguments))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rows", "keys", "window"), [(9, 9, None), (9, 12, None), (9, 9, 4), (1, 9, None)])
+def test_beside_the_kernel_there_are_three_multiplications(rows, keys, window):
+    """s log n, the scale, the query: on a CPU each further small operation costs 30 us between two kernels."""
+    q, k, v = torch.randn(1, 2, rows, 4), *(torch.randn(1, 2, keys, 4) for _ in range(2))
+    options = {"is_causal": True, "window": window}
+    want = attention(q.double(), k.double(), v.double(), 0.4, impl="reference", **options)
+    s = torch.full((2,), 0.4)
+    with torch.inference_mode():  # what it keeps must serve a backward too
+        attention(q, k, v, s, **options)
+    with _Operations() as made:
+        got = attention(q, k, v, s, **options)
+    torch.testing.assert_close(got, want.float())
+    if window is None and rows in (1, keys):  # no mask
+        assert [x for x in made.names if x not in ("view", "unsqueeze", "slice", "alias", "lift_fresh")][:-1] == [
+            "mul"
+        ] * 3
+    assert not {"arange", "log", "clamp", "all"} & set(made.names[: made.names.index("mul") + 1])
+    attention(q, k, v, s.requires_grad_(), **options).sum().backward()
+    assert s.grad is not None

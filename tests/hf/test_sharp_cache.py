@@ -1,12 +1,14 @@
 """A converted model's generate through SharpCache: the same tokens, each attention within its bound."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import ssmax
-from ssmax.hf import SharpCache
-from ssmax.sharp import decode
+from ssmax.hf import SharpCache, sharp_cache
+from ssmax.sharp import decode as sharp_decode
 
 LENGTH = 4300
 
@@ -32,13 +34,13 @@ def tokens():
 @pytest.fixture
 def kept(monkeypatch):
     counts = []
-    original = decode._attend
+    original = sharp_decode._attend
 
     def watched(rows, key, value, seen, found):
         counts.extend(len(keys) for keys in found.values())
         return original(rows, key, value, seen, found)
 
-    monkeypatch.setattr(decode, "_attend", watched)
+    monkeypatch.setattr(sharp_decode, "_attend", watched)
     return counts
 
 
@@ -103,6 +105,45 @@ def test_the_cache_grows_in_place_and_crops(model, tokens):
         assert torch.equal(cache.layers[1].values, plain.layers[1].values)
     cache.reset()
     assert cache.get_seq_length() == 0
+
+
+def decode(model, cache, tokens, steps):
+    """Logits of so many steps, each of the same token."""
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        return torch.cat([model(tokens[:, :1], past_key_values=cache).logits for _ in range(steps)], 1)
+
+
+def test_layers_that_gain_nothing_turn_plain_and_say_so_once(model, tokens, kept, monkeypatch):
+    monkeypatch.setattr(sharp_cache, "TRIAL", 6)
+    mixed = copy.deepcopy(model)
+    mixed.model.layers[1].self_attn.q_proj.weight.data *= 0  # flat, whatever the keys are
+    want = decode(mixed, DynamicCache(config=mixed.config), tokens, 12)
+    cache = SharpCache(mixed)
+    with pytest.warns(UserWarning, match=r"1 of 2 layers are sharp \(0\)") as said:
+        got = decode(mixed, cache, tokens, 12)
+    assert len(said) == 1
+    torch.testing.assert_close(got, want, rtol=0, atol=5e-3 * want.abs().max().item())
+    assert [layer.sharp for layer in cache.layers] == [True, False]
+    assert cache.layers[1].screened._codes is None  # its memory is given back
+    assert cache.layers[1].screened.steps == 6  # from then on it is not asked
+    assert cache.layers[0].screened.steps == 12
+    shares = cache.share_read()
+    assert shares[1].tolist() == [[1, 1], [1, 1]]
+    assert shares[0].shape == (2, 2)
+    assert shares[0].max() < 0.1
+    assert sum(kept) / len(kept) / LENGTH == pytest.approx(shares[0].mean(), rel=1e-2)
+    cache.reset()
+    decode(mixed, cache, tokens[:, :20], 1)
+    assert [layer.sharp for layer in cache.layers] == [None, None]
+
+
+def test_a_sharp_model_says_nothing(model, tokens, monkeypatch, recwarn):
+    monkeypatch.setattr(sharp_cache, "TRIAL", 3)
+    cache = SharpCache(model)
+    decode(model, cache, tokens, 5)
+    assert [layer.sharp for layer in cache.layers] == [True, True]
+    assert not [w for w in recwarn if "layers are sharp" in str(w.message)]
 
 
 def test_refusals(model, tokens):

@@ -1,8 +1,10 @@
 """SharpCache: a converted model decodes through it, reading only the keys and values that can matter."""
 
 import functools
+import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -19,6 +21,9 @@ from ssmax.visible import as_bool
 
 __all__ = ["SharpCache"]
 
+TRIAL = 256  # steps after which a layer that gains nothing turns plain
+MOST_READ = 7 / 8  # with fewer sharp heads a layer gains less than what asking the others costs
+
 
 class SharpCache(DynamicCache):
     """A cache for generate: model.generate(ids, past_key_values=SharpCache(model)). CPU, inference only.
@@ -27,6 +32,9 @@ class SharpCache(DynamicCache):
     what can matter: each component of its attention is wrong by at most 2 tolerance max|v|, certified. Flat heads, shorter
     caches and other layers are computed in full. Also unlike DynamicCache it grows in place: a step copies no old key.
     Cropping works (assisted and prompt-lookup decoding); batches may be padded.
+
+    After 256 such steps of a layer whose heads together read more than 7/8 of their keys, that layer decodes plainly from then on, without
+    a screen: a model that gains nothing pays nothing. The cache warns of it once. A sharp layer stays sharp.
 
     Args:
         model: a converted model on the CPU, with attn_implementation "sdpa". It stays as it is.
@@ -51,10 +59,44 @@ class SharpCache(DynamicCache):
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
             raise ValueError(f"tolerance must be a number between 0 and 1, got {tolerance!r}")
         super().__init__(config=model.config)
+        self._said = False
         for index, layer in language_layers(model).items():
             if layer.kind == FULL and hasattr(layer.module, "ssmax") and type(self.layers[index]) is DynamicLayer:
                 self.layers[index] = _SharpLayer(tolerance)
         _install()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not self._said and getattr(self.layers[layer_idx], "sharp", None) is not None:
+            self._say()
+        return updated
+
+    def share_read(self) -> dict[int, np.ndarray]:
+        """Share of the keys that each key head of a layer reads exactly, (batch, key heads), mean over the steps so far.
+
+        1 is plain decoding. Layers that are not served are missing; those that have turned plain keep what they read before.
+        """
+        return {
+            index: layer.screened.share_read()
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, _SharpLayer) and layer.is_initialized
+        }
+
+    def _say(self):
+        """Warn once, when all layers are decided and some of them are plain."""
+        served = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, _SharpLayer)}
+        if any(layer.sharp is None for layer in served.values()):
+            return
+        self._said = True
+        sharp = [index for index, layer in served.items() if layer.sharp]
+        if len(sharp) < len(served):
+            names = f" ({', '.join(map(str, sharp))})" if sharp else ""
+            warnings.warn(
+                f"{len(sharp)} of {len(served)} layers are sharp{names}; the others read nearly all of their keys and "
+                "are decoded plainly from now on",
+                stacklevel=2,
+            )
 
 
 class _SharpLayer(DynamicLayer):
@@ -63,19 +105,26 @@ class _SharpLayer(DynamicLayer):
     def __init__(self, tolerance: float):
         super().__init__()
         self.tolerance = tolerance
+        self.sharp: bool | None = None  # whether sharp decoding pays here, once that is known
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.screened = ScreenedKeys(key_states[:, :, :0])
             self.grown = Grown(value_states[:, :, :0])
+            self.sharp = None
+        if self.sharp is None and self.screened.steps >= TRIAL:
+            self.sharp = bool(self.screened.share_read().mean() <= MOST_READ)
+            if not self.sharp:
+                self.screened.give_up()
         self.screened.append(key_states)
         self.grown.put(value_states.detach(), self.grown.length)
         return self._show()
 
     def _show(self):
         self.keys, self.values = self.screened.keys, self.grown.filled
-        self.keys.__dict__["ssmax_sharp"] = (self.screened, self.tolerance)
+        if self.sharp is not False:
+            self.keys.__dict__["ssmax_sharp"] = (self.screened, self.tolerance)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:

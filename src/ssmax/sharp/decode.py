@@ -56,20 +56,26 @@ def forward(
 
 
 def _read(query, key, value, multiplier, mask, is_causal, scale, tolerance, screen, plain):
-    screened = screen is not None and screen.ready()
+    screened = screen is not None and screen.possible
     if not screened and key.dtype not in (torch.float32, torch.float64):
         return plain(query, key, value, multiplier, mask=mask)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     everyone = [(batch, head) for batch in range(query.shape[0]) for head in range(heads)]
     tried = [who for who in everyone if not screened or screen.worth_trying(*who)]
     if not tried:
+        screen.count({})
         return plain(query, key, value, multiplier, mask=mask)
     rows = (query.double() * (multiplier * scale).double()[..., None]).unflatten(1, (heads, groups)).flatten(2, 3)
     seen = _visible(mask, is_causal, query, key.shape[2])
     seen = None if seen is None else seen.unflatten(1, (heads, groups)).flatten(2, 3)
     if not screened:
-        return _skip_values(everyone, rows, key, value, seen, tolerance).view(*query.shape[:3], -1)
+        output, found = _skip_values(everyone, rows, key, value, seen, tolerance)
+        if screen is not None:
+            screen.count(found)
+        return output.view(*query.shape[:3], -1)
+    screen.ready()  # keys that came while no head was tried are rounded now, all at once
     found = _keys_that_matter(screen, tried, rows, seen, tolerance)
+    screen.count(found)
     flat = [who for who in everyone if who not in found]
     if not found:
         return plain(query, key, value, multiplier, mask=mask)
@@ -102,7 +108,7 @@ def _keys_that_matter(screen, tried, rows, seen, tolerance):
 
 
 def _skip_values(everyone, rows, key, value, seen, tolerance):
-    """All scores first, (B, K, R, V) from the values that matter; float32 scores are off by their rounding, as in any kernel."""
+    """All scores first, (B, K, R, V) from the values that matter, and these by head; float32 scores are off by their rounding, as in any kernel."""
     scores = rows.to(key.dtype) @ key.mT
     if seen is not None:
         scores.masked_fill_(~seen, -torch.inf)
@@ -110,7 +116,7 @@ def _skip_values(everyone, rows, key, value, seen, tolerance):
     needed = weights.amax(2) > tolerance / key.shape[2]
     few = needed.sum(-1, keepdim=True) <= MOST_KEPT * key.shape[2]
     if not few.any():
-        return weights @ value
+        return weights @ value, {}
     index, kept = (needed & few).flatten(0, 1).nonzero().numpy().T
     stops = np.bincount(index, minlength=len(everyone)).cumsum()
     found = {who: keys for who, keys in zip(everyone, np.split(kept, stops[:-1]), strict=True) if len(keys)}
@@ -118,7 +124,7 @@ def _skip_values(everyone, rows, key, value, seen, tolerance):
     for who in everyone:
         if who not in found:
             output[who] = weights[who] @ value[who]
-    return output
+    return output, found
 
 
 @np.errstate(all="ignore")  # what is not finite is the caller's, as in any kernel

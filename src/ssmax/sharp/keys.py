@@ -45,7 +45,12 @@ class ScreenedKeys:
         self._screened = 0
         self._centre: Any = None
         self._width: Any = None
+        self._codes: Any = None
+        self._lost: Any = None
+        self._most: Any = None
         self._patience: dict[tuple[int, int], tuple[int, int]] = {}
+        self.steps = 0
+        self._read = np.zeros(keys.shape[:2])
 
     def __len__(self) -> int:
         return self._keys.length
@@ -80,9 +85,14 @@ class ScreenedKeys:
         self._keys.length = length
         self._screened = min(self._screened, length)
 
+    @property
+    def possible(self) -> bool:
+        """Whether there can be a screen: there are enough keys, on the CPU, and an exact int8 product."""
+        return len(self) >= MIN_KEYS and self._keys.device.type == "cpu" and int8_is_exact()
+
     def ready(self) -> bool:
-        """Bring the screen up to date; return False where there is none, for too few keys or no exact int8 product."""
-        if len(self) < MIN_KEYS or self._keys.device.type != "cpu" or not int8_is_exact():
+        """Bring the screen up to date; return False where there is none."""
+        if not self.possible:
             return False
         if self._screened < len(self):
             self._round(self._screened)
@@ -153,6 +163,22 @@ class ScreenedKeys:
         if wait:
             self._patience[batch, head] = (wait - 1, pause)
         return wait == 0
+
+    def count(self, found: dict[tuple[int, int], np.ndarray]) -> None:
+        """Count a step; the heads that are not found read all of their keys."""
+        self.steps += 1
+        self._read += 1.0
+        for who, keys in found.items():
+            self._read[who] += len(keys) / len(self) - 1.0
+
+    def share_read(self) -> np.ndarray:
+        """Share of the keys that each head read exactly, (B, K), mean over the steps; 1 where there were none."""
+        return self._read / self.steps if self.steps else np.ones_like(self._read)
+
+    def give_up(self) -> None:
+        """Forget the screen and its memory; ready() would make it anew."""
+        self._screened, self._centre = 0, None
+        self._codes = self._lost = self._most = None
 
     def remember(self, batch: int, head: int, paid: bool) -> None:
         """Note whether the screen of this head paid."""

@@ -12,7 +12,11 @@ LENGTHS = (1024, 4096, 16384, 65536, 262144, 1048576)
 DEVICES = (1, 8, 64)
 # The data sheet of an H100 SXM: dense bfloat16 FLOP/s at a usual share of it, bytes a second, bytes.
 PEAK, MEMORY_RATE, MEMORY = 989e12 * 0.4, 3.35e12, 80e9
+NETWORK_RATE = 50e9  # bytes a second that a device sends to another node, 400 Gbit/s
 KEPT = 0.01
+LONG, SPREAD = (10**6, 10**7, 10**8), (1, 8, 32, 256, 1024)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of heads that are sharp
+BATCHES = (1, 16)
 
 M = Shape()
 
@@ -131,6 +135,73 @@ def heads() -> str:
     return table(["key heads", "cache at 131,072", "screen", "read by a sharp step", "values of s"], rows)
 
 
+def contexts() -> str:
+    rows = []
+    for n in LONG:
+        for count in SPREAD:
+            time = M.training_flops(n) / PEAK / count
+            ulysses = M.ulysses_bytes(n, count) if count <= M.heads else None  # it divides heads
+            moved = 4 * M.layers * M.query_bytes(n) / count / MEMORY_RATE
+            rows.append(
+                [
+                    f"{n:,}",
+                    f"{count:,}",
+                    seconds(time),
+                    _sent(M.ring_bytes(n, count), time),
+                    "more devices than heads" if ulysses is None else _sent(ulysses, time),
+                    f"{moved / time:.4%}",
+                    size(M.layers * M.query_bytes(n) / count),
+                    f"{M.scale_bytes(count):,} B",
+                ]
+            )
+    head = [
+        "tokens",
+        "devices",
+        "a step's compute",
+        "ring sends",
+        "Ulysses sends",
+        "scaling unfused adds",
+        "and keeps",
+        "s sends",
+    ]
+    return table(head, rows)
+
+
+def _sent(number, time):
+    """Bytes, and their time at the network's rate over the step's: what hides behind the compute."""
+    return "0" if number == 0 else f"{size(number)} ({number / NETWORK_RATE / time:.1%})"
+
+
+def measured_ratios() -> dict[int, tuple[float, float]]:
+    """Time of sharp decoding over plain by keys, for peaked and flat heads."""
+    found = {}
+    for row in read_rows(ROOT / "benchmarks" / "results" / "decode.jsonl"):
+        if row.metric == "time_ratio" and row.variant == "ssmax, sharp":
+            found[row.at["keys"], row.at["scores"]] = row.value
+    return {keys: (found[keys, "peaked"], found[keys, "flat"]) for keys in sorted({keys for keys, _ in found})}
+
+
+def fleet() -> str:
+    rows = []
+    for keys, (sharp, flat) in measured_ratios().items():
+        for batch in BATCHES:
+            cache = batch * M.cache_bytes(keys)
+            attention = cache / (M.multiplied * M.number + cache)
+            gains = [1 / (1 - attention + attention * ((1 - f) * max(1.0, flat) + f * sharp)) for f in SHARES]
+            rows.append(
+                [
+                    f"{keys:,}",
+                    str(batch),
+                    f"{attention:.0%}",
+                    f"{sharp:.2f}",
+                    f"{flat:.2f}",
+                    *(f"{gain:.2f}" for gain in gains),
+                ]
+            )
+    head = ["keys", "sequences", "attention's share a", "r", "c", *(f"f = {f:.0%}" for f in SHARES)]
+    return table(head, rows)
+
+
 def checks() -> str:
     rows = []
     for row in read_rows(ROOT / "benchmarks" / "results" / "scale.jsonl"):
@@ -176,6 +247,28 @@ Weights and cache divided over devices (tensor or context parallel). SSMax needs
 which must be the *global* one where a sequence is sharded; s is all-reduced with the other weights.
 
 {devices()}
+
+## Context parallelism
+
+One sequence over many devices: a training step's compute, what one device sends in a forward (and its time at 50 GB/s, as a
+share of the step: below 100 % it can hide), and what SSMax adds: the unfused scaling, one more query kept, and the all-reduce of
+s's gradient. n needs nothing: it is the position of the query in the whole sequence.
+
+{contexts()}
+
+`examples/context_parallel.py` runs both on simulated ranks in one process: SSMaxScale with global n and ring blocks, attention()
+on a part of the heads for Ulysses. `tests/test_scale.py` compares outputs, all gradients and the bytes sent with one device and
+with these formulae, on 1 to 4 ranks, and sees local positions and gradients of s that are not summed fail.
+
+## A served fleet
+
+A decode step reads weights once and each sequence's cache: attention takes the share a of it. If a share f of the heads is sharp, takes
+r of its time, and the others c, a step takes 1 − a + a ((1 − f) c + f r), and a fleet serves the inverse of that in tokens. r and c are
+measured (`ssmax bench decode`, peaked and flat, one CPU); a is that of the model above, by bytes. Layers without sharp heads
+decode plainly after 256 steps of a SharpCache, and there c is 1. No GPU kernel of sharp decoding exists yet, so for GPUs
+this is what one would be worth if it did as well.
+
+{fleet()}
 
 ## What was measured
 

@@ -89,6 +89,19 @@ class Shape:
             + int(kept * self.cache_bytes(tokens))
         )
 
+    def ring_bytes(self, tokens: int, devices: int) -> int:
+        """Bytes that a device sends in a forward of ring attention: its keys and values go past all others."""
+        return self.cache_bytes(tokens) * (devices - 1) // devices
+
+    def ulysses_bytes(self, tokens: int, devices: int) -> int:
+        """The same of Ulysses: of query, key, value and output all but its own part."""
+        numbers = 2 * self.layers * self.size * (self.heads + self.key_heads) * tokens * self.number
+        return numbers * (devices - 1) // devices**2
+
+    def scale_bytes(self, devices: int) -> int:
+        """What SSMax adds to a training step's communication: the ring all-reduce of s's gradients, float32."""
+        return 2 * 4 * self.layers * self.heads * (devices - 1) // devices
+
 
 TINY = Shape(layers=2, width=128, heads=4, key_heads=2, size=32, hidden=352, vocabulary=512, number=4)
 

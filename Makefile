@@ -65,10 +65,11 @@ test-onnx: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]' onnxruntime openvino
 	$(BIN)/python -W ignore tests/programs/onnx_logits.py
 
-# vLLM on the CPU in a venv of its own, 3.4 GB; real engines and a server on 127.0.0.1.
+# vLLM on the CPU and transformers serve in a venv of their own, 3.4 GB; real engines, and servers on 127.0.0.1.
 test-serving:
 	$(PYTHON) tests/programs/vllm_venv.py .venvs/vllm
 	.venvs/vllm/bin/python tests/programs/vllm_requests.py
+	.venvs/vllm/bin/python tests/programs/transformers_serve.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -107,19 +107,25 @@ def engine(folder, prompts, options):
 
 
 def serve(folder, prompts):
-    """Answer over HTTP, all prompts at once, from a server that is stopped afterwards."""
+    """Answer over HTTP, all prompts at once."""
+    options = ["--dtype", "float32", "--max-model-len", "1024", "--skip-tokenizer-init", "--max-num-seqs", "8"]
+    command = ["vllm.entrypoints.cli.main", "serve", str(folder), *options]
+    with running(command, folder / "server.log", os.environ | ENVIRONMENT) as port, ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda prompt: _ask(port, folder, prompt), prompts))
+
+
+@contextlib.contextmanager
+def running(command, log, environment):
+    """Run a module as a server on a free port of 127.0.0.1 while the block lasts, which is given the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--skip-tokenizer-init"]
-    command += ["--max-num-seqs", "8"]
-    with open(folder / "server.log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | ENVIRONMENT, start_new_session=True)
+    command = [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)]
+    with open(log, "w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
         try:
-            _wait(server, f"http://127.0.0.1:{port}/health", folder / "server.log")
-            with ThreadPoolExecutor(len(prompts)) as pool:
-                return list(pool.map(lambda prompt: _ask(port, folder, prompt), prompts))
+            _wait(server, f"http://127.0.0.1:{port}/health", log)
+            yield port
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, 15)
@@ -139,12 +145,14 @@ def _wait(server, url, log):
 
 def _ask(port, folder, prompt):
     wish = {"model": str(folder), "prompt": prompt, "max_tokens": NEW, "temperature": 0}
-    wish |= {"ignore_eos": True, "return_token_ids": True}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(wish).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.loads(answer.read())["choices"][0]["token_ids"]
+    return ask(port, {**wish, "ignore_eos": True, "return_token_ids": True})["token_ids"]
+
+
+def ask(port, wish):
+    """Return the answer to a wish of the completions API."""
+    url, kind = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(wish).encode(), kind), timeout=300) as answer:
+        return json.loads(answer.read())["choices"][0]
 
 
 def run(name: str) -> bool:
@@ -157,7 +165,7 @@ def run(name: str) -> bool:
         environment = os.environ | ENVIRONMENT
         if "trust_remote_code" in engine_options:
             environment["VLLM_PLUGINS"] = ""  # as where ssmax is not installed; that its code is blocked
-            environment["PYTHONPATH"] = str(_blocker(folder))
+            environment["PYTHONPATH"] = str(blocker(folder))
         subprocess.run([sys.executable, __file__, "--engine", folder], check=True, env=environment)
         first, again = json.loads((folder / "answers.json").read_text())
         rounds = {"batch": first, "cached prefix": again}
@@ -170,7 +178,7 @@ def run(name: str) -> bool:
     return other < len(wanted) == min(equal.values())
 
 
-def _blocker(folder):
+def blocker(folder):
     """A folder whose sitecustomize makes ssmax unknown."""
     place = folder / "blocker"
     place.mkdir()

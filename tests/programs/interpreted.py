@@ -10,7 +10,8 @@ import rounding
 import torch
 
 from ssmax import attention
-from ssmax.backends import triton as kernels
+from ssmax.backends import triton as host
+from ssmax.backends import triton_kernels as kernels
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 NAMES = rounding.NAMES
@@ -20,7 +21,7 @@ NAMES = rounding.NAMES
 def small_tiles(monkeypatch):
     """Tiles of 16 rows and 32 keys, so that a hundred tokens cross many of them."""
     tile = {"BLOCK_M": 16, "BLOCK_N": 32}
-    monkeypatch.setattr(kernels, "tiles", lambda size, dtype: dict.fromkeys(("forward", "query", "key"), tile))
+    monkeypatch.setattr(host, "tiles", lambda size, dtype: dict.fromkeys(("forward", "query", "key"), tile))
 
 
 def tensors(rows=75, keys=75, heads=2, key_heads=1, size=16, value_size=16, batch=2, dtype=torch.float32):

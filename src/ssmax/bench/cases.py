@@ -276,14 +276,15 @@ def _scale_gradients(q, k, v, upstream, dtype):
     return torch.autograd.grad((output * upstream).sum(), [s, b])
 
 
-def _of(module: str) -> Callable[[], Iterator[Comparison]]:
-    """The measurements of a module that is loaded when its case runs."""
-    return lambda: importlib.import_module(f"ssmax.bench.{module}").measurements()
+def _of(module: str, name: str = "measurements") -> Callable[..., Iterator[Any]]:
+    """A function of a module that is loaded when its case runs."""
+    return lambda **options: getattr(importlib.import_module(f"ssmax.bench.{module}"), name)(**options)
 
 
 CASES = {
     "attention": Case("attention() over plain attention, 1,024 to 8,192 causal tokens, and back", 6, causal_attention),
     "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
+    "generate": Case("generate with SharpCache over transformers' caches, behind a real prompt", 8, _of("generate")),
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
     "modules": Case("nn.TransformerEncoder and nanoGPT, converted, over the plain ones", 2, _of("modules")),
     "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),
@@ -292,5 +293,16 @@ CASES = {
         "pretraining of the recipe tiny over a bare loop, AdamW not fused, torch.compile", 3, _of("training")
     ),
     "gradient": Case("error of the gradients of s and b in bfloat16", 2, gradient),
+    "kernel": Case(
+        "impl='triton' on a GPU: errors, and time over torch's flash kernels",
+        10,
+        _of("kernel"),
+        _of("kernel", "dry_run"),
+    ),
+    "kernel-gradient": Case(
+        "error of the gradients of s and b by impl='triton' in Triton's interpreter",
+        2,
+        _of("kernel", "gradients_interpreted"),
+    ),
     "scale": Case("the formulae of cost and memory against what can be measured", 1, scale.check),
 }

@@ -4,6 +4,7 @@ import importlib.util
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.ticker
@@ -20,19 +21,28 @@ __all__ = ["bench", "figure", "table"]
 
 NEEDS = {
     "peer": "scalable_softmax",
+    "generate": "transformers",
     "model": "transformers",
     "evaluation": "transformers",
     "training": "accelerate",
     "scale": "transformers",
+    "kernel": "triton",
+    "kernel-gradient": "triton",
 }  # packages that a case cannot do without
+ASKED = {"kernel", "kernel-gradient"}  # need a GPU, or Triton's interpreter: run where they are named
 
 
-def bench(names: list[str], out: Path, *, dry_run: bool) -> None:
+def bench(names: list[str], out: Path, *, dry_run: bool, **generate: Any) -> None:
     """Measure the named cases, or all that run here, and write OUT/CASE.jsonl and OUT/CASE.png of each.
 
+    Args:
+        generate: options of the case of that name; see ssmax.bench.generate.
+
     Raises:
-        UserError: an unknown case, or one whose package is missing.
+        UserError: an unknown case, one whose package is missing, or options of a case that is not named.
     """
+    if generate and "generate" not in names:
+        raise UserError(f"--{next(iter(generate))} is an option of the case generate: ssmax bench generate ...")
     unknown = [name for name in names if name not in CASES]
     if unknown:
         raise UserError(f"there is no case {unknown[0]!r}; cases are {', '.join(CASES)}")
@@ -43,11 +53,15 @@ def bench(names: list[str], out: Path, *, dry_run: bool) -> None:
                 f"case {name!r} needs the package {missing[name]!r}: pip install {missing[name].replace('_', '-')}"
             )
     check_destination(out / "rows")
-    chosen = names or [name for name in CASES if name not in missing]
+    chosen = names or [name for name in CASES if name not in missing and name not in ASKED]
     for name in chosen:
         print(f"{name}: {CASES[name].about}; about {CASES[name].minutes:g} min")
+        check = CASES[name].dry_run
+        if dry_run and check and name in names:
+            for line in check():
+                print(f"    {line}", flush=True)
         if not dry_run:
-            rows = list(measure.run(CASES[name]))
+            rows = list(measure.run(CASES[name], **(generate if name == "generate" else {})))
             print(table(rows))
             write_rows(out / f"{name}.jsonl", rows)
             if any(row.metric == "time_ratio" for row in rows):
@@ -80,6 +94,8 @@ def _words(found):
         spread = f" ({row.at['low']:.3g} to {row.at['high']:.3g})" if "low" in row.at else ""
         if metric == "time_ratio":
             words.append(f"x {row.value:.3f} ({row.at['low']:.3f} to {row.at['high']:.3f})")
+        elif metric == "cpu_ratio":
+            words.append(f"CPU x {row.value:.3f} ({row.at['low']:.3f} to {row.at['high']:.3f})")
         elif metric == "seconds":
             words.append(f"{1e3 * row.value:.4g} ms")
         elif metric == "peak_bytes":
@@ -101,7 +117,7 @@ def _by_contender(rows):
     return sorted(((place, who, metrics) for (place, who), metrics in found.items()), key=lambda x: order.index(x[0]))
 
 
-AROUND = ("low", "high", "allowed", "formula")
+AROUND = ("low", "high", "allowed", "formula", "heads")
 
 
 def figure(name: str, rows: list[Row]) -> Figure:

@@ -46,16 +46,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """A named case: what it measures, its minutes on two cores, and its comparisons (or finished rows), one by one."""
+    """A named case: what it measures, its minutes on two cores, and its comparisons (or finished rows), one by one.
+
+    dry_run yields lines of what can be checked without measuring.
+    """
 
     about: str
     minutes: float
-    comparisons: Callable[[], Iterator[Comparison | Row]]
+    comparisons: Callable[..., Iterator[Comparison | Row]]
+    dry_run: Callable[[], Iterator[str]] | None = None
 
 
-def run(case: Case) -> Iterator[Row]:
-    """Yield the rows of a case as they are measured."""
-    for comparison in case.comparisons():
+def run(case: Case, **options: Any) -> Iterator[Row]:
+    """Yield the rows of a case as they are measured; options are the case's own."""
+    for comparison in case.comparisons(**options):
         if isinstance(comparison, Row):
             yield comparison
         else:
@@ -63,7 +67,10 @@ def run(case: Case) -> Iterator[Row]:
 
 
 def compare(comparison: Comparison) -> Iterator[Row]:
-    """Yield error, seconds, time_ratio and peak_bytes of each contender; of a wrong one the error alone."""
+    """Yield error, seconds, time_ratio, cpu_ratio and peak_bytes of each contender; of a wrong one the error alone.
+
+    cpu_ratio is the same of the process's own time on all cores: what a busy machine leaves comparable.
+    """
     base, at, right = comparison.base, comparison.at, {}
     for name, call in comparison.contenders.items():
         error = comparison.errors[name]() if name in comparison.errors else 0.0
@@ -73,11 +80,14 @@ def compare(comparison: Comparison) -> Iterator[Row]:
             right[name] = call
     if base not in right:
         return
-    times = _alternate(right, comparison.repeats, ", ".join(map(str, at.values())))
+    times, cpu = _alternate(right, comparison.repeats, ", ".join(map(str, at.values())))
     for name, values in times.items():
         # What slows a whole round down cancels in the round's own ratio.
-        ratios = [mine / plain for mine, plain in zip(values, times[base], strict=True)]
-        for metric, found in (("seconds", values), ("time_ratio", ratios))[: 1 if name == base else 2]:
+        ratios, of_cpu = (
+            [mine / max(plain, 1e-9) for mine, plain in zip(of[name], of[base], strict=True)] for of in (times, cpu)
+        )
+        measured = (("seconds", values), ("time_ratio", ratios), ("cpu_ratio", of_cpu))
+        for metric, found in measured[: 1 if name == base else 3]:
             low, middle, high = statistics.quantiles(found, n=4)
             yield row(metric, name, {**at, "low": low, "high": high}, middle, len(found))
         if comparison.memory:
@@ -85,16 +95,17 @@ def compare(comparison: Comparison) -> Iterator[Row]:
 
 
 def _alternate(contenders, rounds, name):
-    """Times of each contender, once a round, there and back again, after one round that is not counted."""
-    times = {name: [] for name in contenders}
+    """Times of each contender on the wall and on the CPU, once a round, there and back again, after one round not counted."""
+    times, cpu = ({name: [] for name in contenders} for _ in range(2))
     for call in contenders.values():
         call()
     for turn in tqdm(range(rounds), desc=name, leave=False, disable=None):
         for contender in list(contenders)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             contenders[contender]()
             times[contender].append(time.perf_counter() - start)
-    return times
+            cpu[contender].append(time.process_time() - start_cpu)
+    return times, cpu
 
 
 def peak_memory(call):

@@ -222,13 +222,28 @@ class Bench:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="CASE",
-            help="attention: forward and backward by length. decode: sharp decoding after long caches. model: a converted "
+            help="attention: forward and backward by length. decode: sharp decoding after long caches. generate: tokens a "
+            "second of generate, by cache, and which layers are sharp. model: a converted "
             "model. evaluation: measurements, against a plain forward pass. training: the recipe tiny, against a bare loop. peer: "
-            "against the package scalable-softmax. gradient: the error of ds in bfloat16. scale: cost and memory from "
-            "formulas, and how far they hold here.",
+            "against the package scalable-softmax. gradient: the error of ds in bfloat16. kernel: impl='triton' on a GPU; "
+            "--dry-run compiles it without one. scale: cost and memory from formulas, and how far they hold here.",
             help_behavior_hint="(default: all that can run here)",
         ),
     ] = ()
+    model: Annotated[
+        Path | None,
+        option(
+            "For generate: folder of a model with its tokenizer; a model without SSMax is converted in memory.",
+            unset="the small model that ships with ssmax",
+            metavar="PATH",
+        ),
+    ] = None
+    contexts: Annotated[
+        tuple[int, ...] | None, option("For generate: tokens of the prompt.", unset="8192 32768", metavar="[INT ...]")
+    ] = None
+    batches: Annotated[
+        tuple[int, ...] | None, option("For generate: prompts at once.", unset="1 4", metavar="[INT ...]")
+    ] = None
     out: Annotated[Path, option("Folder for rows and figures.")] = Path("bench")
     dry_run: Annotated[Flag, option("List the cases and their minutes, and measure nothing.")] = False
 
@@ -236,7 +251,9 @@ class Bench:
         """Run it."""
         from ssmax.bench.command import bench  # loads torch
 
-        bench(list(self.cases), self.out, dry_run=self.dry_run)
+        given = {"model": self.model, "contexts": self.contexts, "batches": self.batches}
+        given = {name: value for name, value in given.items() if value is not None}
+        bench(list(self.cases), self.out, dry_run=self.dry_run, **given)
 
 
 def _number(text: str) -> str | float:

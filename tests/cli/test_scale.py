@@ -10,7 +10,7 @@ import torch
 from ssmax import SSMaxScale, attention
 from ssmax.bench.scale import Shape
 
-PATH = Path(__file__).parent.parent / "examples" / "context_parallel.py"
+PATH = Path(__file__).parents[2] / "examples" / "context_parallel.py"
 SPEC = importlib.util.spec_from_file_location("context_parallel", PATH)
 assert SPEC is not None
 assert SPEC.loader is not None

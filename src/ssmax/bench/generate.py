@@ -1,0 +1,138 @@
+"""Tokens a second of generate behind a real prompt: SharpCache beside transformers' caches, and what each layer reads."""
+
+import copy
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import ssmax
+from ssmax.bench.measure import Comparison, compare, row
+from ssmax.data.sources import documents
+from ssmax.demo import measure as demo
+from ssmax.errors import UserError
+from ssmax.hf import SharpCache, sharp_cache
+from ssmax.hf.loading import load_model, load_tokenizer
+from ssmax.runs.rows import Row
+
+__all__ = ["measurements"]
+
+CONTEXTS, BATCHES = (8192, 32768), (1, 4)
+STEPS, ROUNDS = 16, 7  # tokens of a call of generate; rounds of them
+CHUNK = 1024
+SHARP, STATIC, DYNAMIC = "SharpCache", "StaticCache", "DynamicCache"
+
+
+def measurements(
+    model: Path | None = None, contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES
+) -> Iterator[Row]:
+    """Rows of each context and batch: seconds and their ratio to StaticCache, tokens a second, and shares of keys read.
+
+    The prompt is Python's standard library. The model without SSMax decodes behind the same keys: its time does not
+    depend on their values.
+
+    Args:
+        model: folder of a model and its tokenizer; one without SSMax is converted in memory. Default: the SSMax model that ships.
+        contexts: tokens of a prompt.
+        batches: prompts at once, each another part of the text.
+
+    Raises:
+        UserError: contexts or batches below 1, a model that cannot be loaded, a text shorter than the prompts.
+    """
+    for what, numbers in (("contexts", contexts), ("batches", batches)):
+        if min(numbers) < (2 if what == "contexts" else 1):
+            raise UserError(f"--{what} must be {'2' if what == 'contexts' else '1'} or more, got {min(numbers)}")
+    name, ours, encode = _shipped() if model is None else _given(model)
+    plain = ssmax.revert(copy.deepcopy(ours)).eval()
+    needed = max(contexts) * max(batches)
+    ids = encode("\n".join(documents(None, 8 * needed)[0]))
+    if len(ids) < needed:
+        raise UserError(
+            f"the prompts need {needed:,} tokens, and Python's standard library has {len(ids):,}; "
+            "give fewer --contexts or --batches"
+        )
+    for context, batch in itertools.product(contexts, batches):
+        prompt = torch.tensor(ids[: batch * context]).view(batch, context)
+        yield from _behind(prompt, ours, plain, {"model": name, "context": context, "batch": batch})
+
+
+def _shipped():
+    shipped = demo.load()
+    return "shipped SSMax", shipped.pretrained["ssmax"], shipped.encode
+
+
+def _given(folder):
+    tokenizer = load_tokenizer(folder)
+    model: Any = load_model(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    if not hasattr(model.config, "ssmax"):
+        model = ssmax.convert(model)
+    return folder.name, model, functools.partial(tokenizer.encode, add_special_tokens=False)
+
+
+@torch.inference_mode()
+def _behind(prompt: Tensor, model: Any, plain: Any, at: dict[str, Any]) -> Iterator[Row]:
+    """Compare the caches behind one prompt, whose keys and values each holds once."""
+    context = prompt.shape[1]
+    read: Any = DynamicCache(config=model.config)
+    for part in prompt[:, :-1].split(CHUNK, 1):
+        model.base_model(part, past_key_values=read)
+    caches: dict[str, Any] = {
+        DYNAMIC: read,
+        STATIC: StaticCache(config=model.config, max_cache_len=context + sharp_cache.TRIAL + STEPS),
+        SHARP: SharpCache(model),
+    }
+    for index, layer in enumerate(read.layers):
+        for name in (STATIC, SHARP):
+            caches[name].update(layer.keys, layer.values, index)
+    with warnings.catch_warnings():  # the rows say what the cache would
+        warnings.filterwarnings("ignore", message=".*layers are sharp")
+        _generate(model, prompt, caches[SHARP], sharp_cache.TRIAL + 1)  # from here on each layer is decided
+        spoken = {name: _generate(model, prompt, cache, STEPS) for name, cache in caches.items()}
+        equal = (spoken[SHARP] == spoken[DYNAMIC]).double().mean().item()
+        yield row("equal_tokens", SHARP, at, equal, STEPS)
+        calls: dict[str, Callable[[], Any]] = {
+            name: functools.partial(_generate, model, prompt, cache, STEPS) for name, cache in caches.items()
+        }
+        for name in (DYNAMIC, STATIC):
+            calls[f"without SSMax, {name}"] = functools.partial(_generate, plain, prompt, caches[name], STEPS)
+        for found in compare(Comparison(at, calls, ROUNDS, base=STATIC)):
+            yield found
+            if found.metric == "seconds":
+                rate = len(prompt) * STEPS / found.value
+                yield row("tokens_per_second", found.variant, at, rate, found.samples)
+    yield from _shares(caches[SHARP], at)
+
+
+def _generate(model: Any, prompt: Tensor, cache: Any, steps: int) -> Tensor:
+    """So many tokens behind the prompt; the cache is left as it was, without the prompt's last token."""
+    options = {
+        "max_new_tokens": steps,
+        "min_new_tokens": steps,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "use_cache": True,
+    }
+    spoken = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options)
+    if isinstance(cache, StaticCache):  # has no crop
+        for layer in cache.layers:
+            own: Any = layer
+            own.cumulative_length.fill_(prompt.shape[1] - 1)
+    else:
+        cache.crop(-steps)
+    return spoken[:, prompt.shape[1] :]
+
+
+def _shares(cache, at):
+    """What each layer read exactly, mean over steps and heads, smallest and largest head, and whether it is sharp."""
+    for index, shares in cache.share_read().items():
+        by_head = shares.mean(0)
+        kind = "sharp" if cache.layers[index].sharp else "plain"
+        place = {**at, "layer": index, "kind": kind, "low": by_head.min().item(), "high": by_head.max().item()}
+        place["heads"] = [round(share, 5) for share in by_head.tolist()]
+        yield row("share_of_keys_read", SHARP, place, by_head.mean().item(), cache.layers[index].screened.steps)

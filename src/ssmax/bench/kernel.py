@@ -1,0 +1,208 @@
+"""impl="triton": on a GPU its errors and times beside the best plain flash kernel there; without one, whether it compiles.
+
+Times are bfloat16, causal, in alternation in one process, medians and quartiles of the rounds' ratios. Errors are relative
+(L2) against float64 with the same inputs: the kernel's against float64 SSMax, the plain kernel's against float64 softmax.
+"""
+
+import itertools
+import os
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ssmax import attention
+from ssmax.bench import measure
+from ssmax.errors import UserError
+from ssmax.runs.rows import Row
+
+__all__ = ["compile_for", "dry_run", "gradients_interpreted", "measurements"]
+
+S, ROUNDS, OURS = 0.43, 12, "ssmax triton"
+PLAIN = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+ARCHITECTURES = (80, 90, 100)
+OF_ROWS = ("M", "LOGSUMEXP", "MEAN_Z", "ROW_GRAD", "DM")
+OUTPUTS = ("output", "dq", "dk", "dv", "ds", "db")
+
+
+def measurements() -> Iterator[Row]:
+    """Errors at 4,096 tokens; forward, and forward + backward, at 4,096 to 32,768 tokens.
+
+    Raises:
+        UserError: there is no GPU here.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("case 'kernel' needs a GPU, and there is none here; --dry-run compiles the kernels without one")
+    for size in (64, 128):
+        yield from errors_on(4096, size)
+        for length, passes in itertools.product((4096, 8192, 16384, 32768), ("forward", "forward + backward")):
+            yield time_on(length, size, passes)
+
+
+def dry_run() -> Iterator[str]:
+    """Import the kernels and compile them for GPUs that are not here; yield a line for each, and what was not done."""
+    from ssmax.backends import triton as host
+    from ssmax.backends import triton_kernels as kernels
+
+    named = {"forward": kernels.forward_kernel, "query": kernels.query_kernel, "key": kernels.key_kernel}
+    for architecture, size, (name, kernel) in itertools.product(ARCHITECTURES, (64, 128), named.items()):
+        tile = host.tiles(size, torch.bfloat16)[name]
+        try:
+            shared = compile_for(architecture, kernel, tile, size, torch.bfloat16).metadata.shared
+        except Exception as error:  # whatever a compiler raises: the line says it
+            yield f"sm_{architecture}, heads of {size}, {name} kernel: DOES NOT COMPILE: {str(error).splitlines()[0]}"
+        else:
+            yield f"sm_{architecture}, heads of {size}, {name} kernel: compiles, {shared:,} bytes of shared memory"
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU here"
+    yield f"{here}: nothing was run, so that neither results nor speed are known from this"
+
+
+def compile_for(
+    architecture: int, kernel: Any, tile: dict[str, Any], size: int, dtype: torch.dtype, **flags: bool
+) -> Any:
+    """Compile a kernel of triton_kernels.py as Triton does at its first call on such a GPU, 90 for sm_90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    flags = {"CAUSAL": True, "WINDOW": False, "PACKED": False, **flags}
+    options = {name: tile[name] for name in ("num_warps", "num_stages")}
+    constants = {"D": size, "E": size, **flags, "BLOCK_M": tile["BLOCK_M"], "BLOCK_N": tile["BLOCK_N"]}
+    if not flags["PACKED"]:
+        constants |= {"START": None, "END": None}
+    constants |= {name: 1 for name in kernel.arg_names if re.fullmatch("d?[qkvo]_[de]|do_e|m_n", name)}
+    narrow = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.isupper():
+            signature[name] = "*fp32" if name in OF_ROWS else "*i32" if name in ("START", "END") else narrow
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if name not in constants and (name.isupper() or re.fullmatch("[a-z]+_.", name)):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature=signature, constexprs=places, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def tensors(length: int, heads: int, size: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Gaussian query, key, value and upstream gradient."""
+    generator = torch.Generator().manual_seed(length)
+    return [torch.randn(1, heads, length, size, generator=generator).to(device, dtype) for _ in range(4)]
+
+
+def gradients(call, inputs, upstream):
+    """The output and the gradients of all inputs, in float64."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    output = call(*leaves)
+    return [x.detach().double() for x in (output, *torch.autograd.grad(output, leaves, upstream.to(output.dtype)))]
+
+
+def errors(got, exact):
+    """Relative errors."""
+    return [((mine - truth).norm() / truth.norm()).item() for mine, truth in zip(got, exact, strict=True)]
+
+
+def plain(q, k, v):
+    """What the kernel is compared with."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def errors_on(length: int, size: int, device: str = "cuda") -> Iterator[Row]:
+    """Errors of the output and of each gradient."""
+    q, k, v, upstream = tensors(length, 4, size, torch.bfloat16, device)
+    s, b = (torch.full((4,), x, device=device) for x in (S, 0.0))
+    wide, scales = [x.double() for x in (q, k, v)], [s.double(), b.double()]
+    ours = gradients(lambda *x: attention(*x, is_causal=True, impl="triton"), [q, k, v, s, b], upstream)
+    exact = gradients(lambda *x: attention(*x, is_causal=True, impl="reference"), wide + scales, upstream)
+    theirs = gradients(plain, [q, k, v], upstream)
+    softmax = gradients(lambda q, k, v: attention(q, k, v, 0, 1, is_causal=True, impl="reference"), wide, upstream)
+    for variant, found in ((OURS, errors(ours, exact)), ("plain", errors(theirs, softmax))):
+        for of, error in zip(OUTPUTS, found, strict=False):
+            yield row("relative_error", variant, {"length": length, "head_size": size, "of": of}, error, 1, device)
+
+
+def time_on(length: int, size: int, passes: str, device: str = "cuda") -> Row:
+    """Ratio of the times to the best plain kernel's."""
+    from triton.testing import do_bench
+
+    q, k, v, upstream = tensors(length, 16, size, torch.bfloat16, device)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    s = torch.full((16,), S, device=device, requires_grad=True)
+
+    def work(call, backends):
+        def run():
+            with sdpa_kernel(backends):
+                output = call()
+            if passes != "forward":
+                output.backward(upstream)
+
+        return run
+
+    contenders = {name: work(lambda: plain(q, k, v), backend) for name, backend in PLAIN.items()}
+    contenders = {name: call for name, call in contenders.items() if works(call)}
+    contenders[OURS] = work(lambda: attention(q, k, v, s, is_causal=True, impl="triton"), list(PLAIN.values()))
+    times: dict[str, list[Any]] = {name: [] for name in contenders}
+    for turn in range(ROUNDS):
+        for name in list(contenders)[:: 1 if turn % 2 else -1]:
+            times[name].append(do_bench(contenders[name], grad_to_none=[*leaves, s], return_mode="median"))
+    best = min(times.keys() - {OURS}, key=lambda name: statistics.median(times[name]))
+    of_rounds = [mine / other for mine, other in zip(times[OURS], times[best], strict=True)]
+    low, middle, high = statistics.quantiles(of_rounds, n=4)
+    at = {"length": length, "head_size": size, "pass": passes, "over": best, "low": low, "high": high}
+    return row("time_ratio", OURS, at, middle, ROUNDS, device)
+
+
+def works(call):
+    """Whether this card and version have that kernel."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
+
+
+def gradients_interpreted() -> Iterator[Row]:
+    """Relative error of the gradients of s and b in float16: this kernel in the interpreter beside torch's kernel.
+
+    Raises:
+        UserError: TRITON_INTERPRET is not 1, which Triton reads when it is imported.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("case 'kernel-gradient' needs TRITON_INTERPRET=1 in the environment")
+    length, heads = 1024, 4
+    for scores in ("random", "competing", "peaked"):
+        q, k, v, upstream = (x.double() for x in tensors(length, heads, 64, torch.float64, "cpu"))
+        for lag in range({"random": 0, "competing": 4, "peaked": 1}[scores]):
+            # One key of each query leads by much, or four of them by little.
+            target = (torch.arange(length) * 7 + lag * 13) % (torch.arange(length) + 1)
+            q = q + k[:, :, target] * (0.5 if scores == "competing" else 1.0)
+        q, k, v, upstream = (x.half().double() for x in (q, k, v, upstream))
+        s, b = torch.full((heads,), S), torch.zeros(heads)
+        exact = _scale_gradients("reference", [q, k, v, s.double(), b.double()], upstream)
+        for variant, impl in ((OURS, "triton"), ("ssmax sdpa", "sdpa")):
+            got = _scale_gradients(impl, [q.half(), k.half(), v.half(), s, b], upstream)
+            for name, error in zip("sb", errors(got, exact), strict=True):
+                at = {"length": length, "scores": scores, "gradient": name, "dtype": "float16"}
+                yield row("gradient_error", variant, at, error, heads, "cpu")
+
+
+def _scale_gradients(impl, inputs, upstream):
+    return gradients(lambda *x: attention(*x, is_causal=True, impl=impl), inputs, upstream)[-2:]
+
+
+def row(metric: str, variant: str, at: dict[str, Any], value: float, samples: int, device: str) -> Row:
+    """A row that names Triton and the card too."""
+    import triton
+
+    made = measure.row(metric, variant, at, value, samples)
+    more = {"triton": triton.__version__} | ({"machine": torch.cuda.get_device_name()} if device == "cuda" else {})
+    return replace(made, provenance={**(made.provenance or {}), **more})

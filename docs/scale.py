@@ -257,7 +257,7 @@ s's gradient. n needs nothing: it is the position of the query in the whole sequ
 {contexts()}
 
 `examples/context_parallel.py` runs both on simulated ranks in one process: SSMaxScale with global n and ring blocks, attention()
-on a part of the heads for Ulysses. `tests/test_scale.py` compares outputs, all gradients and the bytes sent with one device and
+on a part of the heads for Ulysses. `tests/cli/test_scale.py` compares outputs, all gradients and the bytes sent with one device and
 with these formulae, on 1 to 4 ranks, and sees local positions and gradients of s that are not summed fail.
 
 ## A served fleet

@@ -31,7 +31,7 @@ PATIENCE = 2  # looks without a gain before a fit ends
 
 @dataclass(frozen=True)
 class Trial:
-    """One fit: where it began, the held-out loss at its best step (mean over octaves of position), and that step."""
+    """One fit: its starting point, its best held-out loss (mean over octaves of position, nats), and the step of that loss."""
 
     init: str | float
     layers: list[int]
@@ -41,18 +41,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibrate did.
+    """The result of calibrate.
 
     Attributes:
-        length: tokens of a piece of text.
-        pieces: held-out pieces behind the losses.
+        length: tokens in each piece of text.
+        pieces: number of held-out pieces that the losses average.
         positions: last position of each octave (63, 127, ...).
-        before: held-out loss of each octave before, in nats per token.
-        after: the same afterwards.
-        mean_before: held-out loss over all positions before.
-        mean_after: the same afterwards.
-        trials: every fit.
-        chosen: the one that was kept; None where none was better than the model as it was, which then is unchanged.
+        before: held-out loss of each octave before the fit, in nats per token.
+        after: the same after the fit.
+        mean_before: held-out loss over all positions before the fit.
+        mean_after: the same after the fit.
+        trials: all fits.
+        chosen: the fit that was kept. None if none was better than the model as it was; the model is then unchanged.
     """
 
     length: int
@@ -101,32 +101,39 @@ def calibrate(
     learning_rate: float = 0.006,
     seed: int = 0,
 ) -> Calibration:
-    """Fit s and b of each head on long texts, all other weights frozen, and keep what is best on held-out text.
+    """Fit s and b of each head on long texts, with all other weights frozen, and keep the best fit on held-out text.
 
-    Every init with every layer set is fitted from the same start (momentum, the whole gradient at unit length); the best of all, by held-out loss, stays in the
-    model. A piece's loss is taken at positions spread evenly over log position, so that each octave of n counts alike; the
-    held-out loss is the mean over octaves too. Where nothing beats the model as it was, it stays as it was. A model whose
-    gradient (activation) checkpointing is on uses it: less memory, a third more time.
+    Each init is fitted with each layer set, from the same start, by momentum along the gradient at unit length. The fit with
+    the lowest held-out loss stays in the model. If none beats the model as it was, the model is unchanged. The loss of a piece
+    is taken at positions spread evenly over log position, so that each octave of n counts alike; the held-out loss is the mean
+    over octaves. With activation checkpointing the fit needs less memory and a third more time.
 
     Args:
-        model: a transformers model, converted in place; or a converted one, which is fitted from its present s and b.
+        model: a transformers model, converted in place; or a converted model, whose fit starts from its present s and b.
         texts: documents, as strings (needs tokenizer) or as token ids (1-D each, or one (B, T) tensor).
-        tokenizer: of the model, for strings.
-        held_out: documents that are only looked at; default the last quarter of texts, at most 4 pieces.
-        length: tokens of a piece; default the config's max_position_embeddings. Shorter is faster, but teaches less of n.
+        tokenizer: the model's tokenizer, for strings.
+        held_out: documents for the held-out loss. Default: the last quarter of texts, at most 4 pieces.
+        length: tokens in each piece. Default: the config's max_position_embeddings. Shorter is faster, but teaches less of n.
         inits: starting points to try, as in ssmax.convert.
-        layer_sets: layers to try, as in ssmax.convert; None = every layer that attends in full.
-        bias: fit b as well; without it "identity" is no starting point.
-        steps: of each fit, one piece each.
-        learning_rate: how far the multipliers move in a step, root mean square; it falls to a twentieth over the steps.
-        seed: of the order of pieces and of the positions.
+        layer_sets: layers to try, as in ssmax.convert. None is every layer with full attention.
+        bias: fit b as well. "identity" needs it.
+        steps: steps of each fit, one piece each.
+        learning_rate: change of the multipliers in a step (root mean square). It falls to a twentieth over the steps.
+        seed: seed of the order of pieces and of the positions.
+
+    Returns:
+        A Calibration: losses before and after, and all fits. print(calibration) shows a table.
 
     Raises:
-        TypeError: texts are strings and there is no tokenizer.
-        ValueError: fewer than two pieces of that length, or arguments that convert refuses.
+        TypeError: texts are strings and tokenizer is missing.
+        ValueError: fewer than two pieces of this length, or arguments that convert refuses.
         FloatingPointError: a loss that is not finite.
 
-    Whatever is raised, the model is as it was.
+    After an error the model is as it was.
+
+    Example:
+        >>> report = ssmax.calibrate(model, texts, tokenizer, length=4096)
+        >>> print(report)
     """
     tokens = piece_length(model.config, length)
     if steps < 1 or not inits or not layer_sets:
@@ -185,7 +192,7 @@ def calibrate(
 
 
 def piece_length(config: PreTrainedConfig, length: int | None) -> int:
-    """Return length, or by default the config's max_position_embeddings; ValueError where there is none or it is too small."""
+    """Return length, or by default the config's max_position_embeddings. Raise ValueError if there is none or it is below 16."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None) if length is None else length
     if length is None:
         raise ValueError("calibrate needs length: the config has no max_position_embeddings")

@@ -26,48 +26,48 @@ def convert(
     example: Any = None,
     cross: bool = False,
 ) -> Any:
-    """Turn a Softmax model into an SSMax model, in place: softmax((s log n + b) z) in each chosen layer (arXiv 2501.19399).
+    """Convert a softmax model to SSMax, in place: softmax((s log n + b) z) in each chosen layer (arXiv 2501.19399).
 
-    A transformers model is converted as a whole: class, config and checkpoints become those of an SSMax model. Of any
-    other torch.nn.Module the attention modules change: those whose forward calls torch's scaled_dot_product_attention,
-    which one forward of the example finds, and nn.MultiheadAttention (so nn.TransformerEncoder, nn.TransformerDecoder and
-    nn.Transformer), which is found without. Each gets a submodule ssmax, an SSMaxScale with float32 s and b per head.
+    A transformers model is converted as a whole: its class, config and checkpoints become those of an SSMax model. In any
+    other torch.nn.Module the attention modules change. These are the modules whose forward calls torch's
+    scaled_dot_product_attention, which one forward of the example finds, and nn.MultiheadAttention (also in
+    nn.TransformerEncoder, nn.TransformerDecoder and nn.Transformer), which needs no example. Each gets a submodule ssmax,
+    an SSMaxScale with float32 s and b for each head.
 
-    n is what torch's arguments say: is_causal shows query i the keys 0 to i (also where N and S differ), masks are bool,
-    or 0 and -inf. A converted module whose call does not come in a forward raises ValueError, so that it never computes
-    Softmax in silence.
+    n follows from the arguments of the call. is_causal means that query i sees the keys 0 to i, also if N and S differ.
+    Masks are bool, or 0 and -inf. A converted module that makes no such call in a forward raises ValueError, so that it
+    never computes softmax silently.
 
     Args:
-        model: a transformers model, also one that PEFT wraps (an adapter's own file holds no s and b: save the model, or name
-            "ssmax" in modules_to_save), or any torch.nn.Module that was not wrapped for training yet (DDP, FSDP).
-        init: "matched": s = matched_scale(train_length) and no bias, the paper's start, on average as sharp as before;
-            "identity": s = 0 and b = 1, exactly the same model, and it can learn; or a number for s.
-        train_length: what "matched" is matched to; a transformers model's default is its max_position_embeddings, other
-            modules have none.
-        bias: learn b as well; default as init says.
-        layers: which attention to convert: names as in named_modules, cross attention included; default all self-attention
-            (of transformers models that which attends in full). Of decoder-only language models indices too, and without
-            names the language model alone is converted, not a vision or audio tower.
-        law: for transformers models: "ssmax", or another of ssmax.laws, for which init and bias have no meaning. Learned are
-            "ssmax-power" (s (log n)^gamma), "query-aware" (TabICLv2's) and "temperature" (a control without n), fixed
-            "ssmax-fixed" (log n), "qwen-1", "yarn", "llama-4" and "ministral-3". docs/laws.md says which to use.
-        law_parameters: of such a law; what is learned starts there. The training length defaults to train_length or the
-            config's, s to matched_scale of it.
-        example: for other modules: the positional inputs of one forward, a tuple, or its keyword inputs, a dict. The
-            forward runs on a copy in eval mode and leaves no trace. Only what runs in it is found.
-        cross: convert cross attention too. In an example that is attention whose keys are not made from the input that its
-            queries are made from; without one, nn.TransformerDecoderLayer's multihead_attn and what has kdim or vdim.
+        model: a transformers model, also one that PEFT wraps, or any torch.nn.Module that is not yet wrapped for training
+            (DDP, FSDP). An adapter's own file holds no s and b: save the model, or name "ssmax" in modules_to_save.
+        init: "matched": s = matched_scale(train_length) without bias, on average as sharp as before (the paper's start).
+            "identity": s = 0 and b = 1, the same model, ready to learn. Or a number for s.
+        train_length: training length for "matched", in tokens. Default for transformers models: max_position_embeddings.
+        bias: learn b as well. Default: only with "identity".
+        layers: attention to convert, by the names of named_modules; names may include cross attention. Default: all
+            self-attention (in transformers models, layers with full attention). For decoder-only language models also
+            indices. Without names, only the language model is converted, not a vision or audio tower.
+        law: law of n, for transformers models: "ssmax", or another of ssmax.laws, which ignores init and bias. Learned:
+            "ssmax-power" (s (log n)^gamma), "query-aware" (TabICLv2's) and "temperature" (a control without n). Fixed:
+            "ssmax-fixed" (log n), "qwen-1", "yarn", "llama-4" and "ministral-3". See docs/laws.md.
+        law_parameters: parameters of such a law; learned ones start there. The training length defaults to train_length or
+            the config's, s to its matched_scale.
+        example: for other modules, the inputs of one forward: positional as a tuple, by keyword as a dict. The forward runs
+            on a copy in eval mode and leaves no trace. Only attention that runs in it is found.
+        cross: convert cross attention too. With an example, this is attention whose keys and queries are made from different
+            inputs. Without one: nn.TransformerDecoderLayer's multihead_attn, and attention with kdim or vdim.
 
     Returns:
-        The same model. Weights stay. A state_dict has the scales more: loading it into an unconverted model, or a plain
-        one into a converted model, fails by its keys.
+        The same model. Its weights stay. Its state_dict also has the scales: loading it into an unconverted model, or an
+        unconverted one into it, fails because of the keys.
 
     Raises:
-        TypeError: not a torch.nn.Module.
-        ValueError: nothing to convert, already converted, an argument that does not fit, attention that SSMax is not
-            defined for (a bias on the logits, keys that are no tokens, a law of n of its own); the model stays as it was.
+        TypeError: model is not a torch.nn.Module.
+        ValueError: nothing to convert, a converted model, an argument that does not fit, or attention for which SSMax is not
+            defined (a bias on the logits, keys that are not tokens, another law of n). The model stays as it was.
 
-    Leave s and b out of weight decay. A module that is called twice in a forward has one scale for both, and a warning says so.
+    Exclude s and b from weight decay. A module that is called twice in a forward uses one scale for both and warns.
 
     Example:
         >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)
@@ -104,10 +104,16 @@ def convert(
 
 @whole_or_not_at_all()
 def revert(model: Any) -> Any:
-    """Take SSMax out again, in place: the softmax model's classes, config and state_dict, bit for bit.
+    """Remove SSMax from a model, in place: classes, config and state_dict of the softmax model, bit for bit.
+
+    Returns:
+        The same model.
 
     Raises:
         ValueError: the model is not converted.
+
+    Example:
+        >>> ssmax.revert(ssmax.convert(model))  # the model as it was
     """
     whole = _transformers_model(model)
     if whole is None:
@@ -120,7 +126,12 @@ def revert(model: Any) -> Any:
 
 @contextmanager
 def converted(model: Any, init: str | float = "matched", **options: Any) -> Iterator[Any]:
-    """Convert on entry, revert on exit; arguments as ssmax.convert."""
+    """Convert a model inside a with block and revert it at the end; arguments as in ssmax.convert.
+
+    Example:
+        >>> with ssmax.converted(model, "matched"):
+        ...     logits = model(tokens).logits
+    """
     convert(model, init, **options)
     try:
         yield model

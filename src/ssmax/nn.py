@@ -40,22 +40,30 @@ def starting_values(init: str | float, bias: bool | None, train_length: int | No
 
 
 class SSMaxScale(QueryScale):
-    """Multiply each query by s log n + b, s and b learned per head (Eq. 2 of arXiv 2501.19399).
+    """Multiply each query by s log n + b, with s and b learned for each head (Eq. 2 of arXiv 2501.19399).
 
-    s and b are float32 parameters of shape (H,) and stay float32 through .to(bfloat16), .half() and autocast, since a
-    bfloat16 s neither learns in small steps nor multiplies exactly. Only .double() widens them.
+    s and b are float32 parameters of shape (H,). They stay float32 through .to(bfloat16), .half() and autocast: a bfloat16 s
+    neither learns in small steps nor multiplies exactly. Only .double() widens them.
 
     Args:
-        num_heads: query heads, H.
-        s: starting value; default the paper's for a training length of 1,024, see ssmax.matched_scale.
+        num_heads: number of query heads, H.
+        s: starting value of s. Default: ssmax.matched_scale(1024).
         bias: learn b as well.
         b: starting value of b.
-        shared: one s and b for all heads of the layer. One for the whole model: give all layers the same module. A fixed s,
-            the paper's (c): SSMaxScale(heads, s=1.0).requires_grad_(False).
+        shared: use one s and b for all heads of the layer. To share them between layers, give the layers the same module.
 
     Attributes:
-        weight: s, (H,), or (1,) where shared. Not to be weight-decayed: the paper decays matrices only.
-        bias: b, (H,), or None.
+        weight: s, (H,), or (1,) if shared. Exclude it from weight decay: the paper decays matrices only.
+        bias: b, of the same shape, or None.
+
+    Raises:
+        ValueError: num_heads is not a positive integer, or b is given without bias.
+
+    Example:
+        >>> scale = ssmax.SSMaxScale(num_heads=8, s=ssmax.matched_scale(1024))
+        >>> query = scale(query, n=ssmax.visible_keys(num_keys=1024))  # (B, 8, 1024, D)
+
+        A fixed s, as in the paper's model (c): SSMaxScale(heads, s=1.0).requires_grad_(False).
     """
 
     law = "ssmax"
@@ -97,12 +105,12 @@ class SSMaxScale(QueryScale):
         return {"s": self.weight} | ({} if self.bias is None else {"b": self.bias})
 
     def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
-        """Return the scaled query in query's dtype, rounded once.
+        """Return the query times s log n + b, in the query's dtype, rounded once.
 
         Args:
             query: (B, H, N, D), after position encoding and QK-norm.
-            n: visible keys: a number, (N,), (B, N) or (B, H, N); see ssmax.visible_keys.
-            log_n: ssmax.scaling.log_visible of n, where many layers share it.
+            n: number of visible keys: a number, (N,), (B, N) or (B, H, N); see ssmax.visible_keys. n = 0 counts as 1.
+            log_n: ssmax.scaling.log_visible of n, to share it between layers.
 
         Raises:
             ValueError: the query has another number of heads, or n does not fit it.
@@ -122,16 +130,15 @@ class SSMaxScale(QueryScale):
 def parameter_groups(
     module: nn.Module, lr: float, weight_decay: float, ssmax_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return the groups of a torch optimizer: matrices, vectors, and the scales (s and b), which are never decayed.
+    """Return parameter groups for a torch optimizer: matrices, vectors, and the scales s and b.
 
-    Only matrices (rank >= 2) are decayed, as in the paper (Table 2 of arXiv 2501.19399). Parameters that do not learn
-    are left out.
+    Only matrices (rank >= 2) are decayed, as in the paper (Table 2 of arXiv 2501.19399). Frozen parameters are left out.
 
     Args:
-        module: any module, also one that is wrapped by DDP, FSDP2 or PEFT.
-        lr: learning rate of all but the scales.
-        weight_decay: of matrices.
-        ssmax_lr: learning rate of s and b; default lr.
+        module: any module, also one that DDP, FSDP2 or PEFT wraps.
+        lr: learning rate.
+        weight_decay: weight decay of the matrices.
+        ssmax_lr: learning rate of s and b. Default: lr.
 
     Example:
         >>> optimizer = torch.optim.AdamW(ssmax.parameter_groups(model, lr=1e-3, weight_decay=0.1))

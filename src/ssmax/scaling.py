@@ -14,12 +14,19 @@ __all__ = ["head_multiplier", "log_visible", "matched_scale", "multiplier", "sca
 
 
 def matched_scale(train_length: int) -> float:
-    """Return the s at which SSMax is on average as sharp as Softmax over the training length.
+    """Return the s at which SSMax is on average as sharp as softmax over the training length.
 
-    s = 1 / mean(log n, n = 1 .. train_length), the paper's starting value: 0.16847 for 1,024.
+    s = 1 / mean(log n), n = 1 to train_length: the paper's starting value, without a unit.
+
+    Args:
+        train_length: context length of the training, in tokens.
 
     Raises:
-        ValueError: train_length below 2, where every log n is zero.
+        ValueError: train_length is below 2, where log n is always zero.
+
+    Example:
+        >>> ssmax.matched_scale(1024)
+        0.168...
     """
     if train_length < 2:
         raise ValueError(f"train_length must be at least 2, since log 1 = 0 and no scale can match; got {train_length}")
@@ -108,24 +115,27 @@ def scalable_softmax(
     mask: Tensor | None = None,
     dim: int = -1,
 ) -> Tensor:
-    """Scalable-Softmax of the logits z along dim: softmax((s log n + b) z), Eq. 2 of arXiv 2501.19399.
+    """Return the Scalable-Softmax of logits z along dim: softmax((s log n + b) z), Eq. 2 of arXiv 2501.19399.
 
     Args:
         z: logits, any shape, floating point. An entry of -inf is not visible.
-        s: scale; a number, or a tensor that broadcasts against z with dim reduced to 1.
+        s: scale; a number, or a tensor that broadcasts to z's shape with dim reduced to 1.
         b: bias, as s.
-        n: number of visible entries; a number, or a tensor that broadcasts against z with dim reduced to 1.
-            Default: counted along dim.
+        n: number of visible entries, as s. Default: counted along dim.
         mask: bool, True = visible, broadcast to z.
         dim: the dimension that sums to 1.
 
     Returns:
-        Weights in z's shape and dtype, computed in float32 (float64 for float64). A row with no visible entry, or
-        with n = 0, is all zeros and passes no gradient.
+        Weights of z's shape and dtype, computed in float32 (float64 for float64). A row with no visible entry, or with n = 0,
+        is all zeros and passes no gradient.
 
     Raises:
         TypeError: z is not floating point, or mask is not bool.
-        ValueError: mask, n, s or b does not broadcast as said, or n is negative.
+        ValueError: mask, n, s or b does not broadcast, or n is negative.
+
+    Example:
+        >>> ssmax.scalable_softmax(torch.tensor([2.0, 1.0, 1.0]), s=1.0)  # n = 3: softmax of log 3 z
+        tensor([0.6000, 0.2000, 0.2000])
     """
     if not isinstance(z, Tensor) or not z.is_floating_point():
         raise TypeError(f"z must be a floating point tensor, got {getattr(z, 'dtype', type(z).__name__)}")

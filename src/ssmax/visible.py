@@ -39,30 +39,34 @@ def visible_keys(
 ) -> Tensor:
     """Count the keys that each query sees: the n of SSMax.
 
-    Exactly one of mask, position_ids, cu_seqlens and num_keys says what is visible; the rest narrows it.
+    Exactly one of mask, position_ids, cu_seqlens and num_keys describes what is visible. The other arguments restrict it.
 
     Args:
-        num_queries: how many of the last positions ask, as in a cached decode; default all. With cu_seqlens it may
-            exceed the packed total: the positions behind the last document are padding and see nothing. Without
-            causal it is free: the queries of cross attention are no positions among the keys.
-        num_keys: a plain sequence of so many keys.
-        mask: (B, S) padding mask, True or 1 = a real token; or (B, 1 or H, N, S), the whole visibility, to which
+        num_queries: number of queries, which are the last positions, as in a cached decode. Default: all positions. With
+            cu_seqlens it may exceed the packed total: positions after the last document are padding and see nothing.
+            Without causal it is free, since the queries of cross attention are not positions among the keys.
+        num_keys: length of a plain sequence.
+        mask: (B, S), a padding mask in which True or 1 is a real token; or (B, 1 or H, N, S), all that is visible, to which
             causal adds nothing. bool, 0/1 integers, or additive (0 = visible, -inf or the dtype's minimum = hidden).
-        position_ids: (B, N) or (N,), the position of each query in its own document, from 0; restarts pack documents.
-            Global positions of a shard (context parallel) are right as they are.
-        cu_seqlens: (D + 1,), integer offsets of packed documents, from 0; empty documents are allowed.
-        window: a query sees at most so many keys, itself included (Hugging Face's sliding_window; FlashAttention's
+        position_ids: (B, N) or (N,), the position of each query in its document, from 0. Positions that restart describe
+            packed documents. The positions of a context-parallel shard must be global.
+        cu_seqlens: (D + 1,), integer offsets of packed documents, from 0. Documents may be empty.
+        window: largest number of keys that a query sees, itself included (Hugging Face's sliding_window; FlashAttention's
             window_size = (window - 1, 0)). Causal only.
-        chunk: a query sees only keys of its own chunk of so many positions, counted from its document's first token.
+        chunk: a query sees only the keys of its own chunk of this many positions, counted from its document's first token.
         causal: a query sees no later key.
 
     Returns:
-        int64, (1, N) for num_keys and cu_seqlens, (B, N) otherwise, (B, H, N) for a mask that has H > 1 heads.
+        int64, (1, N) for num_keys and cu_seqlens, (B, N) otherwise, (B, H, N) for a mask with H > 1 heads.
 
     Raises:
-        TypeError: mask, position_ids or cu_seqlens is no tensor.
-        ValueError: none or several sources of visibility, wrong shapes or values, or a combination that does not
-            determine n. Never a guess. Values are checked where that costs no device synchronisation (on the CPU).
+        TypeError: mask, position_ids or cu_seqlens is not a tensor.
+        ValueError: none or several of the four descriptions, wrong shapes or values, or arguments that do not determine n.
+            Values are checked where that needs no device synchronisation (on the CPU).
+
+    Example:
+        >>> ssmax.visible_keys(num_keys=5, window=3)
+        tensor([[1, 2, 3, 3, 3]])
     """
     sources = {"mask": mask, "position_ids": position_ids, "cu_seqlens": cu_seqlens, "num_keys": num_keys}
     given = [name for name, value in sources.items() if value is not None]

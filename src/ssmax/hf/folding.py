@@ -1,4 +1,4 @@
-"""fold: s into the query projection, for inference without a learned factor."""
+"""fold: multiply s into the query projection, for inference without a learned factor."""
 
 import torch
 from torch import nn
@@ -27,15 +27,24 @@ def _written(model):
 @torch.no_grad()
 @whole_or_not_at_all(_written)
 def fold(model: PreTrainedModel) -> PreTrainedModel:
-    """Multiply each head's rows of q_proj by its s, in place, and set s to 1: the same model, log n alone remains.
+    """Multiply each head's rows of q_proj by its s, in place, and set s to 1: the same model, scaled by log n alone.
 
-    softmax((s log n) q k) = softmax(log n (s q) k); RoPE is linear. Rounding apart (about 3e-5 of the logits in float32)
-    the outputs stay. s is frozen after it.
+    softmax((s log n) q k) = softmax(log n (s q) k), since RoPE is linear. The outputs change by rounding only (about 3e-5 of the
+    logits in float32). s is frozen.
+
+    Args:
+        model: a converted model of transformers without b.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: not converted; a bias b, which log n multiplies not; a projection that is not one nn.Linear of
-            heads x head size in floating point; a weight that is offloaded or shared; or something not linear between
-            projection and scale, such as QK-norm or clipping. Nothing is changed then.
+        ValueError: the model is not converted; it has a bias b, which is not multiplied by log n; a projection is not one
+            nn.Linear of heads x head size in floating point; a weight is offloaded or shared; or something that is not linear
+            (QK-norm, clipping) lies between projection and scale. The model stays as it was.
+
+    Example:
+        >>> ssmax.fold(ssmax.convert(model))
     """
     if not isinstance(model, SSMaxModel):
         raise ValueError(f"{type(model).__name__} is not a converted model; there is no s to fold")

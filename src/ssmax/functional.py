@@ -66,14 +66,11 @@ def attention(
         scale: factor of query key. Default: 1 / sqrt(D).
         dropout_p: probability of dropping a weight.
         enable_gqa: allow fewer heads in key and value than in query.
-        impl: the backend.
-            "auto": sdpa if it can, flex for a BlockMask, reference for a softcap.
-            "sdpa": torch's fused kernels. Packed documents run one by one, which reads cu_seqlens on the host; under
-            torch.compile they use a T x T mask.
-            "flex": FlexAttention, with block masks and softcap; no dropout, on the CPU forward only.
-            "triton": a kernel that does not round the scaled query and has accurate gradients of s and b; no mask, softcap
-            or dropout. It needs a GPU and has not run on one yet.
-            "sharp": a decode step on the CPU that reads only the keys that matter (see tolerance); inference only.
+        impl: the backend. "auto": sdpa if it can, flex for a BlockMask, reference for a softcap. "sdpa": torch's fused kernels;
+            packed documents run one by one, which reads cu_seqlens on the host (under torch.compile: one T x T mask). "flex":
+            FlexAttention, with block masks and softcap; no dropout, on the CPU forward only. "triton": a kernel that does
+            not round the scaled query and has accurate gradients of s and b; no mask, softcap or dropout; it needs a GPU and
+            has not run on one yet. "sharp": a decode step on the CPU that reads only the keys that matter; inference only.
             "reference": the specification; slow, exact, N x S.
         tolerance: for impl="sharp", the weight that may be left out of a row. The error of each component is then at most
             2 tolerance max|value|, certified, plus the rounding of any kernel.

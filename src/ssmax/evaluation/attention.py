@@ -29,25 +29,29 @@ CHUNK = 1024
 
 @torch.inference_mode()
 def needle_scores(model: PreTrainedModel, token_ids: Tensor, span: tuple[int, int], *, chunk: int = CHUNK) -> Tensor:
-    """Return the attention that the last query puts on the tokens of span: the needle score of each head.
+    """Return the needle score of each head: the attention that the last query gives to the tokens of span.
 
-    The sum over span of softmax(m z), m = s log n + b where the model has SSMax. The paper's own words for its score
-    could not be read; this is the attention from the query that emits the first answer token.
+    The score is the sum over span of softmax(m z), where m = s log n + b in a converted layer. The paper does not define its
+    score precisely; this is the attention of the query that predicts the first token of the answer.
 
     Args:
-        model: a causal language model of transformers with an eager attention.
-        token_ids: (T,) or (1, T) integers, no padding.
-        span: first and last + 1 index of the needle's tokens.
-        chunk: positions per forward pass; smaller needs less memory.
+        model: a causal language model of transformers with eager attention.
+        token_ids: (T,) or (1, T) integers, without padding.
+        span: index of the needle's first token, and index after its last.
+        chunk: positions in each forward pass. Fewer need less memory.
 
     Returns:
-        (layers, heads), float32, each in [0, 1]. Layers without attention weights (a state space, a convolution) have no row;
-        a warning says which.
+        (layers, heads), float32, each in [0, 1]. A layer without attention weights (a state space, a convolution) has no row; a
+        warning names it.
 
     Raises:
-        ValueError: token_ids are not one sequence of at least 2 tokens, span does not lie inside it, the weights of a layer
-            with attention cannot be had, or heads differ by layer.
-        FloatingPointError: weights that are not numbers.
+        ValueError: token_ids are not one sequence of at least 2 tokens, span is not inside it, a layer's attention weights are
+            not available, or the number of heads differs by layer.
+        FloatingPointError: weights that are NaN.
+
+    Example:
+        >>> scores = ssmax.evaluation.needle_scores(model, token_ids, span=(100, 112))
+        >>> scores.max()  # the best head
     """
     token_ids = _one_sequence(token_ids)
     first, stop = span
@@ -68,11 +72,11 @@ class Sharpness:
     """How sharply the query at one position attends; each tensor is (layers, heads), float32.
 
     Attributes:
-        n: tokens up to and with the query.
-        entropy: of its weights, divided by the log of the number of keys that its layer holds: 1 for uniform attention.
+        n: number of tokens up to the query, itself included.
+        entropy: entropy of the weights divided by the log of the layer's number of keys: 1 for uniform attention.
         largest: the largest weight.
-        entropy_without_sink: the same of the weights behind the first token, renormalised.
-        largest_without_sink: their largest.
+        entropy_without_sink: entropy, with the first token left out and the other weights renormalised.
+        largest_without_sink: the largest of these weights.
     """
 
     n: int
@@ -86,19 +90,25 @@ class Sharpness:
 def attention_sharpness(
     model: PreTrainedModel, token_ids: Tensor, lengths: Sequence[int], *, chunk: int = CHUNK
 ) -> list[Sharpness]:
-    """Return, for each n of lengths, how sharply the query behind n tokens (itself among them) attends.
+    """Return how sharply the n-th token attends, for each n of lengths.
 
-    Each costs one token on eager attention; everything between passes through the model's own.
+    Each n costs one token on eager attention. All other tokens use the model's own attention.
 
     Args:
-        model: a causal language model of transformers with an eager attention.
-        token_ids: (T,) or (1, T) integers, no padding.
-        lengths: ascending, from 3 to T.
-        chunk: positions per forward pass; smaller needs less memory.
+        model: a causal language model of transformers with eager attention.
+        token_ids: (T,) or (1, T) integers, without padding.
+        lengths: values of n, ascending, from 3 to T.
+        chunk: positions in each forward pass. Fewer need less memory.
+
+    Returns:
+        One Sharpness for each n.
 
     Raises:
-        ValueError: token_ids are not one sequence, lengths are not ascending within it, or as needle_scores.
-        FloatingPointError: as needle_scores.
+        ValueError: token_ids are not one sequence, lengths do not ascend from 3 to T, or as needle_scores.
+        FloatingPointError: weights that are NaN.
+
+    Example:
+        >>> [found.largest.mean() for found in ssmax.evaluation.attention_sharpness(model, token_ids, [64, 1024])]
     """
     return [
         Sharpness(n, *(stacked({layer: of[i] for layer, of in found.items()}) for i in range(4)))

@@ -1,4 +1,4 @@
-"""Loss at each position of long texts, in memory that does not grow with length x vocabulary (the paper's Fig. 5)."""
+"""Loss at each position of long texts (the paper's Figure 5). Memory does not grow with length x vocabulary."""
 
 import itertools
 import math
@@ -26,24 +26,27 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 def loss_by_position(
     model: PreTrainedModel, token_ids: Tensor, *, chunk: int = 1024, progress: Callable[[int], Any] | None = None
 ) -> Tensor:
-    """Return the loss of each token given all before it.
+    """Return the loss of each token given all tokens before it.
 
-    Entry t is -log p(token t+1 | tokens 0..t), in nats. The text passes in chunks of positions through a key-value
-    cache, and each chunk in slices through the vocabulary's projection, with whatever the family does there (softcap,
-    scaling): neither length x vocabulary nor chunk x vocabulary ever exists. A model that does not go on exactly from a
-    cache (see Reader) passes the text at once.
+    Entry t is -log p(token t+1 | tokens 0..t), in nats. The text is read in chunks through a key-value cache, and the
+    projection to the vocabulary (with softcap and scaling, if the model has them) in slices of a chunk: neither length x
+    vocabulary nor chunk x vocabulary is in memory. A model that does not continue exactly from a cache reads the text at once.
 
     Args:
-        model: a causal language model of transformers; evaluated in eval mode.
-        token_ids: (B, T) integers, no padding.
-        chunk: positions per forward pass; smaller needs less memory.
-        progress: called with the number of tokens that have passed, chunk by chunk.
+        model: a causal language model of transformers; it is evaluated in eval mode.
+        token_ids: (B, T) integers, without padding.
+        chunk: positions in each forward pass. Fewer need less memory.
+        progress: called after each chunk with its number of tokens.
 
     Returns:
         (B, T - 1), float32.
 
     Raises:
         ValueError: token_ids are not (B, T) integers with T >= 2, chunk is below 1, or the model is not causal.
+
+    Example:
+        >>> losses = ssmax.evaluation.loss_by_position(model, token_ids)  # token_ids (2, 4096)
+        >>> losses.mean(0)  # (4095,): mean over the texts
     """
     if token_ids.ndim != 2 or token_ids.is_floating_point() or token_ids.shape[1] < 2:
         raise ValueError(f"token_ids must be integers (B, T), T >= 2; got {token_ids.dtype} {tuple(token_ids.shape)}")
@@ -104,12 +107,12 @@ class Bin:
 
 
 def log_edges(length: int) -> list[int]:
-    """Return the last positions of bins up to length, two an octave from 8: 8, 11, 16, 23, 32, ..."""
+    """Return the last positions of log-spaced bins up to length, two in each octave from 8: 8, 11, 16, 23, 32, ..."""
     return sorted({round(8 * 2 ** (k / 2)) for k in range(64) if 8 * 2 ** (k / 2) < length} | {length})
 
 
 def binned(losses: Tensor) -> list[Bin]:
-    """Return the mean of (documents, positions) losses in log-spaced bins, with confidence bands over documents."""
+    """Return the mean of (documents, positions) losses in log-spaced bins, with 95 % confidence bands over documents."""
     bins = []
     for first, last in itertools.pairwise([0, *log_edges(losses.shape[1])]):
         of_documents = losses[:, first:last].double().mean(1)

@@ -1,4 +1,4 @@
-"""Ask a model for the answers of retrieval tasks: exact match, first digit and needle scores (Fig. 6 to 8)."""
+"""Answers of a model to retrieval tasks: exact match, first digit and needle scores (the paper's Figures 6 to 8)."""
 
 import warnings
 from collections import defaultdict
@@ -23,13 +23,13 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class RetrievalTrial:
-    """The outcome of one example.
+    """The result of one example.
 
     Attributes:
-        correct: whether the whole answer came out.
-        first_digit: whether the answer was right up to its first digit (the token that holds it).
-        by_layer: each head's needle score, (heads,) by the layer's index; none where the model has no attention weights.
-        problem: why there are none, if the model has attention.
+        correct: whether the whole answer was right.
+        first_digit: whether the answer was right up to the token of its first digit.
+        by_layer: needle score of each head, (heads,) by the layer's index. Empty if the model has no attention weights.
+        problem: why there are no scores, if the model has attention.
     """
 
     correct: bool
@@ -44,7 +44,12 @@ class RetrievalTrial:
 
 
 def retrieve(model: PreTrainedModel, examples: Sequence[NeedleExample], *, chunk: int = CHUNK) -> list[RetrievalTrial]:
-    """Ask for the numbers of examples that have equally long prompts and answers; greedy decoding, exact match.
+    """Return the results of examples whose prompts and answers have one length; greedy decoding, exact match.
+
+    Args:
+        model: a causal language model of transformers.
+        examples: the examples, which pass as one batch.
+        chunk: positions in each forward pass. Fewer need less memory.
 
     Raises:
         ValueError: the examples differ in length, or there is none.
@@ -62,19 +67,24 @@ def retrieve_grid(
     chunk: int = CHUNK,
     progress: Callable[[int], Any] | None = None,
 ) -> list[dict[Any, RetrievalTrial]]:
-    """Ask for the answer of every cell of every trial; greedy decoding, exact match.
+    """Return the result of each cell of each trial; greedy decoding, exact match.
 
-    What the prompts of a trial share is prefilled once; trials whose prompts have the same lengths pass as one batch.
+    The prefix that prompts of a trial share is read once. Trials whose prompts have the same lengths pass as one batch.
 
     Args:
         model: a causal language model of transformers.
-        trials: cell -> example for each, as a task's grid gives them; all with the same cells.
-        chunk: positions per forward pass; smaller needs less memory.
-        progress: called with the number of tokens that were prefilled.
+        trials: for each trial, its cells and their examples, as a task's grid returns them. All trials have the same cells.
+        chunk: positions in each forward pass. Fewer need less memory.
+        progress: called with the number of tokens that were read.
 
     Raises:
         ValueError: the model is not causal.
-        FloatingPointError: logits that are not numbers.
+        FloatingPointError: logits that are NaN.
+
+    Example:
+        >>> task = NeedleTask(encode, haystack)
+        >>> trials = [task.grid([(1024, 0.5), (4096, 0.5)], np.random.default_rng(seed)) for seed in range(4)]
+        >>> [trial[4096, 0.5].correct for trial in retrieve_grid(model, trials)]
     """
     if not trials:
         return []

@@ -1,4 +1,4 @@
-"""RoPE with another theta or scaling, for the length of a measurement."""
+"""RoPE with another theta or scaling, inside a with block."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -17,12 +17,20 @@ FULL = "full_attention"
 
 @contextmanager
 def rope_theta(model: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply RoPE's theta by factor inside the block, as the paper does at test time (50; Fig. 5 and 6).
+    """Multiply RoPE's theta by factor inside the block, as the paper does at test time (50; Figures 5 and 6).
 
-    Where layers with a window have a RoPE of their own (Gemma 3), only that of the layers that attend in full changes.
+    If layers with a window have a RoPE of their own (Gemma 3), only that of the layers with full attention changes.
+
+    Args:
+        model: a model of transformers.
+        factor: a positive number.
 
     Raises:
         ValueError: the model has no RoPE of transformers' kind, or factor is not positive.
+
+    Example:
+        >>> with ssmax.evaluation.rope_theta(model, 50):
+        ...     losses = ssmax.evaluation.loss_by_position(model, token_ids)
     """
     if not factor > 0:
         raise ValueError(f"the factor of RoPE's theta must be positive, got {factor!r}")
@@ -35,16 +43,20 @@ def rope_theta(model: nn.Module, factor: float) -> Iterator[None]:
 
 @contextmanager
 def rope_scaling(model: nn.Module, parameters: Mapping[str, Any] | None) -> Iterator[None]:
-    """Scale RoPE inside the block by one of transformers' rules, such as {"rope_type": "yarn", "factor": 4}.
+    """Scale RoPE inside the block by a rule of transformers.
 
     Args:
         model: a model of transformers.
-        parameters: as in a config's rope_parameters: rope_type and what it needs (linear, dynamic, yarn: factor;
-            longrope: short_factor and long_factor; llama3: factor, low_freq_factor and high_freq_factor).
-            original_max_position_embeddings is the config's max_position_embeddings where it is not given. None leaves RoPE alone.
+        parameters: as a config's rope_parameters: rope_type and its values (linear, dynamic, yarn: factor; longrope: short_factor
+            and long_factor; llama3: factor, low_freq_factor and high_freq_factor). original_max_position_embeddings
+            defaults to the config's max_position_embeddings. None changes nothing.
 
     Raises:
-        ValueError: the model has no RoPE of transformers' kind, or parameters that do not make one.
+        ValueError: the model has no RoPE of transformers' kind, or the parameters are incomplete.
+
+    Example:
+        >>> with ssmax.evaluation.rope_scaling(model, {"rope_type": "yarn", "factor": 4}):
+        ...     losses = ssmax.evaluation.loss_by_position(model, token_ids)
     """
     if parameters is None:
         yield

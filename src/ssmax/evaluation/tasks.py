@@ -24,9 +24,9 @@ class NeedleExample:
 
     Attributes:
         prompt: token ids.
-        answer: token ids that continue it.
-        span: the needle's tokens, first and last + 1 index in the prompt.
-        first: tokens of the answer up to and with the number's first digit.
+        answer: token ids that continue the prompt.
+        span: index of the needle's first token in the prompt, and index after its last.
+        first: number of tokens of the answer up to the number's first digit, included.
     """
 
     prompt: list[int]
@@ -37,13 +37,13 @@ class NeedleExample:
 
 @dataclass(frozen=True)
 class PromptForm:
-    """How a context and its question become a prompt.
+    """How a context and a question become a prompt.
 
     Attributes:
-        head: token ids before the context: what the tokenizer puts first, and a chat's opening.
-        opening: a chat's opening as text, which head holds; "" for a base model.
-        tail: a chat's text from the end of the question to the start of the reply; None for a base model, which
-            has no question and just continues.
+        head: token ids before the context: the tokenizer's first tokens, and the opening of a chat.
+        opening: the opening of a chat as text, whose tokens head holds; "" for a base model.
+        tail: text of a chat between the question and the reply. None for a base model, which gets no question and continues
+            the text.
     """
 
     head: tuple[int, ...] = ()
@@ -262,15 +262,19 @@ class _Parts:
 
 @dataclass(frozen=True)
 class ABCDigits:
-    """26 letters, each with a number of 6 digits, as lines "A=482910"; one letter is asked, and stands there once.
+    """26 letters, each with a number of 6 digits, as lines "A=482910". One letter is asked for, and occurs once.
 
-    The lines of the other 25 fill the context in random order. Nothing has to be understood, so that base models
-    answer it without fine-tuning.
+    Lines of the other 25 letters fill the context in random order. No language is needed, so that base models answer without
+    fine-tuning.
 
     Attributes:
         encode: text -> token ids, without special tokens.
-        digits: of each number.
+        digits: digits of each number.
         form: how the prompt is made.
+
+    Example:
+        >>> task = ABCDigits(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        >>> trial = task.grid([(1024, 0.5)], np.random.default_rng(0))
     """
 
     encode: Encode

@@ -1,4 +1,4 @@
-"""SharpCache: a converted model decodes through it, reading only the keys and values that can matter."""
+"""SharpCache: a cache with which a converted model reads only the keys and values that can matter."""
 
 import functools
 import warnings
@@ -26,23 +26,26 @@ MOST_READ = 7 / 8  # with fewer sharp heads a layer gains less than what asking 
 
 
 class SharpCache(DynamicCache):
-    """A cache for generate: model.generate(ids, past_key_values=SharpCache(model)). CPU, inference only.
+    """A cache for generate that lets a converted model decode sharply. CPU, inference only.
 
-    Prefill is exact. A decode step of a converted layer that attends in full reads, behind 4,096 keys or more, only
-    what can matter: each component of its attention is wrong by at most 2 tolerance max|v|, certified. Flat heads, shorter
-    caches and other layers are computed in full. Also unlike DynamicCache it grows in place: a step copies no old key.
-    Cropping works (assisted and prompt-lookup decoding); batches may be padded.
+    Prefill is exact. After 4,096 keys or more, a decode step of a converted layer with full attention reads only the keys that
+    can matter. Each component of its attention is then wrong by at most 2 tolerance max|v|, certified. Flat heads, shorter
+    caches and other layers are computed in full. The cache grows in place: a step copies no old key. Cropping works (assisted
+    and prompt-lookup decoding), and batches may be padded.
 
-    After 256 such steps of a layer whose heads together read more than 7/8 of their keys, that layer decodes plainly from then on, without
-    a screen: a model that gains nothing pays nothing. The cache warns of it once. A sharp layer stays sharp.
+    If the heads of a layer together read more than 7/8 of their keys for 256 such steps, that layer decodes in full from then
+    on, without a screen, and the cache warns once. So a model that gains nothing pays nothing.
 
     Args:
-        model: a converted model on the CPU, with attn_implementation "sdpa". It stays as it is.
-        tolerance: weight that may be left out of a row; see ssmax.attention.
+        model: a converted model on the CPU, with attn_implementation "sdpa". It is not changed.
+        tolerance: weight that may be left out of a row, in (0, 1); see ssmax.attention.
 
     Raises:
-        ValueError: a model that is not converted, not on sdpa or not on the CPU; a tolerance outside (0, 1); later,
-            beam search and whatever else reorders the batch.
+        ValueError: the model is not converted, not on sdpa or not on the CPU; tolerance is outside (0, 1); later also for
+            beam search and other reordering of the batch.
+
+    Example:
+        >>> model.generate(tokens, past_key_values=ssmax.hf.SharpCache(model))
     """
 
     def __init__(self, model: Any, tolerance: float = 1e-3):

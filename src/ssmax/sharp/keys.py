@@ -22,17 +22,23 @@ HIDDEN = torch.iinfo(torch.int32).min  # the product of a key that no query may 
 class ScreenedKeys:
     """The keys of a decode with an int8 copy beside them, for attention(..., impl="sharp").
 
-    A key is k = c + w (i + r): c and w are mean and width of each channel, i is int8, r what rounding lost. Then
-    q k = q c + (w q) i + (w q) r, and |(w q) r| <= |w q| |r| bounds the product (w q) i from both sides; q c is the
-    same for all keys. |r| is kept for each key. An appended key is rounded once and never again; c and w are those of
-    the first 4,096 keys or more, before which there is no screen. Beside the keys: D + 4 bytes a key and head.
+    A key is k = c + w (i + r). c and w are the mean and the width of each channel, i is int8, r is what rounding lost. Then
+    q k = q c + (w q) i + (w q) r. Since |(w q) r| <= |w q| |r|, the product (w q) i bounds the score from both sides; q c is the
+    same for all keys. |r| is kept for each key. A key is rounded once, when it is appended. c and w are those of the first
+    4,096 keys or more; before that there is no screen. Memory beside the keys: D + 4 bytes for each key and head.
 
     Args:
-        keys: (B, K, S, D), the first of them.
+        keys: the first keys, (B, K, S, D), floating point.
 
     Raises:
-        TypeError: keys that are not floating point.
-        ValueError: not four dimensions.
+        TypeError: keys are not floating point.
+        ValueError: keys do not have four dimensions.
+
+    Example:
+        >>> keys = ssmax.ScreenedKeys(torch.randn(1, 8, 8192, 64))
+        >>> keys.append(torch.randn(1, 8, 1, 64))
+        >>> query, value = torch.randn(1, 8, 1, 64), torch.randn(1, 8, 8193, 64)
+        >>> ssmax.attention(query, keys, value, s=0.4, is_causal=True, impl="sharp")
     """
 
     def __init__(self, keys: Tensor):
@@ -61,7 +67,7 @@ class ScreenedKeys:
         return self._keys.filled
 
     def append(self, keys: Tensor) -> None:
-        """Append keys, (B, K, T, D), of the first ones' dtype; the old ones are copied only when their room is used up.
+        """Append keys, (B, K, T, D), of the same dtype. Old keys are copied only when the buffer is full.
 
         Raises:
             ValueError: another batch, number of heads, head size or dtype.

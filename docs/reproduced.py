@@ -17,8 +17,7 @@ from matplotlib import rc_context
 from ssmax.paper.claims import Claim, headlines
 from ssmax.paper.figures import claims
 from ssmax.paper.formula import formula_rows
-from ssmax.paper.measured import forms, raised, variants
-from ssmax.paper.models import FORM_NAMES, NAMES
+from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, variants
 from ssmax.paper.recipes import tiny
 from ssmax.plots.drawing import STYLE, band, panels, tokens
 from ssmax.plots.select import Spread, by, pick, spread

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.hf.portable.card import write_card
+from ssmax.runs.failures import is_full, user_errors
 from ssmax.runs.files import check_destination, write_atomically, written_whole
 from ssmax.runs.rows import Row
 
 __all__ = ["calibrate_folder", "convert_folder", "inspect_folder"]
 
 TEXT_LIMIT = 64 * 2**20  # bytes read for a calibration
-NO_SPACE = "os error 28"  # as safetensors words it
 
 
 def convert_folder(source: str, target: Path, *, dry_run: bool, **options: Any) -> list[str]:
@@ -39,7 +38,8 @@ def convert_folder(source: str, target: Path, *, dry_run: bool, **options: Any) 
     """
     check_destination(target, new=True)
     model = _load(source)
-    _for_people(lambda: convert(model, **options))
+    with user_errors():
+        convert(model, **options)
     lines = _describe(model)
     if dry_run:
         return [*lines, "dry run: nothing was written"]
@@ -66,12 +66,14 @@ def calibrate_folder(
     """
     check_destination(target, new=True)
     config = _config(source, theta_factor)
-    length = _for_people(lambda: piece_length(config, options["length"]))
+    with user_errors():
+        length = piece_length(config, options["length"])
     tokens = _tokens(source, texts, length, options["steps"])
     model = load_model(source, config)
     if checkpointing:
         # transformers 5 has a new name for it, and a warning for the old one
-        _for_people(getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable))
+        with user_errors():
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if dry_run:
         pieces = sum(len(document) // length for document in tokens)
         fits = len(options["inits"]) * len(options["layer_sets"])
@@ -82,7 +84,8 @@ def calibrate_folder(
             "dry run: nothing was written",
         ]
     try:
-        found = _for_people(lambda: calibrate(model, tokens, **options))
+        with user_errors():
+            found = calibrate(model, tokens, **options)
     except FloatingPointError as error:
         raise RunFailed(str(error)) from error
     if found.chosen is None:
@@ -153,14 +156,8 @@ def _words(parameters):
 
 
 def _layers(model: PreTrainedModel) -> dict[int, Layer]:
-    return _for_people(lambda: language_layers(model))
-
-
-def _for_people(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with user_errors():
+        return language_layers(model)
 
 
 def _config(source: str, theta_factor: float = 1.0) -> PreTrainedConfig:
@@ -214,7 +211,7 @@ def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration 
                 (temporary / "calibration.json").write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
             behind = copy_companions(source, temporary, getattr(model.config, "_commit_hash", None))
     except SafetensorError as error:
-        if NO_SPACE in str(error):
+        if is_full(error):
             raise RunFailed(f"no space left to write {target}; nothing of it was kept") from error
         raise
     return [*filter(None, [behind]), f"saved as {target.resolve()}"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-import ssmax
 from ssmax.bench.measure import Comparison, compare, row
+from ssmax.conversion import convert, revert
 from ssmax.data.sources import documents
 from ssmax.demo import measure as demo
 from ssmax.errors import UserError
@@ -49,7 +49,7 @@ def measurements(
         if min(numbers) < (2 if what == "contexts" else 1):
             raise UserError(f"--{what} must be {'2' if what == 'contexts' else '1'} or more, got {min(numbers)}")
     name, ours, encode = _shipped() if model is None else _given(model)
-    plain = ssmax.revert(copy.deepcopy(ours)).eval()
+    plain = revert(copy.deepcopy(ours)).eval()
     needed = max(contexts) * max(batches)
     ids = encode("\n".join(documents(None, 8 * needed)[0]))
     if len(ids) < needed:
@@ -71,7 +71,7 @@ def _given(folder):
     tokenizer = load_tokenizer(folder)
     model: Any = load_model(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     if not hasattr(model.config, "ssmax"):
-        model = ssmax.convert(model)
+        model = convert(model)
     return folder.name, model, functools.partial(tokenizer.encode, add_special_tokens=False)
 
 

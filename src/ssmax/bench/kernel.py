@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ssmax import attention
 from ssmax.bench import measure
 from ssmax.errors import UserError
+from ssmax.functional import attention
 from ssmax.runs.rows import Row
 
 __all__ = ["compile_for", "dry_run", "gradients_interpreted", "measurements"]

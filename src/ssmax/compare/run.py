@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import random
-import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,8 +17,8 @@ from ssmax.compare.stages import Material, Needs, finetune, finetuned_owner, run
 from ssmax.data.sources import documents
 from ssmax.errors import Damaged, RunFailed, UserError
 from ssmax.evaluation import rope_scaling, rope_theta
-from ssmax.hf.loading import check_causal, check_weights, load_config, load_model, load_tokenizer
-from ssmax.paper.reproduce import NO_SPACE, failures, quiet
+from ssmax.hf.loading import check_causal, check_weights, load_config, load_model, load_tokenizer, quiet
+from ssmax.runs.failures import failures, out_of_memory, user_errors
 from ssmax.runs.files import check_folder
 from ssmax.runs.folder import RunFolder
 from ssmax.runs.progress import progress_bar
@@ -32,8 +31,6 @@ __all__ = ["Machine", "evaluate", "filled_in", "plan"]
 TEXT_LIMIT = 64 * 2**20  # bytes of text that are read
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*", "*.model", "*.tiktoken")
 SIZES = 5  # of contexts, in equal steps, where the user names none
-# As torch words memory that has run out, on a CPU and an accelerator.
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "No executable batch size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,24 +181,18 @@ def _check_tuned(folder: Path, settings: Settings) -> None:
 
 @contextmanager
 def _for_people(machine: Machine) -> Iterator[None]:
-    """What the user can mend, in words: bad values, memory that has run out; and what no second try would mend."""
+    """Turn bad values into the user's errors, and say what needs less memory where that has run out."""
     try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        with user_errors():
+            yield
     except (UserError, RunFailed, OSError):
         raise
     except Exception as error:
-        words = str(error)
-        if isinstance(error, MemoryError) or any(sign in words for sign in OUT_OF_MEMORY):
-            raise RunFailed(
-                f"memory ran out; give a smaller --chunk (now {machine.chunk}), a shorter --length or smaller --sizes; finished "
-                "stages are kept, and another --chunk continues them"
-            ) from error
-        if any(sign in words for sign in NO_SPACE):
+        if not out_of_memory(error):
             raise
         raise RunFailed(
-            f"{textwrap.shorten(f'{type(error).__name__}: {words}', 300)}; finished stages are kept"
+            f"memory ran out; give a smaller --chunk (now {machine.chunk}), a shorter --length or smaller --sizes; finished "
+            "stages are kept, and another --chunk continues them"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Loading a model's folder that came from anywhere: safetensors and JSON alone, all of it, and nothing outside of it."""
 
 import json
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,12 +14,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from ssmax.errors import Damaged
 from ssmax.runs.files import SEAL, check_folder
 from ssmax.runs.hub import cached_only_offline, is_hub_name
 
-__all__ = ["check_causal", "check_weights", "load_config", "load_model", "load_tokenizer"]
+__all__ = ["check_causal", "check_weights", "load_config", "load_model", "load_tokenizer", "quiet"]
 
 # No pickle, which runs code when it is loaded, and no code of the folder's own.
 SAFE: dict[str, Any] = {"trust_remote_code": False}
@@ -144,3 +146,10 @@ def _base(path):
         return str(json.loads(path.read_bytes())["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError):
         return "an unknown model"
+
+
+def quiet() -> None:
+    """Silence transformers' own messages, which are for programmers."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ssmax.paper.measured import MEASURES, UNITS, Values, far_texts, forms, learned, raised
-from ssmax.paper.models import FORM_NAMES, NAMES
+from ssmax.paper.measured import FORM_NAMES, MEASURES, NAMES, UNITS, Values, far_texts, forms, learned, raised
 from ssmax.paper.registered import ABSTRACT, LEARNED, Registered
 from ssmax.paper.statistics import Paired, bootstrap
 from ssmax.plots.select import Spread

@@ -6,12 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from ssmax.paper.models import FORM_NAMES, NAMES
+from ssmax.paper.models import FORMS, VARIANTS
 from ssmax.paper.registered import LEARNED
 from ssmax.plots.select import pick
 from ssmax.runs.rows import Row
 
-__all__ = ["MEASURES", "UNITS", "Values", "far_texts", "forms", "learned", "raised", "variants"]
+__all__ = ["FORM_NAMES", "MEASURES", "NAMES", "UNITS", "Values", "far_texts", "forms", "learned", "raised", "variants"]
+
+# What is compared, in the words of every figure and table.
+NAMES = {variant.letter: variant.title for variant in VARIANTS.values() if variant.measured}
+FORM_NAMES = {form.name: form.title for form in FORMS.values()}
 
 Values = dict[str, dict[int, float]]  # model -> seed -> value
 

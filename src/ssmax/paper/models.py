@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FORMS", "FORM_NAMES", "NAMES", "VARIANTS", "Form", "Variant"]
+__all__ = ["FORMS", "VARIANTS", "Form", "Variant"]
 
 
 @dataclass(frozen=True)
@@ -89,5 +89,3 @@ VARIANTS = {
         Variant("p", "", "one factor learned for each n (Figure 2)", "", finish=_learn_law, measured=False),
     )
 }
-FORM_NAMES = {form.name: form.title for form in FORMS.values()}
-NAMES = {variant.letter: variant.title for variant in VARIANTS.values() if variant.measured}

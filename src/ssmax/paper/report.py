@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, RULE, Claim, headlines, interval_words
-from ssmax.paper.models import FORM_NAMES
+from ssmax.paper.measured import FORM_NAMES
 from ssmax.plots.html import document, escaped, figures_html, is_made_from, save, state_of
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import read_rows

@@ -1,36 +1,35 @@
 """Run all stages of all models of a recipe, one worker process a core, and continue where an earlier run stopped."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import shutil
 import signal
-import textwrap
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from accelerate import PartialState
 
 from ssmax.data import corpus as corpora
 from ssmax.data.shards import check, verify
-from ssmax.errors import RunFailed, Stopped, UserError
+from ssmax.errors import RunFailed, Stopped
 from ssmax.evaluation.tasks import NEEDLE_WORDS
+from ssmax.hf.loading import quiet
 from ssmax.paper.formula import formula_rows
 from ssmax.paper.models import VARIANTS
 from ssmax.paper.recipes import Recipe
 from ssmax.paper.stages import STAGES
 from ssmax.paper.training import check_fit
 from ssmax.runs import signals
+from ssmax.runs.failures import failures as failures_alone
 from ssmax.runs.files import check_folder, written_whole
 from ssmax.runs.folder import RunFolder, versions
 from ssmax.runs.progress import progress_bar
@@ -39,8 +38,10 @@ from ssmax.runs.rows import read_rows, write_rows
 from ssmax.training.loop import Setup
 from ssmax.training.ranks import agree, explained, gpu_name, join, leave, world_size
 
-__all__ = ["failures", "prepared", "quiet", "reproduce", "start_ranks", "train"]
+__all__ = ["prepared", "reproduce", "start_ranks", "train"]
 
+# What fails on one rank may be another one's fault.
+failures = functools.partial(failures_alone, explained=explained)
 # Of the whole run; a model that cannot get so much of a core per worker is slower on two.
 MAX_WORKERS = 8
 
@@ -288,13 +289,6 @@ def _start_worker(messages, threads):
     quiet()
 
 
-def quiet() -> None:
-    """Silence transformers' own messages, which are for programmers."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
-
-
 def _work(unit, recipe, tokens, run, provenance):
     with failures(""):
         corpus = corpora.load(tokens)
@@ -313,33 +307,3 @@ def _work(unit, recipe, tokens, run, provenance):
             rows = stamped(rows, provenance | meter.read())
             write_rows(run.stage_file(f"{job.name}.{stage}"), rows, checked=True)
         _messages.put((job.name, None, 0))
-
-
-@contextmanager
-def failures(where: str) -> Iterator[None]:
-    """Turn whatever goes wrong in a stage into one line for people: UserError or RunFailed."""
-    try:
-        yield
-    except Exception as error:  # a worker's traceback helps nobody; what is finished is kept
-        told = explained(error)
-        if isinstance(told, (UserError, RunFailed)):
-            raise type(told)(f"{where}{told}") from error
-        again = ", the same command continues" if isinstance(error, OSError | MemoryError) or _is_full(error) else ""
-        raise RunFailed(f"{where}{_reason(error)}; finished stages are kept{again}") from error
-
-
-def _reason(error):
-    words = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if _is_full(error):
-        return "No space left on device"
-    return textwrap.shorten(f"{type(error).__name__}: {words}", 400)
-
-
-def _is_full(error):
-    return any(sign in str(error) for sign in NO_SPACE)
-
-
-# As safetensors and torch.save word a full disk.
-NO_SPACE = ("os error 28", "PytorchStreamWriter failed writing", "unexpected pos")

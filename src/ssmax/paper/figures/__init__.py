@@ -12,17 +12,17 @@ from ssmax.paper.figure import Figure
 from ssmax.plots.drawing import STYLE
 from ssmax.runs.rows import Row
 
-__all__ = ["FIGURES", "claims", "draw", "drawable"]
+__all__ = ["FIGURES", "claims", "draw", "drawable", "find_figures"]
 
 
-def _found() -> dict[int | str, Figure]:
-    """All figures by their names, numbers first."""
+def find_figures() -> dict[int | str, Figure]:
+    """Return the figures of all files beside this one by their names, numbers first."""
     modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
     figures = [module.FIGURE for module in modules if hasattr(module, "FIGURE")]
     return {figure.name: figure for figure in sorted(figures, key=lambda f: (isinstance(f.name, str), f.name))}
 
 
-FIGURES = _found()
+FIGURES = find_figures()
 
 
 def draw(name: int | str, rows: Sequence[Row], train_length: int) -> Drawing:

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure as Drawing
 from ssmax.paper.claims import Claim, interval_words, verdict
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import COLOURS
-from ssmax.paper.measured import forms
-from ssmax.paper.models import FORM_NAMES
+from ssmax.paper.measured import FORM_NAMES, forms
 from ssmax.paper.registered import registered
 from ssmax.paper.statistics import Paired
 from ssmax.plots.drawing import panels, title, tokens

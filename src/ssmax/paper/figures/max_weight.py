@@ -7,7 +7,7 @@ from matplotlib.figure import Figure as Drawing
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, Claim
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import COLOURS
-from ssmax.paper.models import NAMES
+from ssmax.paper.measured import NAMES
 from ssmax.paper.registered import registered
 from ssmax.plots.drawing import panels, title
 from ssmax.plots.select import by, pick

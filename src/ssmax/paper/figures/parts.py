@@ -4,7 +4,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from ssmax.paper.models import NAMES, VARIANTS
+from ssmax.paper.measured import NAMES
+from ssmax.paper.models import VARIANTS
 from ssmax.plots.drawing import band
 from ssmax.plots.select import Spread
 

@@ -7,8 +7,7 @@ from matplotlib.figure import Figure as Drawing
 
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import band_of_seeds, mark_training
-from ssmax.paper.measured import forms, raised, variants
-from ssmax.paper.models import FORM_NAMES, NAMES
+from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, variants
 from ssmax.paper.registered import registered
 from ssmax.plots.drawing import heat_map, panels, title, tokens
 from ssmax.plots.select import by, pick

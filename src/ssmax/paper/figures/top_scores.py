@@ -8,8 +8,7 @@ from matplotlib.figure import Figure as Drawing
 from ssmax.paper.claims import OPEN, Claim, interval_words, verdict
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import COLOURS
-from ssmax.paper.measured import forms, variants
-from ssmax.paper.models import FORM_NAMES, NAMES
+from ssmax.paper.measured import FORM_NAMES, NAMES, forms, variants
 from ssmax.paper.registered import registered
 from ssmax.paper.statistics import Paired
 from ssmax.plots.drawing import panels, title

@@ -7,8 +7,7 @@ from matplotlib.figure import Figure as Drawing
 
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import band_of_seeds, listed
-from ssmax.paper.measured import forms, variants
-from ssmax.paper.models import FORM_NAMES, NAMES
+from ssmax.paper.measured import FORM_NAMES, NAMES, forms, variants
 from ssmax.paper.registered import registered
 from ssmax.plots.drawing import legend, panels, title
 from ssmax.plots.select import by, pick

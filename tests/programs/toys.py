@@ -1,0 +1,104 @@
+"""Adds a toy of each kind from the one place that ARCHITECTURE.md names, and runs it: toys.py FOLDER."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ssmax import laws
+from ssmax.paper import models, stages
+from ssmax.runs.rows import Row, read_rows, write_rows
+
+FIGURE = """
+from matplotlib.figure import Figure as Drawing
+from ssmax.paper.figure import Figure
+from ssmax.paper.registered import Registered
+
+FIGURE = Figure(
+    "toy", "toy", "A toy's caption.", lambda rows, train_length: Drawing(),
+    claims=(Registered("toy", "toy", "A toy is lower", "it is", "trained", "lower", ("z", "a")),),
+)
+"""
+
+# The entries come first, since options and reports are made from them.
+laws.LAWS["toy"] = laws.Law("2", "n", "a test", lambda n: torch.full_like(n, 2.0))
+models.VARIANTS["z"] = models.Variant("z", "toy", "a toy", "#000000", {"law": "toy"})
+stages.STAGES["toy"] = stages.Stage(
+    "toy",
+    asked=lambda recipe, job: job.variant == "z",
+    tokens=lambda recipe: 7,
+    run=lambda job, *rest: [Row("toy", job.variant, job.seed, {"form": job.form}, 1.0, 1)],
+)
+
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import ssmax  # noqa: E402
+from ssmax import cli  # noqa: E402
+from ssmax.cli import COMMANDS  # noqa: E402
+from ssmax.paper import figures, report  # noqa: E402
+from ssmax.paper.building import build_model  # noqa: E402
+from ssmax.paper.recipes import smoke  # noqa: E402
+from ssmax.runs.folder import RunFolder  # noqa: E402
+
+TOKENS = torch.arange(12)[None]
+
+
+def law():
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).eval()
+    plain = model(TOKENS).logits
+    model.model.layers[0].self_attn.q_proj.weight.data *= 2
+    want = model(TOKENS).logits
+    model.model.layers[0].self_attn.q_proj.weight.data /= 2
+    got = ssmax.convert(model, law="toy")(TOKENS).logits
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(got, plain)
+
+
+def variant_stage_and_figure(folder):
+    recipe = dataclasses.replace(smoke(), models=("paper:az",), retrieval=(), counting=())
+    job = recipe.jobs[1]
+    assert (job.variant, recipe.stages(job)) == ("z", ["pretrain", "position_loss", "toy"])
+    model = build_model(recipe, job.form, job.variant, job.seed, vocab_size=300)
+    assert model.config.ssmax["law"] == "toy"
+    run = RunFolder(folder / "run", recipe, None)
+    with run.opened():
+        run.claim("none")
+        rows = [Row("train_loss", x, 0, {"form": "paper", "stage": "pretrain", "step": 30}, ord(x), 1) for x in "az"]
+        for name in run.todo(job):
+            found = stages.STAGES[name].run(job, recipe) if name == "toy" else rows
+            write_rows(run.stage_file(f"{job.name}.{name}"), found, checked=True)
+        assert run.todo(job) == []
+        write_rows(run.rows_file, [*read_rows(run.stage_file(f"{job.name}.toy")), *rows])
+    (folder / "toy_figure.py").write_text(FIGURE)
+    figures.__path__.append(str(folder))
+    figures.FIGURES.update(figures.find_figures())
+    [claim] = [claim for claim in report.build(run.folder) if claim.name == "toy"]
+    page = (run.folder / "report.html").read_text()
+    assert "A toy's caption." in page.replace("&#x27;", "'")
+    assert "toy" in claim.measured
+    assert (run.folder / "figures" / "toy.svg").exists()
+    assert json.loads((run.folder / "recipe.json").read_text())["recipe"]["models"] == ["paper:az"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A toy."""
+
+    word: str = "none"
+
+    def run(self):
+        print(f"toy says {self.word}")
+
+
+def command():
+    COMMANDS["toy"] = Toy
+    cli.main(["toy", "--word", "hello"])  # which exits
+
+
+if __name__ == "__main__":
+    law()
+    variant_stage_and_figure(Path(sys.argv[1]))
+    command()

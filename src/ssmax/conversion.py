@@ -48,11 +48,11 @@ def convert(
         layers: attention to convert, by the names of named_modules; names may include cross attention. Default: all
             self-attention (in transformers models, layers with full attention). For decoder-only language models also
             indices. Without names, only the language model is converted, not a vision or audio tower.
-        law: law of n, for transformers models: "ssmax", or another of ssmax.laws, which ignores init and bias. Learned:
+        law: law of n, for transformers models: "ssmax", or another of ssmax.laws, without init and bias. Learned:
             "ssmax-power" (s (log n)^gamma), "query-aware" (TabICLv2's) and "temperature" (a control without n). Fixed:
             "ssmax-fixed" (log n), "qwen-1", "yarn", "llama-4" and "ministral-3". See docs/laws.md.
         law_parameters: parameters of such a law; learned ones start there. The training length defaults to train_length or
-            the config's, s to its matched_scale.
+            the config's, s to what makes the law on average as sharp as Softmax over it.
         example: for other modules, the inputs of one forward: positional as a tuple, by keyword as a dict. The forward runs
             on a copy in eval mode and leaves no trace. Only attention that runs in it is found.
         cross: convert cross attention too. With an example, this is attention whose keys and queries are made from different

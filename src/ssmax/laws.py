@@ -17,7 +17,7 @@ from ssmax.query_scale import QueryAwareScale, QueryScale, is_number, own_part
 from ssmax.scaling import scale_query
 from ssmax.visible import rows_of
 
-__all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale", "make_scale"]
+__all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale", "make_scale", "matched_power"]
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,16 @@ LAWS: dict[str, Law] = {
     ),
     "temperature": Law("t", "n", "a control: a learned temperature without n", _temperature, {"t": 1.0}, ("t",)),
 }
+
+
+def matched_power(train_length: int, gamma: float) -> float:
+    """Return the s at which s (log n)^gamma is on average as sharp as Softmax over the training length.
+
+    For gamma = 1 it is matched_scale(train_length). The law is 0 at n = 1, whatever gamma is.
+    """
+    return (
+        train_length / LAWS["ssmax-power"](torch.arange(1, train_length + 1).double(), s=1.0, gamma=gamma).sum().item()
+    )
 
 
 def make_scale(law: str, num_heads: int, head_size: int, **parameters: float) -> QueryScale:

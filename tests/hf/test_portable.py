@@ -37,6 +37,9 @@ CASES = {
     "llama-yarn": ("llama", {}, {"law": "yarn", "law_parameters": {"factor": 40.0}}),
     "llama-llama-4": ("llama", {}, {"law": "llama-4", "law_parameters": {"floor": 2}}),
     "llama-ministral-3": ("llama", {}, {"law": "ministral-3", "law_parameters": {"scale": 0.5, "length": 3}}),
+    "llama-ssmax-power": ("llama", {}, {"law": "ssmax-power", "law_parameters": {"s": 0.5}}),
+    "llama-query-aware": ("llama", {}, {"law": "query-aware", "law_parameters": {"hidden_size": 8}}),
+    "llama-temperature": ("llama", {}, {"law": "temperature"}),
 }
 GENERATOR = torch.Generator().manual_seed(5)
 TOKENS = torch.randint(3, 99, (2, 30), generator=GENERATOR)

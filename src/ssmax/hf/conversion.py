@@ -10,7 +10,7 @@ from ssmax.hf.checkpoint import attach, auto_map, config_class, model_class, sof
 from ssmax.hf.layers import FULL, language_layers, layers_of, named_layers, part_by_hand, refuse_own_law
 from ssmax.hf.refusals import carries_scales
 from ssmax.hf.spec import ScaleSpec
-from ssmax.laws import LAWS, make_scale
+from ssmax.laws import LAWS, make_scale, matched_power
 from ssmax.modules.whole import whole_or_not_at_all
 from ssmax.nn import starting_values
 from ssmax.versions import __version__
@@ -46,7 +46,7 @@ def convert(
             "qwen-1", "yarn", "llama-4" and "ministral-3". The last two are laws of the position and do not go into windowed
             layers. The learned laws of production are "ssmax" too: OLMo's is init=1.0, Mistral Large 4's "identity".
         law_parameters: of such a law; what is learned starts there. The training length defaults to train_length or the
-            config's, s to matched_scale of it.
+            config's, s to what is on average as sharp as Softmax over it.
         cross: convert cross attention too; its n are the encoder's real keys.
 
     Returns:
@@ -162,9 +162,11 @@ def _law_parameters(law, given, kinds, train_length, config):
     length = _train_length(train_length, config)
     parameters |= {name: length for name in ("train_length", "length") if name in parameters and length is not None}
     parameters |= given
-    if "s" in parameters and parameters["s"] is None:
-        parameters["s"] = starting_values("matched", None, length)["s"]
-    make_scale(law, 1, 1, **parameters)  # raises where they do not fit
+    unset = {"s": 1.0} if "s" in parameters and parameters["s"] is None else {}
+    make_scale(law, 1, 1, **parameters | unset)  # raises where they do not fit
+    if unset:
+        matched = starting_values("matched", None, length)["s"]
+        parameters["s"] = matched_power(length, parameters["gamma"]) if "gamma" in parameters else matched
     return parameters
 
 

@@ -102,6 +102,13 @@ def _far_needles(rows, form, train_length):
     return _retrieval(rows, form, train_length, lambda row: row.at["length"] >= 16 * train_length)
 
 
+def _exponent(rows, form, train_length):
+    """The exponent of log n: learned, a mean over heads; of s log n it is 1, of a temperature without n 0."""
+    learned = _means(rows, "learned_scale", form, lambda row: True, name="gamma")
+    fixed = {"b": 1.0, "t": 0.0}
+    return learned | {model: dict.fromkeys(learned.get("g", {}), fixed[model]) for model in fixed}
+
+
 def _head(rows, form, train_length):
     """The attention of the head that puts most on the needle."""
     best: Values = defaultdict(dict)
@@ -134,6 +141,7 @@ MEASURES: dict[str, Callable[[Sequence[Row], str, int], Values]] = {
     "rise": _rise,
     "needles": _needles,
     "far-needles": _far_needles,
+    "exponent": _exponent,
     "head": _head,
     "top-score": _top_score,
     "counting": _counting,

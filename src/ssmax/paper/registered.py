@@ -18,7 +18,7 @@ class Registered:
 
     Attributes:
         name: one word, for the abstract's lines and for tests.
-        figure: the paper's number, or "counting".
+        figure: the paper's number, "counting", or "laws".
         text: the claim; {span} and {theta} stand for what was measured.
         paper: the paper's own finding, in short.
         measure: a name in ssmax.paper.measured.MEASURES; it gives one value for each model and seed.
@@ -38,6 +38,12 @@ class Registered:
 def _far(name, text, paper, judge, models):
     return Registered(
         name, 5, "At 8 to 16 × the training length, theta × {theta}, " + text, paper, "far", judge, models
+    )
+
+
+def _law(name, text, paper, models):
+    return Registered(
+        name, "laws", "At 8 to 16 × the training length, theta × {theta}, " + text, paper, "far", "lower", models
     )
 
 
@@ -161,6 +167,42 @@ REGISTERED = (
         "counting",
         "lower",
         ("b", "a"),
+    ),
+    # Which law? Only the recipe laws trains these models. The paper column says what is expected, and from where.
+    _law(
+        "law-n",
+        "s log n is better than a learned temperature without n",
+        "it is n that helps, not sharpness",
+        ("b", "t"),
+    ),
+    _law("law-sham", "a learned temperature without n is better than Softmax", "not expected: the control", ("t", "a")),
+    _law(
+        "law-power",
+        "s (log n)^gamma, whose exponent starts at 1/2, is better than s log n",
+        "not expected: Figure 2's p_n is logarithmic",
+        ("g", "b"),
+    ),
+    _law("law-query", "the query-aware law is better than s log n", "open: TabICLv2 uses it for tables", ("q", "b")),
+    _law(
+        "law-llama",
+        "s log n is better than Llama 4's law, put into the trained Softmax model",
+        "expected: it learns",
+        ("b", "l"),
+    ),
+    _law(
+        "law-yarn",
+        "s log n is better than YaRN's constant, put into the trained Softmax model",
+        "expected: it learns",
+        ("b", "y"),
+    ),
+    Registered(
+        "law-exponent",
+        "laws",
+        "The learned exponent of log n, which starts at 1/2, ends nearer to 1 (s log n) than to 0 (no n); mean over heads",
+        "expected: Figure 2's p_n is logarithmic",
+        "exponent",
+        "nearer",
+        ("g", "b", "t"),
     ),
 )
 

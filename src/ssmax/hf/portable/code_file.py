@@ -130,7 +130,7 @@ def _named(scale):
     """What config.ssmax says of the law of such scales, its parameters beside its name."""
     if isinstance(scale, SSMaxScale):
         return {"bias": scale.bias is not None}
-    return {"law": scale.law, **scale.fixed} if isinstance(scale, LawScale) else {}
+    return {"law": scale.law, **getattr(scale, "fixed", {})}
 
 
 def _scale(scale):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 
+from ssmax.laws import LAWS
 from ssmax.paper.claims import Claim, headlines
 from ssmax.paper.figures import claims
 from ssmax.paper.formula import formula_rows
@@ -25,7 +26,7 @@ from ssmax.runs.rows import Row, read_rows, write_rows
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGES = [DOCS.parent / "README.md", DOCS.parent / "REPRODUCING.md"]
+PAGES = [DOCS.parent / "README.md", DOCS.parent / "REPRODUCING.md", DOCS / "laws.md"]
 FRONT = DOCS / "images" / "front.png"
 PICTURE = (
     "![Left: the largest attention weight against the number of keys. Right: loss by position far past the training length]"
@@ -166,20 +167,69 @@ def made(rows: list[Row], name: str) -> str:
     )
 
 
+def formulas() -> str:
+    """Every law of ssmax.laws."""
+    lines = ["| law | m | source | learned | parameters |", "|---|---|---|---|---|"]
+    for name, law in LAWS.items():
+        learned = (
+            LEARNED_ELSEWHERE.get(name) or ", ".join(law.learned) + " for each head" * bool(law.learned) or "nothing"
+        )
+        given = ", ".join(key if value is None else f"{key} = {value:,}" for key, value in law.defaults.items())
+        lines.append(f"| `{name}` | {law.formula} | {law.source} | {learned} | {given} |")
+    return "\n".join(lines)
+
+
+LEARNED_ELSEWHERE = {
+    "ssmax": "s, and b with `bias=True`, for each head",
+    "mistral-large-4": 'as `"identity"`: s and b for each head',
+    "olmo": "as `init=1.0`: s for each head",
+    "query-aware": "two networks a layer: (k + 1) D H + (2 D + 3) k + D numbers for k hidden units and H heads of D",
+}
+
+
+def prices(rows: list[Row], length: int) -> str:
+    """What each law learns and costs."""
+    lines = [
+        "| law | learned numbers | processor seconds of pretraining | where they end, mean over heads |",
+        "|---|---|---|---|",
+    ]
+    for variant in variants(pick(rows, "loss_by_position")):
+        trained = {row.seed: row.provenance for row in pick(rows, "train_loss", variant)}
+        seconds = [p["processor_seconds"] for p in trained.values()]
+        count = max((row.value for row in pick(rows, "scale_parameters", variant)), default=0)
+        names = dict.fromkeys(row.at["name"] for row in pick(rows, "learned_scale", variant))
+        ends = ", ".join(f"{n} {spread(by(pick(rows, 'learned_scale', variant, name=n), 'seed')):.3f}" for n in names)
+        time = f"{np.mean(seconds):.0f}" if seconds else "none: the trained Softmax model"
+        lines.append(f"| ({variant}) {NAMES[variant]} | {count:,.0f} | {time} | {ends} |")
+    return "\n".join(lines)
+
+
 MARK = re.compile(r"(<!-- ([\w-]+) (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
 def block(name: str, kind: str, length: int) -> str:
     """What a page shows of a run."""
+    if kind == "formulas":
+        return formulas()
+    if not (RESULTS / f"{name}.jsonl").exists():
+        return (
+            f"**Not run yet.** `ssmax reproduce {name}`, then `python docs/reproduced.py runs/{name}`."
+            if kind == "made"
+            else ""
+        )
     rows = read_rows(RESULTS / f"{name}.jsonl")
-    if kind in ("abstract", "claims"):
+    if kind in ("abstract", "claims", "verdicts"):
         found = claims([*formula_rows(), *rows], length)
+        if kind == "verdicts":
+            return all_claims([claim for claim in found if claim.figure == name])
         return abstract(found, "figure") if kind == "abstract" else all_claims(found)
     if kind == "figure":
         return PICTURE
     if kind == "made":
         return made(rows, name)
-    return costs(rows) if kind == "costs" else {"losses": losses, "needles": needles}[kind](rows, length)
+    return (
+        costs(rows) if kind == "costs" else {"losses": losses, "needles": needles, "prices": prices}[kind](rows, length)
+    )
 
 
 if __name__ == "__main__":

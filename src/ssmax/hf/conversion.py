@@ -165,8 +165,8 @@ def _law_parameters(law, given, kinds, train_length, config):
     unset = {"s": 1.0} if "s" in parameters and parameters["s"] is None else {}
     make_scale(law, 1, 1, **parameters | unset)  # raises where they do not fit
     if unset:
-        matched = starting_values("matched", None, length)["s"]
-        parameters["s"] = matched_power(length, parameters["gamma"]) if "gamma" in parameters else matched
+        matched = starting_values("matched", None, length)["s"]  # raises without a length
+        parameters["s"] = matched_power(int(length or 0), parameters["gamma"]) if "gamma" in parameters else matched
     return parameters
 
 

@@ -71,8 +71,9 @@ def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: 
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     chosen = VARIANTS[variant]
-    if chosen.options is not None:
-        convert(model, "matched", **chosen.options)
+    options = chosen.conversion(recipe)
+    if options is not None:
+        convert(model, "matched", **options)
     chosen.finish(model, recipe)
     return model
 

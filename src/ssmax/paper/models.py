@@ -33,7 +33,7 @@ class Variant:
         title: in reports.
         help: on the command line.
         colour: in figures.
-        options: of convert, where the model starts with "matched"; None for Softmax.
+        options: of convert, beside "matched"; None for Softmax. A function of the recipe where they depend on it.
         finish: called with the converted model and its recipe, to put other scales in.
         made_of: the variant whose trained model it is, converted without further training; it has no training of its own.
         measured: False for a model that is not saved: what its training finds is all that is asked of it.
@@ -43,10 +43,14 @@ class Variant:
     title: str
     help: str
     colour: str
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None
     finish: Callable[[Any, Any], None] = lambda model, recipe: None
     made_of: str = ""
     measured: bool = True
+
+    def conversion(self, recipe: Any) -> Mapping[str, Any] | None:
+        """Return the options of convert in a recipe."""
+        return self.options(recipe) if callable(self.options) else self.options
 
 
 def _switch_late(model, recipe):
@@ -59,6 +63,14 @@ def _learn_law(model, recipe):
     from ssmax.paper.building import put_learned_law
 
     put_learned_law(model, recipe.train_length)
+
+
+def _llama4(recipe):
+    return {"law": "llama-4", "law_parameters": {"floor": recipe.train_length}}
+
+
+def _yarn(recipe):
+    return {"law": "yarn", "law_parameters": {"factor": recipe.length_factor}}
 
 
 FORMS = {
@@ -77,7 +89,7 @@ VARIANTS = {
         # It has nothing to learn, so that its law is log n itself.
         Variant("c", "SSMax without s", "SSMax without s", "#56b4e9", {"law": "ssmax-fixed"}),
         Variant("d", "SSMax with b", "SSMax with bias", "#009e73", {"bias": True}),
-        Variant("e", "switched afterwards", "Softmax, converted after its training", "#e69f00", made_of="a"),
+        Variant("e", "switched afterwards", "Softmax, converted after its training", "#e69f00", {}, made_of="a"),
         Variant(
             "f",
             "switched late",
@@ -85,6 +97,27 @@ VARIANTS = {
             "#cc79a7",
             {},
             _switch_late,
+        ),
+        # Other laws of n, which the recipe laws compares. The exponent starts between a temperature (0) and log n (1).
+        Variant(
+            "g",
+            "s (log n)^gamma",
+            "s (log n)^gamma",
+            "#882255",
+            {"law": "ssmax-power", "law_parameters": {"gamma": 0.5}},
+        ),
+        Variant("t", "temperature without n", "a learned temperature without n", "#000000", {"law": "temperature"}),
+        Variant("q", "query-aware", "TabICLv2's law", "#117733", {"law": "query-aware"}),
+        Variant(
+            "l",
+            "Llama 4's law afterwards",
+            "Softmax with Llama 4's law after its training",
+            "#999933",
+            _llama4,
+            made_of="a",
+        ),
+        Variant(
+            "y", "YaRN's constant afterwards", "Softmax with YaRN's after its training", "#888888", _yarn, made_of="a"
         ),
         Variant("p", "", "one factor learned for each n (Figure 2)", "", finish=_learn_law, measured=False),
     )

@@ -17,6 +17,7 @@ __all__ = [
     "Job",
     "Recipe",
     "laptop",
+    "laws",
     "paper",
     "small",
     "smoke",
@@ -265,6 +266,11 @@ def laptop() -> Recipe:
     )
 
 
+def laws() -> Recipe:
+    """Laws of n at equal steps, in the paper's form at tiny's size: loss by position, on two CPU cores in half an hour."""
+    return Recipe(name="laws", models=("paper:abcdgtqly",), retrieval=())
+
+
 def small() -> Recipe:
     """All forms and variants on one GPU; about an hour is meant, and has not been measured."""
     return Recipe(
@@ -337,4 +343,4 @@ def paper() -> Recipe:
     )
 
 
-RECIPES = {"smoke": smoke, "tiny": tiny, "laptop": laptop, "small": small, "paper": paper}
+RECIPES = {"smoke": smoke, "tiny": tiny, "laptop": laptop, "laws": laws, "small": small, "paper": paper}

@@ -20,6 +20,7 @@ from ssmax.paper.models import VARIANTS
 from ssmax.paper.recipes import Job, Recipe
 from ssmax.paper.stages import count_lengths
 from ssmax.paper.tasks import count_task, needle_task
+from ssmax.query_scale import QueryScale
 from ssmax.runs.files import check_folder, written_whole
 from ssmax.runs.rows import Row
 from ssmax.training.checkpoints import owner
@@ -135,8 +136,22 @@ def pretrain_stage(
             Row("learned_p", "p", job.seed, {"form": job.form, "n": n}, p, 1) for n, p in enumerate(learned.tolist(), 1)
         ]
     else:
+        rows += _scale_rows(job, trained.model)
         save_stage(trained.model, folder / "pretrained", recipe)
     _remove(scratch)
+    return rows
+
+
+def _scale_rows(job, model):
+    """What each head's scale has learned, and how many parameters all scales have."""
+    scales = [module for module in model.modules() if isinstance(module, QueryScale)]
+    count = sum(parameter.numel() for scale in scales for parameter in scale.parameters())
+    rows = [Row("scale_parameters", job.variant, job.seed, {"form": job.form}, count, 1)] if scales else []
+    for layer, scale in enumerate(scales):
+        for name, values in scale.learned.items():
+            for head, value in enumerate(values.tolist()):
+                at = {"form": job.form, "layer": layer, "head": head, "name": name}
+                rows.append(Row("learned_scale", job.variant, job.seed, at, value, 1))
     return rows
 
 
@@ -196,12 +211,11 @@ def _remove(scratch: Path) -> None:
 
 def pretrained(job: Job, recipe: Recipe, models: Path) -> PreTrainedModel:
     """Return a job's pretrained model; one that is made of another is converted without further training."""
-    made_of = VARIANTS[job.variant].made_of
-    if not made_of:
+    variant = VARIANTS[job.variant]
+    if not variant.made_of:
         return load_stage(models / job.name / "pretrained", recipe)
-    return convert(
-        load_stage(models / dataclasses.replace(job, variant=made_of).name / "pretrained", recipe), "matched"
-    )
+    source = models / dataclasses.replace(job, variant=variant.made_of).name / "pretrained"
+    return convert(load_stage(source, recipe), "matched", **(variant.conversion(recipe) or {}))
 
 
 def load_stage(folder: Path, recipe: Recipe) -> PreTrainedModel:

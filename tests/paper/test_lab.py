@@ -198,7 +198,7 @@ def test_count_examples_hold_what_they_ask_for(loaded):
 
 @pytest.mark.parametrize("form", ["paper", "qk-norm", "partial-rope"])
 def test_variants_of_a_seed_share_their_weights(form):
-    models = {variant: build_model(smoke(), form, variant, 3, 300) for variant in "abcdfp"}
+    models = {variant: build_model(smoke(), form, variant, 3, 300) for variant in "abcdfgtqp"}
     other = build_model(smoke(), form, "a", 4, 300)
     weights = models["a"].state_dict()
     scales = [f"model.layers.{i}.self_attn.ssmax" for i in range(2)]
@@ -208,6 +208,15 @@ def test_variants_of_a_seed_share_their_weights(form):
         "c": set(),
         "d": {f"{scale}.{name}" for scale in scales for name in ("weight", "bias")},
         "f": {f"{scale}.weight" for scale in scales},
+        "g": {f"{scale}.{name}" for scale in scales for name in ("s", "gamma")},
+        "t": {f"{scale}.t" for scale in scales},
+        "q": {
+            f"{scale}.{of}.{layer}.{name}"
+            for scale in scales
+            for of in ("of_n", "of_query")
+            for layer in (0, 2)
+            for name in ("weight", "bias")
+        },
         "p": {f"{scale}.{name}" for scale in scales for name in ("weight", "bias")} | {"learned_p"},
     }
     for variant, model in models.items():
@@ -224,11 +233,18 @@ def logits(model):
 
 
 def test_what_each_variant_computes():
-    models = {variant: build_model(smoke(), "qk-norm", variant, 3, 300) for variant in "abcdfp"}
+    models = {variant: build_model(smoke(), "qk-norm", variant, 3, 300) for variant in "abcdfgtqp"}
     found = {variant: logits(model) for variant, model in models.items()}
     assert torch.equal(found["f"], found["a"])  # until it is switched
     torch.testing.assert_close(found["p"], found["a"], rtol=0, atol=1e-6)  # it starts as Softmax
     torch.testing.assert_close(found["d"], found["b"], rtol=0, atol=1e-6)  # b starts at 0
+    assert torch.equal(found["t"], found["a"])  # t starts at 1
+    torch.testing.assert_close(found["q"], found["b"], rtol=0, atol=1e-5)  # its networks start at s log n
+    with torch.no_grad():  # with gamma = 1 it is (b)
+        for layer in models["g"].model.layers:
+            layer.self_attn.ssmax.gamma.fill_(1.0)
+            layer.self_attn.ssmax.s.fill_(ssmax.matched_scale(smoke().train_length))
+    torch.testing.assert_close(logits(models["g"]), found["b"], rtol=0, atol=1e-6)
     turn_on(models["f"], True)
     assert torch.equal(logits(models["f"]), found["b"])
     with torch.no_grad():
@@ -238,7 +254,7 @@ def test_what_each_variant_computes():
     with torch.no_grad():  # p_n = log n is (c) as well
         models["p"].learned_p.copy_(torch.arange(1, 65).float().log())
     torch.testing.assert_close(logits(models["p"]), found["c"], rtol=0, atol=1e-6)
-    for pair in ("ab", "ac", "bc"):
+    for pair in ("ab", "ac", "bc", "bg"):
         assert (found[pair[0]] - found[pair[1]]).abs().max() > 1e-3
 
 
@@ -271,6 +287,21 @@ def test_the_afterwards_switched_model_is_the_trained_softmax_model(loaded, tmp_
     assert [row.at for row in rows["a"]] == [row.at for row in rows["e"]]
     assert all(x.value != y.value for x, y in zip(rows["a"], rows["e"], strict=True))
     assert not (tmp_path / e.name).exists()
+    laws = {"l": ("llama-4", {"scale": 0.1, "floor": 64}), "y": ("yarn", {"factor": 4})}
+    for letter, (law, parameters) in laws.items():
+        spec = training.pretrained(Job("paper", letter, 0), recipe, tmp_path).config.ssmax
+        assert (spec["law"], spec["parameters"]) == (law, parameters)
+
+
+def test_what_each_head_learned_is_in_the_rows(loaded, tmp_path):
+    recipe, job = dataclasses.replace(smoke(), steps=4), Job("paper", "g", 0)
+    rows = STAGES["pretrain"].run(job, recipe, loaded, tmp_path, lambda tokens: None)
+    learned = {(r.at["name"], r.at["layer"], r.at["head"]): r.value for r in rows if r.metric == "learned_scale"}
+    layers = training.pretrained(job, recipe, tmp_path).model.layers
+    assert len(learned) == 2 * 2 * 2
+    for (name, layer, head), value in learned.items():
+        assert layers[layer].self_attn.ssmax.learned[name][head].item() == value
+    assert [row.value for row in rows if row.metric == "scale_parameters"] == [8]
 
 
 def test_losses_of_texts_are_those_by_position_and_retrieval_begins_where_it_was_trained(loaded, tmp_path):

@@ -104,6 +104,22 @@ def test_claims_follow_the_rows(better, expected):
     assert difference == pytest.approx(-better + better / 1000, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("gamma", "expected"), [((0.9, 0.95, 1.2), HOLDS), ((0.2, 0.1, 0.3), HOLDS_NOT), ((0.4, 0.6, 0.5), OPEN)]
+)
+def test_the_learned_exponent_is_judged_between_no_n_and_log_n(gamma, expected):
+    rows = [
+        Row("learned_scale", "g", seed, {"form": "paper", "layer": 0, "head": head, "name": name}, value + off, 1)
+        for seed, value in enumerate(gamma)
+        for head, off in ((0, -0.05), (1, 0.05))
+        for name in ("gamma", "s")
+    ]
+    found = next(claim for claim in figures.claims(rows, 16) if claim.name == "law-exponent")
+    assert found.verdict == expected
+    assert found.paired.seeds == 3
+    assert figures.draw("laws", rows, 16).axes[0].get_title() == "gamma"
+
+
 def test_models_that_did_not_learn_the_task_are_left_out_and_counted():
     def needles(share):
         rows = [

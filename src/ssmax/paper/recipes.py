@@ -82,7 +82,8 @@ class Recipe:
         ("paper:abcdefp",),
         "Models to train, as FORM:LETTERS. Forms: paper (Llama's shape), qk-norm (queries and keys normalised), partial-rope "
         "(RoPE on half of each head). Letters: a Softmax, b SSMax, c SSMax without s, d SSMax with bias, e switched after "
-        "pretraining, f switched for its last eighth, p the free form of Figure 2.",
+        "pretraining, f switched for its last eighth, p the free form of Figure 2; other laws of n: g s (log n)^gamma, t a "
+        "temperature without n, q query-aware, l Llama 4's and y YaRN's after pretraining.",
     )
     retrieval: tuple[str, ...] = _models(
         ("paper:ab",), "Of these models, those that are tuned and tested on needles.", empty=True

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-onnx test-serving test-modules fuzz versions lint clean
+.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-onnx test-quantized test-serving test-modules fuzz versions lint clean
 
 demo: $(STAMP)
 	$(BIN)/ssmax demo
@@ -64,6 +64,11 @@ test-llama: $(STAMP)
 test-onnx: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]' onnxruntime openvino
 	$(BIN)/python -W ignore tests/programs/onnx_logits.py
+
+# Converted models whose matrices are quantised.
+test-quantized: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao bitsandbytes
+	$(BIN)/python -W ignore tests/programs/quantized.py
 
 # vLLM on the CPU and transformers serve in a venv of their own, 3.4 GB; real engines, and servers on 127.0.0.1.
 test-serving:

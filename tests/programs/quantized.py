@@ -1,0 +1,93 @@
+"""Converted models whose matrices are quantised by torchao and bitsandbytes, on the CPU. make test-quantized.
+
+Each kind: a converted checkpoint is loaded quantised, saved, loaded again, and loaded by the checkpoint's own code where ssmax is not known;
+all must give the same logits, and so must the softmax checkpoint that is quantised first and converted then. s and b stay as they were.
+"""
+
+import subprocess
+import sys
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+TOKENS = torch.arange(40).view(2, 20) * 7 % 99
+SHAPE = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.2,
+}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def kinds():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+    return {
+        "torchao int8 weights": TorchAoConfig(Int8WeightOnlyConfig()),
+        "torchao int8 weights and activations": TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
+        "bitsandbytes nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "bitsandbytes int8": BitsAndBytesConfig(load_in_8bit=True),
+    }
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def scales(model):
+    return {name: value for name, value in model.state_dict().items() if ".ssmax." in name}
+
+
+def run(name, quantization) -> bool:
+    """Print what one kind gives; return whether all is as it should be."""
+    import ssmax
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    with tempfile.TemporaryDirectory() as place:
+        folders = [f"{place}/{step}" for step in ("softmax", "converted", "quantised")]
+        model.save_pretrained(folders[0])
+        plain = logits(model)
+        ssmax.convert(model, 0.5, bias=True)
+        for value in scales(model).values():
+            value.uniform_(0.1, 0.9)
+        model.save_pretrained(folders[1])
+        quantised = load(folders[1], quantization_config=quantization)
+        wanted = logits(quantised)
+        quantised.save_pretrained(folders[2])
+        converted = ssmax.convert(load(folders[0], quantization_config=quantization), 0.5, bias=True)
+        converted.load_state_dict(scales(model), strict=False)
+        found = {"saved and loaded": logits(load(folders[2])), "converted afterwards": logits(converted)}
+        torch.save(found, f"{place}/found.pt")
+        subprocess.run([sys.executable, "-W", "ignore", __file__, folders[2], f"{place}/alone.pt"], check=True)
+        found["own code"] = torch.load(f"{place}/alone.pt")
+    same = all(torch.equal(scales(quantised)[key].cpu(), value) for key, value in scales(model).items())
+    equal = {way: torch.equal(got, wanted) for way, got in found.items()}
+    exact = logits(model)
+    far, softmax = float((wanted - exact).abs().max()), float((plain - exact).abs().max())
+    print(
+        f"{name}: s and b kept {same}; equal logits {equal}; {far:.2f} from float32, softmax {softmax:.2f}", flush=True
+    )
+    return same and all(equal.values()) and far < softmax
+
+
+def main() -> None:
+    """Run all kinds; exit with 1 where one fails."""
+    if len(sys.argv) > 2:
+        sys.modules["ssmax"] = None  # as where it is not installed
+        torch.save(logits(load(sys.argv[1], trust_remote_code=True)), sys.argv[2])
+        return
+    results = [run(name, quantization) for name, quantization in kinds().items()]
+    sys.exit(not all(results))
+
+
+if __name__ == "__main__":
+    main()

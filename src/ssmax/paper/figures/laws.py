@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure as Drawing
 
 from ssmax.paper.figure import Figure
-from ssmax.paper.measured import variants
-from ssmax.paper.models import NAMES, VARIANTS
+from ssmax.paper.measured import NAMES, variants
+from ssmax.paper.models import VARIANTS
 from ssmax.paper.registered import registered
 from ssmax.plots.drawing import panels, title
 from ssmax.plots.select import pick

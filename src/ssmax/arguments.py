@@ -1,4 +1,4 @@
-"""What arguments must be, said by their names."""
+"""Checks of arguments. Errors name the argument."""
 
 from typing import Any
 

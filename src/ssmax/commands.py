@@ -53,12 +53,12 @@ def calibrate_folder(
 
     Args:
         source: folder of a model and its tokenizer.
-        target: new folder; it is written only where the fit is better than the model as it was.
-        texts: as for ssmax.data.corpus.documents.
-        theta_factor: of RoPE's theta, saved with the model.
+        target: new folder; it is written only if the fit is better than the model as it was.
+        texts: see ssmax.data.sources.documents.
+        theta_factor: factor of RoPE's theta, saved with the model.
         checkpointing: recompute activations: less memory, a third more time.
         dry_run: load everything, say what would be done, and stop.
-        options: as for ssmax.calibrate.
+        options: options of ssmax.calibrate.
 
     Raises:
         UserError: target exists, source is no model or cannot be converted, or the texts are too short.

@@ -1,4 +1,4 @@
-"""convert, revert, converted: the one door for transformers models and for any other torch.nn.Module."""
+"""convert, revert, converted: for transformers models and for any other torch.nn.Module."""
 
 import sys
 from collections.abc import Iterator

@@ -1,21 +1,21 @@
-"""What the command line says in one line: the user can mend it (exit status 2), or the run failed (1) or was stopped."""
+"""Errors that the command line reports in one line: bad input (exit status 2), a failed run (1), a stopped run."""
 
 
 class UserError(Exception):
-    """Bad input: says what was wrong, what was expected and what to do."""
+    """Bad input. The message says what was wrong, what was expected and what to do."""
 
 
 class Damaged(UserError, ValueError):
-    """A file or folder that is not what was once written: says which."""
+    """A file or folder that has changed since it was written, or was not written to its end."""
 
 
 class LeftOut(UserWarning):
-    """Part of the input that could not be used: says what, how much and where."""
+    """Part of the input could not be used. The message says what, how much and where."""
 
 
 class RunFailed(Exception):
-    """A run that could not finish: says where, and what is kept."""
+    """A run could not finish. The message says where, and what is kept."""
 
 
 class Stopped(BaseException):
-    """SIGTERM or Ctrl-C, once what can be saved is saved; the argument is the signal's number."""
+    """SIGTERM or Ctrl-C, after everything was saved. The argument is the signal's number."""

@@ -1,4 +1,4 @@
-"""attention(): validate, find n, choose the backend, call it."""
+"""attention(): check the arguments, count n, choose a backend, call it."""
 
 import functools
 import importlib.util
@@ -114,7 +114,7 @@ def attention(
         n_BHN = rows_of(n, query) if n is not None else _count(query, key, attn_mask, cu_seqlens, is_causal, window)
         log_n, blind = log_of(n_BHN, query), n_BHN[..., None] <= 0
     if blind is not None and (cu_seqlens is None or chosen != "triton" or n is not None):
-        # A row that sees nothing passes nothing on, whatever stands in it; triton's kernel does not read padding.
+        # A row that sees nothing must pass on no value; triton's kernel does not read padding.
         query = query.masked_fill(blind, 0.0)
     output = backend.forward(
         query,
@@ -225,7 +225,7 @@ def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):
         raise ValueError("impl='sharp' is for inference and has no gradients; use torch.no_grad(), or another impl")
     if impl == "flex" and wants_gradient and (inputs[0].device.type == "cpu" or softcap is not None):
         raise ValueError(
-            "impl='flex' computes no gradients on the CPU, nor those of s and b behind a softcap; use impl='reference' "
+            "impl='flex' computes no gradients on the CPU, nor those of s and b after a softcap; use impl='reference' "
             "or 'auto' with a tensor mask, or torch.no_grad()"
         )
     return impl

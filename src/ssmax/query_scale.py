@@ -1,4 +1,4 @@
-"""Modules that multiply the queries of one attention layer: what they share, and the one that has networks."""
+"""Modules that multiply the queries of one attention layer: the base class, and the query-aware one."""
 
 import functools
 import math
@@ -55,7 +55,7 @@ class QueryScale(nn.Module):
         without_values = any(parameter.is_meta for parameter in self.parameters())
         applied = super()._apply(keep_precision, recurse)
         if without_values and not any(parameter.is_meta for parameter in self.parameters()):
-            self.reset_parameters()  # to_empty: whatever loads nothing afterwards finds the start
+            self.reset_parameters()  # after to_empty, values that are not loaded are the starting values
         return applied
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # pyrefly: ignore[bad-override]
@@ -80,9 +80,9 @@ class QueryAwareScale(QueryScale):
     Args:
         num_heads: query heads, H.
         head_size: D.
-        hidden_size: of both networks, at least 2.
-        s: of the start; default the paper's for a training length of 1,024, see ssmax.matched_scale.
-        b: of the start; s = 0 and b = 1 is Softmax.
+        hidden_size: hidden size of both networks, at least 2.
+        s: starting value of s. Default: ssmax.matched_scale(1024).
+        b: starting value of b; s = 0 and b = 1 is softmax.
 
     Raises:
         ValueError: sizes that are no positive integers, or s or b that are not finite numbers.
@@ -133,8 +133,8 @@ class QueryAwareScale(QueryScale):
 
         Args:
             query: (B, H, N, D).
-            n: as for SSMaxScale.
-            log_n: as for SSMaxScale.
+            n: see SSMaxScale.
+            log_n: see SSMaxScale.
 
         Raises:
             ValueError: a query or n of another shape.

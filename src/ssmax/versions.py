@@ -1,4 +1,4 @@
-"""Which versions of other packages this one works with; whoever needs one of them checks it first."""
+"""Supported versions of other packages. A module that needs a package checks its version first."""
 
 import re
 

@@ -212,7 +212,7 @@ def count_plain(
         causal: the queries are the last N positions.
         window: at most so many.
         top_left: the queries are the first N positions instead, torch's rule.
-        device: of the result.
+        device: device of the result.
     """
     if not causal:
         return torch.full((num_queries,), num_keys, device=device)
@@ -276,12 +276,12 @@ def check_offsets(cu_seqlens: Tensor) -> None:
 
 
 def document_bounds(cu_seqlens: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the document of each packed position starts and ends; behind the last one there is only padding.
+    """Return where the document of each packed position starts and ends. Positions after the last document are padding.
 
     Padding gets an empty range: both bounds are the last offset.
     """
     ends = cu_seqlens.long()
-    document = torch.searchsorted(ends, position_T, right=True)  # it ends at the first offset behind the position
+    document = torch.searchsorted(ends, position_T, right=True)  # it ends at the first offset after the position
     return ends[(document - 1).clamp(min=0)], ends[document.clamp(max=ends.numel() - 1)]
 
 
@@ -325,7 +325,7 @@ def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
 def as_count(n: Tensor | int, device: torch.device) -> Tensor:
     """Return n as a tensor on the device; ValueError where it is negative or not finite."""
     if not isinstance(n, Tensor):
-        # torch.full takes a symbolic size as it is; as_tensor would compile anew for each number.
+        # torch.full takes a symbolic size as it is; as_tensor would compile again for each number.
         return torch.full((), as_number(n), device=device)
     n = moved(n, "n", device)
     if is_readable(n) and not ((n >= 0) & (n < math.inf)).all():

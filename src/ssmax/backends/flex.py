@@ -31,7 +31,7 @@ def forward(
 ) -> Tensor:
     """Arguments as in the reference, except dropout, which this kernel does not have; mask may be a BlockMask.
 
-    With a softcap the multiplier enters behind it, inside the kernel, where torch gives it no gradient on the CPU.
+    With a softcap the multiplier is applied after it, inside the kernel. torch computes no gradient of it on the CPU.
     """
     assert dropout_p == 0.0
     documents = None

@@ -16,7 +16,7 @@ import triton.language as tl
 def keys_of_rows(
     rows, START, END, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr
 ):
-    """Return the first key that each row sees and the one behind the last."""
+    """Return the first key that each row sees and the one after the last."""
     if PACKED:
         first, stop = tl.load(START + rows), tl.load(END + rows)
     else:
@@ -33,7 +33,7 @@ def keys_of_rows(
 def rows_of_keys(
     keys, START, END, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr
 ):
-    """Return the first row that sees each key and the one behind the last."""
+    """Return the first row that sees each key and the one after the last."""
     if PACKED:
         first, stop = tl.load(START + keys), tl.load(END + keys)
     else:
@@ -48,7 +48,7 @@ def rows_of_keys(
 
 @triton.jit
 def loop_bounds(first, stop, BLOCK: tl.constexpr, PART: tl.constexpr):
-    """Return the bounds of one of three loops: the blocks that lie in all ranges (1), and those before (0) and behind (2)."""
+    """Return the bounds of one of three loops: the blocks that lie in all ranges (1), and those before (0) and after (2)."""
     lo = tl.min(first, 0) // BLOCK * BLOCK
     hi = tl.max(stop, 0)
     full_lo = (tl.max(first, 0) + BLOCK - 1) // BLOCK * BLOCK
@@ -66,7 +66,7 @@ def loop_bounds(first, stop, BLOCK: tl.constexpr, PART: tl.constexpr):
 
 @triton.jit
 def load_rows(X, index, stride, stride_d, seen, SIZE: tl.constexpr, MASKED: tl.constexpr):
-    """Load rows of a matrix; those not seen are zeros, whatever stands there."""
+    """Load rows of a matrix; hidden rows are zeros."""
     pointers = X + index.to(tl.int64)[:, None] * stride + tl.arange(0, SIZE)[None, :] * stride_d
     return tl.load(pointers, mask=seen[:, None], other=0.0) if MASKED else tl.load(pointers)
 

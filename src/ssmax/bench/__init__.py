@@ -1,1 +1,1 @@
-"""ssmax bench: named cases, each a comparison with plain attention in one process, right before it is fast."""
+"""ssmax bench: named cases, each a comparison with plain attention in one process; a wrong contender is not timed."""

@@ -1,4 +1,4 @@
-"""Tokens a second of generate behind a real prompt: SharpCache beside transformers' caches, and what each layer reads."""
+"""Tokens a second of generate after a real prompt: SharpCache beside transformers' caches, and what each layer reads."""
 
 import copy
 import functools

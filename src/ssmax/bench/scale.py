@@ -22,7 +22,7 @@ class Shape:
 
     Attributes:
         layers, width, heads, key_heads, size: size is a head's.
-        hidden: of the feed-forward layer.
+        hidden: width of the feed-forward layer.
         vocabulary: tokens; input and output embeddings are two matrices.
         number: bytes of a number in weights, activations and cache.
     """

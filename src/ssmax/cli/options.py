@@ -70,6 +70,6 @@ def with_values(options: Any, spec: Any) -> Any:
 
 
 def parse(command: Any, arguments: list[str], prog: str, default: Any = tyro.MISSING_NONPROP) -> Any:
-    """Parse the arguments of a command; its help is complete whatever stands beside --help."""
+    """Parse the arguments of a command; --help beside other arguments shows the whole help."""
     helped = {"-h", "--help"} & set(arguments)  # tyro leaves out what was given
     return tyro.cli(command, args=["--help"] if helped else arguments, prog=prog, default=default)

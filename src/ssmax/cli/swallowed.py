@@ -1,4 +1,4 @@
-"""Options that take several values, and what follows them and is none of these."""
+"""Options that take several values, and arguments after them that are not meant as values."""
 
 import dataclasses
 import itertools
@@ -20,11 +20,11 @@ INITS = Literal["identity", "matched"] | float  # which the library checks, in i
 
 
 def check_values(commands: dict[str, Any], arguments: list[str]) -> None:
-    """Raise UserError where an option that takes several values took what was meant to stand by itself.
+    """Raise UserError if an option that takes several values took an argument that was meant separately.
 
     Args:
         commands: the class of each command, whose fields are its options.
-        arguments: of the command line.
+        arguments: arguments of the command line.
     """
     if not arguments or arguments[0] not in commands:
         return

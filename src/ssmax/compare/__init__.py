@@ -1,1 +1,1 @@
-"""ssmax evaluate: the long-context measurements of several models side by side, in a folder that resumes."""
+"""ssmax evaluate: long-context measurements of several models side by side, in a folder that continues."""

@@ -1,4 +1,4 @@
-"""Does a model fit what is asked of it? From its config before it is loaded, and from its first forward."""
+"""Checks that a model can be measured: from its config before it is loaded, and in its first forward pass."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,7 +83,7 @@ def check_model(model: PreTrainedModel, material: Material, attention: bool, chu
 
     Args:
         model: the model, on its device.
-        material: its tokens.
+        material: the tokens of its texts.
         attention: whether its attention weights are asked for.
         chunk: positions per forward pass.
 

@@ -12,7 +12,7 @@ from ssmax.runs.rows import Row
 
 __all__ = ["FIGURES"]
 
-# Told apart by everybody (Okabe and Ito); more models begin anew, dashed.
+# Safe for colour-blind readers (Okabe and Ito); further models repeat them, dashed.
 PALETTE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 

@@ -76,7 +76,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for metric, sink, words in (
         ("attention_entropy", "with", "Entropy of attention / log n, mean over heads, by tokens n"),
         ("largest_weight", "with", "Largest attention weight, mean over heads, by tokens n"),
-        ("largest_weight", "without", "Largest attention weight behind the first token, mean over heads, by tokens n"),
+        ("largest_weight", "without", "Largest attention weight without the first token, mean over heads, by tokens n"),
     ):
         if cells := pick(rows, metric, sink=sink, heads="mean"):
             found.append(_table(words, models, cells, "n", ".3f", np.mean))
@@ -170,7 +170,7 @@ def _method(s):
         f"Loss and attention: up to {s['documents']} documents of {s['length']:,} tokens each. Bands are 95 % confidence intervals of the "
         "mean over documents (Student's t). Models with other tokenizers have other tokens, and their losses cannot be compared.",
         "Entropy is divided by the log of the number of keys: 1 is uniform attention. The first token often takes attention that no key "
-        "deserves; behind it the weights are renormalised.",
+        "deserves; without it the weights are renormalised.",
         f"Retrieval: {s['trials']} trials for each context size and depth, the same for models of one tokenizer; greedy decoding; the "
         f"prompt is for {'chat' if s['prompt'] == 'chat' else 'base'} models. One needle: “The special magic Tokyo number is: 8106422.” in the text. "
         f"Distractors: {s['distractors']} needles of other cities. Letters with digits: lines “A=482910”, the asked one once.",

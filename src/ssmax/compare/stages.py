@@ -174,7 +174,7 @@ def finetune(
 
 
 def finetuned_owner(folder: Path, settings: Settings) -> str:
-    """Return whose a fine-tuned model's folder is: of that model, fine-tuned as these settings say."""
+    """Return the owner of a fine-tuned model's folder: that model with these settings of fine-tuning."""
     return checkpoints.owner(folder, _recipe(settings))
 
 

@@ -21,9 +21,9 @@ class Corpus:
     """A tokenised corpus.
 
     Attributes:
-        tokenizer: ids of text.
-        end: id of the end-of-text token, which stands in front of each document.
-        train: (T,) integers, by slices; documents one behind another.
+        tokenizer: encodes text.
+        end: id of the end-of-text token, which is put before each document.
+        train: (T,) integers, read by slices; documents one after another.
         held_out: (K, L), texts that train does not contain.
     """
 
@@ -59,9 +59,9 @@ def prepare(
     tokenizer is trained on them, and the folder's name is a hash of them and of how they were tokenised.
 
     Args:
-        source: as for ssmax.data.sources.Documents, or a folder that was prepared before.
-        limit_bytes: of text held in memory.
-        vocab_size: of the trained tokenizer, words not counted.
+        source: see ssmax.data.sources.Documents; or a folder that was prepared before.
+        limit_bytes: bytes of text held in memory.
+        vocab_size: tokens of the trained tokenizer, without words.
         held_out: (K, L), how many held-out texts of how many tokens.
         cache: folder for tokenised corpora.
         tokenizer: a given one, see ssmax.data.tokenizer.load_tokenizer; empty: train one.

@@ -1,4 +1,4 @@
-"""Which files of a folder are its corpus: rows, else texts; hidden files never are, and what is left out is named; no torch."""
+"""Which files of a folder are its corpus: rows, otherwise texts, never hidden files; what is left out is reported. No torch."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def find_corpus(folder: Path, files: list[Path], wanted: str | None, account: Ac
         folder: the folder.
         files: those in it that count.
         wanted: the column as it was asked for.
-        account: of what is left out.
+        account: records what is left out.
 
     Raises:
         UserError: rows without a column of text, and no text beside them; or several splits without train.

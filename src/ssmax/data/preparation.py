@@ -32,16 +32,16 @@ def prepare_stream(
 ) -> Path:
     """Tokenise documents into a folder of the cache until it has enough training tokens or they end; return the folder.
 
-    What cannot be read is left out, with a LeftOut warning. An interrupted preparation continues behind its last whole shard and ends with the same shards. A text is held out
+    What cannot be read is left out, with a LeftOut warning. An interrupted preparation continues after its last whole shard and ends with the same shards. A text is held out
     by its own hash, and every copy of it, so that nothing of it is trained on.
 
     Args:
-        source: as for ssmax.data.sources.Documents.
-        tokenizer: as for ssmax.data.tokenizer.load_tokenizer.
+        source: see ssmax.data.sources.Documents.
+        tokenizer: see ssmax.data.tokenizer.load_tokenizer.
         tokens: training tokens that are enough.
         held_out: (K, L), how many held-out texts of how many tokens at most.
         cache: folder for tokenised corpora.
-        shard_tokens: of each shard but the last.
+        shard_tokens: tokens in each shard but the last.
 
     Raises:
         UserError: a bad source or tokenizer, or no text that is long enough to be held out.

@@ -39,7 +39,7 @@ def is_rows(path: Path) -> bool:
 
 
 def texts(path: Path, column: str, name: str, account: Account) -> Iterator[str]:
-    """Yield the column of each row that has it as text; whatever is left out goes to the account.
+    """Yield the column of each row that has it as text. The account records what is left out.
 
     Raises:
         OSError: the file cannot be opened or its disk fails.
@@ -76,7 +76,7 @@ def column_of_files(paths: list[Path], wanted: str | None, source: str, *, named
     """Return the column of text in files of rows, by the first file that has one.
 
     Args:
-        paths: of the files.
+        paths: paths of the files.
         wanted: the column's name; None to look for it.
         source: in messages.
         named: take no column for its being the only one of text.
@@ -297,7 +297,7 @@ def _goes_on(line):
 
 
 def _rows_of(whole, column, say):
-    """The rows of a whole JSON file: of an array, of the array in an object, or of an object that is a row itself."""
+    """The rows of a JSON file that holds an array, an object with an array, or one row."""
     if isinstance(whole, dict):
         if any(isinstance(whole.get(name), str) for name in ([column] if column else NAMED)):
             return [whole]

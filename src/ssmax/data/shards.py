@@ -43,12 +43,12 @@ class Manifest:
     Attributes:
         source: the corpus, in words.
         tokenizer: its name as given, end (id of the end-of-text token), vocabulary, and sha256 of its tokenizer.json.
-        dtype: of the shards, little-endian.
-        documents, bytes, tokens: of text read, and of training tokens written.
+        dtype: dtype of the shards, little-endian.
+        documents, bytes, tokens: documents and bytes read, training tokens written.
         shards: name, tokens and sha256 of each.
         held_out: texts, length, and sha256 of their file.
-        left_out: of the text that was read, a line for each kind.
-        fingerprint: of all that; empty while the preparation is not finished.
+        left_out: what was left out of the text, a line for each kind.
+        fingerprint: hash of all of this; empty while the preparation is not finished.
         resume: where an unfinished preparation continues.
     """
 
@@ -80,7 +80,7 @@ class Manifest:
         return found
 
     def write(self, folder: Path, held_out: np.ndarray | None = None) -> None:
-        """Write it, behind the held-out texts that it counts."""
+        """Write the manifest, after the held-out texts that it counts."""
         if held_out is not None:
             content = io.BytesIO()
             np.save(content, held_out)
@@ -96,7 +96,7 @@ class Manifest:
 
 
 class ShardWriter:
-    """Writes tokens into the shard behind those that the manifest names; a shard gets its name once it is whole."""
+    """Writes tokens into the shard after those in the manifest. A shard gets its name once it is whole."""
 
     def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.manifest, self.shard_tokens = folder, manifest, shard_tokens
@@ -223,7 +223,7 @@ def verify(folder: Path, shown: bool = True) -> None:
 
 
 def _damaged(path, what):
-    return UserError(f"{path} {what}; delete {path.parent} and prepare it again, or copy that file anew")
+    return UserError(f"{path} {what}; delete {path.parent} and prepare it again, or copy that file again")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ SPELLING = "NAME[:SUBSET][#COLUMN][=WEIGHT], several with commas, such as books=
 READING = 2
 # Tests of the standard library repeat themselves and are not shipped with every Python.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-READERS = {"text", "arrow", "parquet", "json", "csv"}  # of datasets, under names that would read whatever lies around
+READERS = {"text", "arrow", "parquet", "json", "csv"}  # readers of datasets, whose names would read local files
 # Names that end so are meant as files; other dots are in names on a hub as well.
 FILES = {".txt", ".md", ".py", *row_files.SUFFIXES, *COMPRESSED}
 # A text file of any size passes in pieces, each a document, where it need not be held whole.
@@ -51,8 +51,8 @@ class _Part:
 class Documents:
     """The documents of a corpus one after another; where it stands can be kept and restored.
 
-    Of several sources the next document is of the one that is furthest behind its share of the text: nothing is left to
-    chance, and the shares hold at any point. The mixture ends with the first source that does. What cannot be read is
+    With several sources the next document is from the source that is furthest below its share of the text. Nothing is
+    random, and the shares hold at any point. The mixture ends with the first source that does. What cannot be read is
     left out and counted; at the end a LeftOut warning of each kind says how much and where.
 
     Args:
@@ -127,7 +127,7 @@ class Documents:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return where it stands, behind the last document, as JSON can hold it."""
+        """Return the place after the last document, as a JSON value."""
         return {"bytes": list(self.bytes_read), "sources": [copy.deepcopy(source.state()) for source in self.sources]}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -157,12 +157,12 @@ def warn_left_out(name: str, lines: list[str]) -> None:
 
 
 class _Files:
-    """Documents of files, each with its reader; it stands behind so many documents of one of them."""
+    """Documents of files, each with its reader; its place is a file and a number of its documents."""
 
     def __init__(self, readers, account):
         self.readers, self.account = readers, account
         self.file, self.done = 0, 0
-        self.before = copy.deepcopy(account.found)  # the account before the present file, which is read anew
+        self.before = copy.deepcopy(account.found)  # the account before the present file, which is read again
 
     def __iter__(self):
         while self.file < len(self.readers):
@@ -199,7 +199,7 @@ class _Rows:
                 text = row_files.text_of(row[self.column], self.column, f"row {self.count:,}", self.account.add)
                 if text is not None and text.strip():
                     yield text
-        except Exception as error:  # whatever the reader or the hub's client raises, the user needs one line
+        except Exception as error:  # readers and the hub's client raise various errors; the user needs one line
             failed = f"reading {self.part.name} failed: {reason(error)}"
             if may_pass(error):
                 raise RunFailed(f"{failed}; the same command continues") from error
@@ -216,7 +216,7 @@ class _Rows:
 
 
 def _parse(source):
-    """Sources of a spelling; what exists as it stands is a path, whatever its name."""
+    """Parse a spelling into its sources. A name that exists is a path, whatever characters it has."""
     if Path(source).expanduser().exists():
         return [_Part(source, None, None, 1.0)]
     found = [_part(text) for text in source.split(",")]
@@ -238,7 +238,7 @@ def _part(text):
         except ValueError:
             weight = math.nan
         if not 0 < weight < math.inf:
-            raise UserError(f"corpus {text!r}: the weight behind = must be a positive number; {SPELLING}")
+            raise UserError(f"corpus {text!r}: the weight after = must be a positive number; {SPELLING}")
     if name and Path(name).expanduser().exists():
         return _Part(name, None, None, weight)
     match = re.fullmatch(r"([^:#]+)(?::([^:#]+))?(?:#([^#]+))?", name)
@@ -259,7 +259,7 @@ def _open(part, piece):
         return _Rows(part, _one_split(part, _load(part)))
     except UserError:
         raise
-    except Exception as error:  # whatever datasets or the hub's client raises, the user needs one line
+    except Exception as error:  # datasets and the hub's client raise various errors; the user needs one line
         if isinstance(error, OSError) and path.exists():
             raise
         what = "" if path.exists() else " is no file or folder here, and"

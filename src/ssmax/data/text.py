@@ -1,4 +1,4 @@
-"""Bytes to text: which encoding, which files are no text, and an account of all that was left out; no torch."""
+"""Bytes to text: encodings, files that are not text, and an account of what was left out. No torch."""
 
 import bz2
 import codecs
@@ -46,7 +46,7 @@ codecs.register_error(MARK, lambda e: ("".join(chr(0xDC00 + byte) for byte in e.
 
 
 class Account:
-    """What was left out of a corpus: of each kind how much, and the first places.
+    """What was left out of a corpus: for each kind how much, and the first places.
 
     Attributes:
         found: [count, places] of each kind, as JSON can hold it.

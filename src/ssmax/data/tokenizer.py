@@ -31,7 +31,7 @@ class GivenTokenizer:
 
     @property
     def sha256(self) -> str:
-        """Hash of what it computes, whatever its files are called."""
+        """Hash of what it computes, independent of file names."""
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()
 
 
@@ -50,7 +50,7 @@ def load_tokenizer(name: str, *, cached_only: bool = False) -> GivenTokenizer:
     try:
         files = _load(name, cached_only)
         core = Tokenizer.from_str(files.backend_tokenizer.to_str())  # a copy, which the wrapper does not change
-    except Exception as error:  # whatever the hub's client or a damaged file raises, the user needs one line
+    except Exception as error:  # the hub's client and damaged files raise various errors; the user needs one line
         raise UserError(
             f"--tokenizer {name} is no tokenizer here or on a hub that can be reached: {reason(error)}; give a folder with a "
             "tokenizer.json"

@@ -34,7 +34,7 @@ class Shipped:
     Attributes:
         pretrained: name of MODELS -> the model as it was pretrained.
         retrieval: the same models, fine-tuned to find the needle on contexts no longer than the training length.
-        tokenizer: of both.
+        tokenizer: tokenizer of both models.
         texts: (K, L) token ids that neither model was trained on.
         provenance: recipe, corpus, commit, seed and versions of the run that made the models.
     """

@@ -143,7 +143,7 @@ def sharpness_by_layer(
 
 
 def _sharpness(n, weights):
-    # A layer with a window has left the first token behind, once it holds fewer keys than there are tokens.
+    # A layer with a window no longer holds the first token once it holds fewer keys than there are tokens.
     behind = weights[:, 1:] / weights[:, 1:].sum(-1, keepdim=True) if weights.shape[1] == n else weights
     return tuple(f(x) for x in (weights, behind) for f in (_entropy, _largest))
 

@@ -1,4 +1,4 @@
-"""A chunk of positions behind a cache, without the mask that stands for 'causal'."""
+"""Attention of a chunk of positions after a cache, without a causal mask."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ FEWEST = 128
 class CausalBehindCache(TorchFunctionMode):
     """Let scaled_dot_product_attention on a CPU read only what a causal mask leaves of T new and S - T earlier keys.
 
-    Its kernel has a causal form for as many queries as keys alone; behind a cache a mask of T x S makes it compute every
+    The kernel has a causal form only for equally many queries and keys; after a cache, a T x S mask makes it compute every
     pair. Here the earlier keys are read without a mask and the new ones causally, and the two outputs are joined by the
     log-sum-exp of their logits: softmax over both.
     """

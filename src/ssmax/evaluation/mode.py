@@ -1,4 +1,4 @@
-"""Eval mode for the length of a measurement."""
+"""Eval mode during a measurement."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""How a model reads a long text in pieces: found out on the model itself, so that no argument is swallowed unseen."""
+"""How a model reads a long text in pieces. It is tried on the model itself, so that an ignored argument is noticed."""
 
 import copy
 import inspect
@@ -17,7 +17,7 @@ from ssmax.hf.visibility import forward_scope
 
 __all__ = ["Memory", "Reader", "branch", "is_transformers", "relative_error", "tolerance"]
 
-# What a model has read: a cache, where it goes on from one exactly; else the tokens, to be read anew when it is asked.
+# What a model has read: a cache, if it continues from one exactly; otherwise the tokens, which are read again.
 Memory = Cache | Tensor
 
 # The pieces in which a sample is read: short and long ones, single tokens among them, since families treat them apart.
@@ -77,7 +77,7 @@ class Reader:
 
     @cached_property
     def steps(self) -> bool:
-        """Whether single tokens behind a text that was read at once are the text as a whole."""
+        """Whether a text read at once and then token by token gives what the whole text gives."""
         return self.pieces or self._continues([max(1, self._sample.shape[1] - 3), *[1] * sum(PIECES)])
 
     @cached_property
@@ -102,7 +102,7 @@ class Reader:
             try:
                 with _plain_kernels(self.model):
                     states = torch.cat([self._states(part, cache) for part in parts], 1)
-            except Exception:  # whatever a family raises that has no such cache; it reads whole texts
+            except Exception:  # families without such a cache raise various errors; they read whole texts
                 continue
             first = parts[0].shape[1]
             if relative_error(states[:, first:], self._whole[:, first:]) < tolerance(states.dtype):
@@ -171,7 +171,7 @@ class Reader:
         return given | ({"use_cache": cache is not None} if {"use_cache", "kwargs"} & self._arguments else {})
 
     def logits(self, output: Any, states_BTD: Tensor) -> Tensor:
-        """Return the logits of some states of the backbone's output, by what the model itself does behind its backbone."""
+        """Return the logits of some states of the backbone's output, computed by the rest of the model itself."""
         with _answering(self.backbone, output, states_BTD):
             return self.model(input_ids=self._sample[:, :1], use_cache=False).logits
 
@@ -209,7 +209,7 @@ def branch(memory: Memory) -> Memory:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative error that counts as rounding: of many layers, far above eps and far below a lost memory.
+    """Return the relative error that counts as rounding of many layers: far above eps and far below a lost memory.
 
     Families compute some of their steps in float32 whatever their dtype.
     """
@@ -275,7 +275,7 @@ def _outermost(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
 
 @contextmanager
 def _answering(backbone: Any, output: Any, states: Tensor) -> Iterator[None]:
-    """Let the backbone answer with states, so that what the model does behind it can be had slice by slice."""
+    """Replace the backbone's output by given states, so that the rest of the model runs slice by slice."""
     answer = copy.copy(output)
     answer.last_hidden_state = states
     before = vars(backbone).get("forward")

@@ -127,7 +127,7 @@ def attention_rows(
     chunk: int = 1024,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Return how sharply the heads attend behind n tokens of documents (T,), n = 64, 128, ... and T.
+    """Return how sharply the heads attend after n tokens of documents (T,), n = 64, 128, ... and T.
 
     attention_entropy (relative to log n) and largest_weight, with and without the first token ("sink": "with" or
     "without"): each head's mean over documents, and of these the mean and quantiles over all heads ("heads").

@@ -85,7 +85,7 @@ class PromptForm:
 
 
 # A tokenizer may treat the start of a text as it treats no other place (SentencePiece puts a space there), and join
-# what two pieces are into one token. So a piece is never encoded alone: it is what stands behind one of these words.
+# two pieces into one token. So a piece is never encoded alone, but after one of these words.
 BEFORE = ("x", ".", "text.", "1")
 
 
@@ -148,15 +148,19 @@ def depth_grid(lengths: Sequence[int], depths: Sequence[float]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """The paper's needle, "The special magic Tokyo number is: 8106422.", in text, and the question for its number.
+    """The paper's needle, "The special magic Tokyo number is: 8106422.", hidden in text, and the question for its number.
 
     Attributes:
         encode: text -> token ids, without special tokens.
-        haystack: (T,) token ids of the text around it.
-        digits: length of the number; the paper's is 7.
-        distractors: needles of other cities at random depths, which are not asked.
-        several: the context holds a needle of another city at each depth of the grid, and each is asked in its turn.
+        haystack: (T,) token ids of the text.
+        digits: digits of the number (the paper: 7).
+        distractors: number of needles for other cities, at random depths, that are not asked for.
+        several: put a needle for another city at each depth of the grid, and ask for each in turn.
         form: how the prompt is made.
+
+    Example:
+        >>> task = NeedleTask(encode, np.array(encode(text)))
+        >>> trial = task.grid([(1024, 0.0), (1024, 0.5)], np.random.default_rng(0))
     """
 
     encode: Encode

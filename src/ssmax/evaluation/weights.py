@@ -1,4 +1,4 @@
-"""The attention weights of one query in every layer, under the layer's own index, or the reason why they cannot be had."""
+"""The attention weights of one query in every layer, by the layer's own index, or why they are not available."""
 
 import warnings
 from collections.abc import Iterator

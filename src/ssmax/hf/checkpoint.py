@@ -1,4 +1,4 @@
-"""Saved models: their own model_type, the recipe in config.ssmax, and a refusal of every checkpoint that lost its scale.
+"""Saved models: their own model_type, the recipe in config.ssmax, and an error for every checkpoint that lost its scale.
 
 SSMaxLlamaForCausalLM, SSMaxLlamaConfig and the like are made on demand from transformers' class of that name, so that
 they can be imported, pickled and named in auto_map.

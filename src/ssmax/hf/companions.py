@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights and config: tokenizer, processor, templates, licence; carried from folder to folder."""
+"""Files of a model beside weights and config: tokenizer, processor, templates, licence; copied from folder to folder."""
 
 import os
 import shutil
@@ -19,14 +19,14 @@ CODE = (".py", ".pyc", ".so", ".ipynb", ".sh")  # what a converted folder carrie
 
 
 def copy_companions(source: str, target: Path, commit: str | None = None) -> str | None:
-    """Copy all files of a model but weights, code and what target has already; return what stayed behind, in one line.
+    """Copy all files of a model but weights, code and what target has already; return what was not copied, in one line.
 
     Hidden files stay too, and folders with weights of their own (another model), and links that lead out of the folder.
 
     Args:
         source: a folder, or a name on a hub.
         target: a folder that the model was saved to.
-        commit: of the hub's model, as its config says.
+        commit: commit of the hub's model, from its config.
     """
     folder = _folder(source, commit)
     if folder is None:

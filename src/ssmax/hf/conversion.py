@@ -1,4 +1,4 @@
-"""convert, revert, converted: put SSMax into a Hugging Face model in place, and take it out again."""
+"""convert, revert, converted: add SSMax to a Hugging Face model in place, and remove it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The one door of transformers' attention: whoever passes it with a scale gets its query scaled."""
+"""The one wrap of transformers' attention functions: it scales the query of modules that have a scale."""
 
 import functools
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
 
 
 def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0, **kwargs):
-    """softmax(m softcap(z)) v: the multiplier comes behind the cap, so the query cannot carry it."""
+    """softmax(m softcap(z)) v: the multiplier comes after the cap, so that the query cannot carry it."""
     m = scale(torch.ones(*query.shape[:3], 1, dtype=torch.float32, device=query.device), n)[..., 0]
     output = reference.forward(
         query,

@@ -36,7 +36,7 @@ class Layer:
         module: its attention module.
         heads: query heads.
         kind: as in the config's layer_types: "full_attention", "sliding_attention", "chunked_attention" or a sparse kind.
-        cross: its keys come from elsewhere than its queries.
+        cross: whether keys and queries have different sources.
     """
 
     module: Any
@@ -205,7 +205,7 @@ def refuse_own_law(module: Any, family: str) -> None:
 
 
 def computing_device(module: nn.Module, model: PreTrainedModel) -> torch.device:
-    """Return the device on which an attention module computes, wherever its weights are kept and in whatever form."""
+    """Return the device on which an attention module computes, wherever and however its weights are stored."""
     hooks: list[Any] = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
     hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]
     for hook in hooks:  # accelerate's: weights that are offloaded lie on the meta device until they are needed

@@ -1,4 +1,4 @@
-"""Loading a model's folder that came from anywhere: safetensors and JSON alone, all of it, and nothing outside of it."""
+"""Loading a model's folder from an unknown source: only safetensors and JSON, all files, none outside of the folder."""
 
 import json
 import warnings
@@ -45,8 +45,8 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
 
     Args:
         source: a folder, or a name on a hub.
-        config: as load_config gave it, or changed; default the source's.
-        options: of transformers' from_pretrained.
+        config: a config of load_config, possibly changed. Default: the source's.
+        options: options of transformers' from_pretrained.
 
     Raises:
         ValueError: as load_config; or a weight is missing, or there are no safetensors.
@@ -68,7 +68,7 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Load a tokenizer; errors as load_config."""
+    """Load a tokenizer. Raises as load_config."""
     return _told(source, lambda: AutoTokenizer.from_pretrained(source, **SAFE), "tokenizer")
 
 
@@ -111,7 +111,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _check(source):
-    """It must be there, whole, a model and no adapter; weight files must lie in the folder."""
+    """Raise Damaged unless source is a whole model, not an adapter, with its weight files inside the folder."""
     folder = Path(source)
     if folder.is_file():
         raise Damaged(f"{source} cannot be loaded: it is a file; give the folder of a model, or its name on a hub")

@@ -1,4 +1,4 @@
-"""Where transformers would load a converted model as another one, silently: the doors through which every way of loading passes."""
+"""Where transformers would silently load a converted model as another one: all ways of loading pass through these functions."""
 
 import functools
 import sys

@@ -16,7 +16,7 @@ __all__ = ["install"]
 def install() -> None:
     """Let FSDP2 (fully_shard) and FSDP1 shard each QueryScale apart from the layer that holds it, once.
 
-    Classes are changed and no functions, so that it holds for whoever has imported fully_shard before.
+    Classes are changed, not functions, so that it also holds if fully_shard was imported before.
     """
     if getattr(FSDPParamGroup.__init__, "_ssmax", False):
         return

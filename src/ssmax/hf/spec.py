@@ -23,12 +23,12 @@ class ScaleSpec:
     Attributes:
         law: "s log n", "s log n + b", or a name of ssmax.laws.
         layers: indices of decoder layers, or names of attention modules in all other models.
-        version: of the ssmax that converted the model.
+        version: version of ssmax that converted the model.
         init: "matched", "identity" or a number, as convert was told.
-        s: of each head at the start.
-        b: as s.
+        s: starting value of s of each head.
+        b: starting value of b of each head.
         bias: whether b is learned.
-        parameters: of another law, at the start.
+        parameters: starting values of another law.
     """
 
     law: str
@@ -45,7 +45,7 @@ class ScaleSpec:
         """Read a config; 0.1.0's too.
 
         Args:
-            config: of a model.
+            config: config of a model.
             kind: the model's class, for messages.
 
         Raises:

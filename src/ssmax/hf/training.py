@@ -1,4 +1,4 @@
-"""Training a converted model: s and b are not decayed, and may have a learning rate of their own."""
+"""Training a converted model: s and b are not decayed, and may have their own learning rate."""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""Modules that carry a scale: the class of an instance changes, its attributes and parameters do not."""
+"""Modules with a scale: the class of an instance changes; its attributes and parameters do not."""
 
 import copyreg
 import functools

@@ -27,7 +27,7 @@ class Site:
     Attributes:
         heads: query heads of each of its calls.
         device: where its queries are.
-        crossing: of each call, whether its keys come from elsewhere than its queries.
+        crossing: for each call, whether keys and queries have different sources.
     """
 
     device: torch.device
@@ -44,7 +44,7 @@ def multihead_sites(model: nn.Module) -> dict[str, Site]:
     """Return the nn.MultiheadAttention modules by name, without running them.
 
     Cross attention is what cannot attend to its own tokens (kdim or vdim differ), and nn.TransformerDecoderLayer's
-    multihead_attn; whatever else counts as self-attention.
+    multihead_attn; all other modules count as self-attention.
     """
     crossing = {id(m.multihead_attn) for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     return {

@@ -85,7 +85,7 @@ def learned(rows: Sequence[Row], form: str, train_length: int) -> dict[str, dict
 
 
 def _retrieval(rows, form, train_length, chosen):
-    """Of the models that learned the task; where that was not measured, of all."""
+    """Values of the models that learned the task; of all models if that was not measured."""
     able = learned(rows, form, train_length)
     found = _means(rows, "retrieval_accuracy", form, chosen, theta_factor=raised(rows, "retrieval_accuracy"))
     return {

@@ -33,7 +33,7 @@ class Variant:
         title: in reports.
         help: on the command line.
         colour: in figures.
-        options: of convert, beside "matched"; None for Softmax. A function of the recipe where they depend on it.
+        options: options of convert, with init "matched"; None for Softmax. A function of the recipe if they depend on it.
         finish: called with the converted model and its recipe, to put other scales in.
         made_of: the variant whose trained model it is, converted without further training; it has no training of its own.
         measured: False for a model that is not saved: what its training finds is all that is asked of it.

@@ -71,7 +71,7 @@ def plan(recipe: Recipe) -> list[str]:
 
 
 def _vocabulary(recipe):
-    """Of the given tokenizer, where it is on this machine; otherwise the recipe's."""
+    """Vocabulary of the given tokenizer if it is on this machine; otherwise the recipe's."""
     if not recipe.tokenizer:
         return recipe.vocab_size
     try:

@@ -1,4 +1,4 @@
-"""What is trained and measured: a recipe is a function that returns a Recipe; the command line is made from its fields."""
+"""Recipes: settings of the paper's experiments. The command line is made from the fields of Recipe."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -30,7 +30,7 @@ def turns(theta: float, length: int) -> float:
     """Return the share of RoPE's frequencies that complete a turn within length tokens.
 
     Frequency i of a head of d components has the wavelength 2 pi theta^(2i/d), so that the share (of the range of
-    2i/d) is log(length / 2 pi) / log theta, whatever d is.
+    2i/d) is log(length / 2 pi) / log theta for any d.
     """
     return math.log(length / (2 * math.pi)) / math.log(theta)
 
@@ -212,7 +212,7 @@ def _letters(option, models):
 
 
 def smoke() -> Recipe:
-    """Everything once, too small to show anything: for the tests, under a minute."""
+    """All stages once, for the tests: under a minute, too small to show an effect."""
     return Recipe(
         name="smoke",
         theta=PAPER_THETA,
@@ -252,7 +252,7 @@ def tiny() -> Recipe:
 
 
 def laptop() -> Recipe:
-    """Three forms, six variants, five seeds, retrieval of all and counting, on two CPU cores; up to two hours are meant."""
+    """Three forms, six variants, five seeds, retrieval of all and counting, on two CPU cores; target: two hours."""
     return Recipe(
         name="laptop",
         models=("paper:abcdefp", "qk-norm:abcdef", "partial-rope:abcdef"),
@@ -273,7 +273,7 @@ def laws() -> Recipe:
 
 
 def small() -> Recipe:
-    """All forms and variants on one GPU; about an hour is meant, and has not been measured."""
+    """All forms and variants on one GPU; target: about an hour; not yet run."""
     return Recipe(
         name="small",
         theta=PAPER_THETA,

@@ -220,7 +220,7 @@ class Line:
         title: what the abstract claims.
         claim: the name of the registered claim that it is judged by.
         words: what was measured; {x} is the claimed model's value, {y} the other's.
-        format: of x and y.
+        format: format of x and y.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Paired differences over seeds: interval, size, and how many seeds an open question would take. No scipy, no torch."""
+"""Paired differences over seeds: interval, effect size, and how many seeds would decide an open claim. No scipy, no torch."""
 
 import math
 from collections.abc import Sequence

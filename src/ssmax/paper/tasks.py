@@ -30,7 +30,7 @@ class CountTask:
     """Text with 0 to 9 marks, the word " Tokyo", at random places, and the question for their number.
 
     Attributes:
-        encode: text -> token ids, without special tokens; a digit behind a space must be one token.
+        encode: text -> token ids, without special tokens; a digit after a space must be one token.
         haystack: (T,) token ids of the text around them.
     """
 

@@ -1,4 +1,4 @@
-"""A report as one page that opens offline, and the figures beside it; made anew only where its rows changed."""
+"""A report as one page that opens offline, and the figures beside it; made again only if its rows changed."""
 
 import base64
 import hashlib

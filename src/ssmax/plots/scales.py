@@ -15,7 +15,7 @@ __all__ = ["scales"]
 
 
 def scales(rows: Sequence[Row], kind: str) -> bytes:
-    """Draw s and whatever else is learned of each layer and head of a model as an image, kind "png" or "svg"."""
+    """Draw s and the other learned values of each layer and head of a model as an image, kind "png" or "svg"."""
     metrics = list(dict.fromkeys(row.metric for row in rows))
     with matplotlib.rc_context(STYLE):
         heads = 1 + max(row.at["head"] for row in rows)

@@ -32,7 +32,7 @@ class RunFolder:
         folder: where it lies.
         recipe: what it holds; a frozen dataclass with jobs, stages(job), once (stages that belong to no job) and later
             (values of fields that older versions did not have).
-        corpus: as given on the command line.
+        corpus: --corpus of the command line.
     """
 
     folder: Path

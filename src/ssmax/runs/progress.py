@@ -13,10 +13,10 @@ def progress_bar(
     """Return a bar that shows the time left, and with a unit how much of it is done; a log file gets few lines.
 
     Args:
-        total: of the work.
+        total: amount of work.
         description: what is done.
         shown: False for a bar that is not there.
-        unit: of total, counted beside the bar.
+        unit: unit of total, shown beside the bar.
         initial: how much an earlier process did.
         delay: seconds before it appears; what ends sooner shows none.
     """

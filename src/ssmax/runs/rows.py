@@ -1,4 +1,4 @@
-"""Rows: one measured number each, with all that is needed to trust it. One JSON object a line; no torch here."""
+"""Rows: one measured number each, with its provenance. One JSON object for each line. Loads no torch."""
 
 import json
 import math
@@ -21,7 +21,7 @@ class Row:
         metric: max_weight, focus_weight, learned_p, train_loss, loss_by_position, retrieval_accuracy, first_digit_accuracy,
             needle_score, top_needle_score, attention_entropy or largest_weight.
         variant: "a" ... "f", or a model's name.
-        seed: of initial weights and data order; None for what no seed touches.
+        seed: seed of initial weights and data order; None if no seed is involved.
         at: coordinates, such as {"position": 2048, "theta_factor": 50}.
         value: the number; losses in nats per token.
         samples: how many measurements it is the mean of.

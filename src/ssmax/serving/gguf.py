@@ -49,7 +49,7 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
     Args:
         source: folder of a model and its tokenizer. A softmax model of the same families is written as such.
         target: new file.
-        dtype: of the matrices: "f32", "f16" or "q8_0"; vectors stay float32.
+        dtype: dtype of the matrices: "f32", "f16" or "q8_0"; vectors stay float32.
         dry_run: check the model, write nothing.
 
     Raises:

@@ -65,7 +65,7 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
 
 
 def sample_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Return inputs of a step behind a cache, or of whole sequences where a layer's cache is not one that only grows.
+    """Return inputs of a step after a cache, or of whole sequences where a layer's cache is not one that only grows.
 
     No size is 1 or equal to another, since an exporter may take such sizes for fixed or for the same.
     """

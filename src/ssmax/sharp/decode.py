@@ -39,10 +39,10 @@ def forward(
     """Arguments as in the reference, and three more. No gradients, packed documents, softcap, dropout or bias.
 
     A key whose score lies below the largest by more than log(N / tolerance) weighs less than tolerance / N. Leaving
-    out keys of total weight <= tolerance moves the output by at most 2 tolerance max|v|, whatever was left out.
+    out keys of total weight <= tolerance changes the output by at most 2 tolerance max|v|.
 
     Args:
-        tolerance: of the weight of each row, in (0, 1).
+        tolerance: weight that may be left out of each row, in (0, 1).
         screen: bounds for key. Without it all keys are read, and only values left out.
         plain: the kernel for what does not pay: short caches, many queries, windows, flat heads.
     """

@@ -1,4 +1,4 @@
-"""ScreenedKeys: a growing cache of keys with an int8 copy beside it, from which scores are bounded, not guessed."""
+"""ScreenedKeys: a growing cache of keys with an int8 copy beside it, which gives bounds of the scores."""
 
 import functools
 import math
@@ -139,7 +139,7 @@ class ScreenedKeys:
             query: (T, R, D), float64: T heads of R rows that share a key head.
             heads: (T, 2), their batch and key head.
             visible: (T, R, S), bool, or None = all.
-            tolerance: of a row's weight.
+            tolerance: weight that may be left out of a row.
             most_kept: fraction of the keys; None stands for a head that needs more of them.
         """
         size, room = len(self), -(-len(self) // BLOCK) * BLOCK
@@ -182,7 +182,7 @@ class ScreenedKeys:
         return self._read / self.steps if self.steps else np.ones_like(self._read)
 
     def give_up(self) -> None:
-        """Forget the screen and its memory; ready() would make it anew."""
+        """Drop the screen and its memory; ready() would build it again."""
         self._screened, self._centre = 0, None
         self._codes = self._lost = self._most = None
 

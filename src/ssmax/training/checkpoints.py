@@ -18,7 +18,7 @@ __all__ = ["newest", "owner", "seal"]
 
 
 def owner(folder: Path, recipe: Any) -> str:
-    """Return whose a model's subfolder is: of that model, of that stage, of a run of that recipe.
+    """Return the owner of a model's subfolder: that model, stage, and run of that recipe.
 
     Args:
         folder: MODEL/STAGE.
@@ -42,7 +42,7 @@ def newest(folder: Path, whose: str) -> Path | None:
     """Return the newest whole checkpoint of an owner in folder, the same on all ranks, and remove what is none.
 
     Args:
-        folder: of one training.
+        folder: folder of one training.
         whose: the owner that seal was told, so that a checkpoint of another model or run is not continued.
     """
     state = PartialState()

@@ -22,7 +22,7 @@ class Windows(Dataset):
         tokens: (T,) with len and slices, such as ssmax.data.shards.Shards.
         length: tokens of a window.
         count: windows that are asked for.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, tokens: Any, length: int, count: int, seed: int):
@@ -66,8 +66,8 @@ class Examples(Dataset):
         shortest: length of the shortest example.
         longest: tokens of the longest example.
         batch_size: examples of a step.
-        steps: of the training.
-        seed: of lengths and examples.
+        steps: number of steps.
+        seed: seed of lengths and examples.
     """
 
     def __init__(

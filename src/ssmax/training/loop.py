@@ -27,22 +27,22 @@ __all__ = ["Setup", "Spec", "Trained", "batch_arguments", "train"]
 
 @dataclass(frozen=True)
 class Spec:
-    """What a training computes, with AdamW and gradients clipped to 1.
+    """Settings of a training, with AdamW and gradients clipped to norm 1.
 
     Attributes:
-        steps: of the training.
-        batch_size: items of a step, over all devices.
-        step_tokens: tokens of a step, for the progress.
-        device_batch_size: items that pass at once on a device; the rest of a step accumulates.
-        learning_rate: the highest, after a linear warm-up.
-        betas: of AdamW.
-        weight_decay: on parameters of rank >= 2 that are no scales.
-        warmup_steps: of the learning rate.
-        schedule: what follows the warm-up, by transformers' name.
-        precision: of the matrix products, "float32" or "bfloat16".
-        checkpoint_steps: steps between checkpoints, 0 for none.
-        seed: of the Trainer.
-        owner: whose the checkpoints are, see checkpoints.owner.
+        steps: number of steps.
+        batch_size: items in each step, over all devices.
+        step_tokens: tokens in each step, for the progress bar.
+        device_batch_size: items in each forward pass on a device; gradients accumulate.
+        learning_rate: learning rate after a linear warm-up.
+        betas: AdamW's betas.
+        weight_decay: weight decay of parameters of rank >= 2 that are not scales.
+        warmup_steps: steps in which the learning rate rises.
+        schedule: schedule after the warm-up, by transformers' name.
+        precision: dtype of the matrix products, "float32" or "bfloat16".
+        checkpoint_steps: steps between two checkpoints; 0 for none.
+        seed: the Trainer's seed.
+        owner: owner of the checkpoints, see checkpoints.owner.
     """
 
     steps: int
@@ -96,7 +96,7 @@ def train(
         model: changed in place, or its copies where it is sharded.
         data: a data set of spec.steps times spec.batch_size items, read in order.
         spec: what is computed.
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
         progress: told the tokens of each step.
         setup: how it runs.
         before_step: called with the model and the number of finished steps.

@@ -20,7 +20,7 @@ LAST_WORDS = timedelta(seconds=5)
 
 
 def join(timeout: timedelta) -> PartialState:
-    """Join the other ranks where torchrun started some; whoever waits longer than timeout for another one fails."""
+    """Join the other ranks that torchrun started. A rank that waits longer than timeout for another one fails."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
 
 

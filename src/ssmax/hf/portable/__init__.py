@@ -1,1 +1,1 @@
-"""What a saved model carries so that others can load and judge it: its code file and its model card."""
+"""What a saved model contains so that others can load and judge it: its code file and its model card."""

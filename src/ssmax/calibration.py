@@ -15,9 +15,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ssmax.conversion import convert, revert
 from ssmax.evaluation import loss_by_position
 from ssmax.evaluation.mode import eval_mode
-from ssmax.hf import convert, revert
+from ssmax.evaluation.reading import check_reads_text
 from ssmax.modules.whole import scale_parameters, whole_or_not_at_all
 from ssmax.nn import SSMaxScale
 
@@ -126,7 +127,8 @@ def calibrate(
 
     Raises:
         TypeError: texts are strings and tokenizer is missing.
-        ValueError: fewer than two pieces of this length, or arguments that convert refuses.
+        ValueError: model is not a causal language model of transformers, fewer than two pieces of this length, or arguments
+            that convert refuses.
         FloatingPointError: a loss that is not finite.
 
     After an error the model is as it was.
@@ -135,6 +137,7 @@ def calibrate(
         >>> report = ssmax.calibrate(model, texts, tokenizer, length=4096)
         >>> print(report)
     """
+    check_reads_text(model)
     tokens = piece_length(model.config, length)
     if steps < 1 or not inits or not layer_sets:
         raise ValueError(

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ssmax.calibration import Calibration, calibrate, piece_length
+from ssmax.conversion import convert
 from ssmax.data.sources import documents
 from ssmax.errors import RunFailed, UserError
-from ssmax.hf import convert
 from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer

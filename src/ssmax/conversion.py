@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ssmax import modules
+from ssmax.modules.options import Options
 from ssmax.modules.whole import whole_or_not_at_all
 
 __all__ = ["convert", "converted", "revert"]
@@ -40,7 +41,7 @@ def convert(
 
     Args:
         model: a transformers model, also one that PEFT wraps, or any torch.nn.Module that is not yet wrapped for training
-            (DDP, FSDP). An adapter's own file holds no s and b: save the model, or name "ssmax" in modules_to_save.
+            (DDP, FSDP). An adapter saved by PEFT holds s and b too; with "ssmax" in modules_to_save each adapter learns its own.
         init: "matched": s = matched_scale(train_length) without bias, on average as sharp as before (the paper's start).
             "identity": s = 0 and b = 1, the same model, ready to learn. Or a number for s.
         train_length: training length for "matched", in tokens. Default for transformers models: max_position_embeddings.
@@ -74,32 +75,26 @@ def convert(
         >>> ssmax.convert(encoder, train_length=512)
         >>> ssmax.convert(my_gpt, "identity", example=(tokens,))
     """
+    options = Options(init, train_length, bias, layers, law, law_parameters or {}, example, cross)
     whole = _transformers_model(model)
     if whole is not None:
-        if example is not None:
-            raise ValueError("example is for modules that are no transformers models; leave it out")
         from ssmax import hf
 
-        options: dict[str, Any] = {"train_length": train_length, "bias": bias, "layers": layers, "cross": cross}
-        hf.convert(whole, init, law=law, law_parameters=law_parameters, **options)
-        return model
-    if not isinstance(model, nn.Module):
+        hf.conversion.convert(whole, options)
+    elif isinstance(model, nn.Module):
+        _refuse_inner(model)
+        modules.convert(model, options)
+    else:
         raise TypeError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
-    if law != "ssmax" or law_parameters:
-        raise ValueError("law and law_parameters are for transformers models; other modules take s log n + b")
+    return model
+
+
+def _refuse_inner(model):
     inner = next((f"{name} ({type(m).__name__})" for name, m in model.named_modules() if _transformers_model(m)), None)
     if inner is not None:
         raise ValueError(
             f"{type(model).__name__} holds a transformers model, {inner}; convert that one, as in ssmax.convert(model.{inner.split()[0]})"
         )
-    options: dict[str, Any] = {
-        "train_length": train_length,
-        "bias": bias,
-        "layers": layers,
-        "example": example,
-        "cross": cross,
-    }
-    return modules.convert(model, init, **options)
 
 
 @whole_or_not_at_all()
@@ -117,10 +112,11 @@ def revert(model: Any) -> Any:
     """
     whole = _transformers_model(model)
     if whole is None:
-        return modules.revert(model)
-    from ssmax import hf
+        modules.revert(model)
+    else:
+        from ssmax import hf
 
-    hf.revert(whole)
+        hf.conversion.revert(whole)
     return model
 
 

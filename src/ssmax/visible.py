@@ -337,6 +337,8 @@ def as_count(n: Tensor | int, device: torch.device) -> Tensor:
 
 def as_number(n: Any) -> Any:
     """Return one n for all rows; ValueError where it is negative or not finite."""
+    if isinstance(n, torch.SymInt):  # a size that torch.export leaves open
+        return n
     if isinstance(n, bool) or not isinstance(n, (int, float, np.integer, np.floating)):
         raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
     if not torch.compiler.is_compiling() and not 0 <= n < 2**63:

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, LlamaCon
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import ssmax
 
@@ -275,12 +276,60 @@ def test_a_class_of_the_users_own_loads_itself(kind, tmp_path):
         assert torch.equal(reverted(TOKENS).logits, softmax(TOKENS).logits)
 
 
-def test_what_peft_wraps():
-    peft = pytest.importorskip("peft")
-    config = tiny_config("llama")
-    wrapped = peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"])).eval()
-    with torch.no_grad():
-        want = wrapped(TOKENS).logits
-        assert ssmax.convert(wrapped, 0.5) is wrapped
-        assert (wrapped(TOKENS).logits - want).abs().max() > 1e-4
-        assert torch.equal(ssmax.revert(wrapped)(TOKENS).logits, want)
+class Wrapper(LlamaAttention):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class ByHand(LlamaAttention):
+    def forward(self, hidden_states, *args, **kwargs):
+        q = self.q_proj(hidden_states)
+        return (q @ q.mT).softmax(-1) @ q, None
+
+
+class ItsOwnCall(torch.nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        q = hidden_states[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)[:, 0], None
+
+
+def test_attention_of_the_users_own_in_a_decoder():
+    model = LlamaForCausalLM(tiny_config("llama"))
+    model.model.layers[0].self_attn.__class__ = Wrapper
+    assert ssmax.convert(copy.deepcopy(model), 0.5).config.ssmax["layers"] == [0, 1]
+    for kind in (ByHand, ItsOwnCall):
+        attention = copy.deepcopy(model.model.layers[1].self_attn)
+        attention.__class__ = kind
+        model.model.layers[0].self_attn = attention
+        with pytest.raises(ValueError, match=rf"layers.0.self_attn \({kind.__name__}\) attends without"):
+            ssmax.convert(model, 0.5)
+        assert type(model) is LlamaForCausalLM
+        assert ssmax.convert(copy.deepcopy(model), 0.5, layers=[1]).config.ssmax["layers"] == [1]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("way", ["deleted", "none", "replaced"])
+def test_a_scale_that_is_gone_is_missed(family, way):
+    softmax = LlamaForCausalLM(tiny_config("llama")) if family == "llama" else made("bert").float()
+    model = ssmax.convert(copy.deepcopy(softmax.eval()), 0.5)
+    name, module = next((name, m) for name, m in model.named_modules() if "ssmax" in m._modules)
+    if way == "deleted":
+        del module.ssmax
+    elif way == "none":
+        module.ssmax = None
+    else:
+        model.set_submodule(name, copy.deepcopy(softmax.get_submodule(name)))
+    with pytest.raises(ValueError, match=f"{name} was converted to SSMax and its scale is gone"):
+        model(TOKENS)
+    if way != "replaced":  # also where the forward of the whole is not that of the converted class
+        with pytest.raises(ValueError, match="its scale is gone"):
+            (model.model if family == "llama" else model.encoder.layer[0])(
+                *([TOKENS] if family == "llama" else [torch.randn(1, 5, 32)])
+            )
+    assert torch.equal(ssmax.revert(model)(TOKENS)[0], softmax(TOKENS)[0])
+
+
+def test_layers_that_were_cut_off_are_not_missed():
+    model = ssmax.convert(LlamaForCausalLM(tiny_config("llama")), 0.5)
+    model.model.layers = model.model.layers[:1]
+    assert model(TOKENS).logits.isfinite().all()

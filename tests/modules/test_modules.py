@@ -267,6 +267,126 @@ def test_attention_by_hand_is_refused_at_convert_and_later():
         model(x)
 
 
+class Gated(nn.Module):
+    """A router and a classifier, which take a softmax and are no attention, around one that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.router, self.experts = Attention(), nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3 * WIDTH)
+        self.queries, self.head = nn.Parameter(torch.randn(2, WIDTH)), nn.Linear(2 * WIDTH, 5)
+
+    def forward(self, x):
+        x = x + self.attn(x)
+        gates = self.router(x).softmax(-1)
+        x = (gates.unsqueeze(-1) * self.experts(x).unflatten(-1, (3, WIDTH))).sum(-2)
+        pooled = (self.queries @ x.mT).softmax(-1) @ x  # its queries are no tokens
+        return F.softmax(self.head(pooled.flatten(-2)), -1)
+
+
+class Beside(nn.Module):
+    """A block whose attention is torch's, and one of another kind."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.attn, self.other = Attention(), other
+
+    def forward(self, x):
+        return self.other(self.attn(x))
+
+
+class ByHand(nn.Module):
+    """Attention in other ways to write it, and by other kernels."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.qkv, self.way = nn.Linear(WIDTH, 3 * WIDTH), way
+
+    def forward(self, x):
+        q, k, v = (split(part) for part in self.qkv(x).chunk(3, -1))
+        if self.way == "einsum":
+            z = torch.einsum("bhnd,bhsd->bhns", q, k) / 2
+            z.masked_fill_(~causal(*z.shape[-2:]), -torch.inf)
+            y = torch.einsum("bhns,bhsd->bhnd", F.softmax(z.float(), -1), v.float())
+        elif self.way == "baddbmm":
+            q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+            y = torch.baddbmm(torch.zeros(1, 1, 1).to(q), q, k.mT, alpha=0.5).softmax(-1) @ v
+            y = y.unflatten(0, (x.shape[0], -1))
+        elif self.way == "kernel":
+            y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+        return merge(y).to(x.dtype)
+
+
+@pytest.mark.parametrize("way", ["einsum", "baddbmm", "kernel"])
+def test_attention_by_hand_beside_what_converts_is_refused(way):
+    model, x = made(Beside, ByHand(way)), inputs(2, 5, WIDTH)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"other \(ByHand\) attends without torch.nn.functional.scaled_dot"):
+        ssmax.convert(model, 0.5, example=(x,))
+    assert_untouched(model, before, Attention)
+    assert ssmax.convert(model, 0.5, layers=["attn"], example=(x,)).attn.ssmax
+    with pytest.raises(ValueError, match="nothing to convert"):
+        ssmax.convert(made(ByHand, way), 0.5, example=(x,))
+
+
+def test_what_takes_a_softmax_and_is_no_attention_is_let_be():
+    model = ssmax.convert(made(Gated), 0.5, example=(inputs(2, 5, WIDTH),))
+    assert [name for name, _ in model.named_modules() if name.endswith("ssmax")] == ["attn.ssmax"]
+
+
+def test_attention_that_an_example_does_not_run_is_named():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Attention(), Attention()
+
+        def forward(self, x, both=False):
+            return self.second(self.first(x)) if both else self.first(x)
+
+    x = inputs(2, 5, WIDTH)
+    with pytest.raises(ValueError, match=r"second \(Attention\) did not run in the example"):
+        ssmax.convert(made(Half), 0.5, example=(x,))
+    assert ssmax.convert(made(Half), 0.5, example=(x, True)).second.ssmax
+    assert not hasattr(ssmax.convert(made(Half), 0.5, layers=["first"], example=(x,)).second, "ssmax")
+
+
+@pytest.mark.parametrize("other", [lambda: Attention(), lambda: Attention(fused=False)])
+def test_without_an_example_other_attention_is_named(other):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.other = nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True), other()
+
+        def forward(self, x):
+            return self.other(self.encoder(x))
+
+    with pytest.raises(ValueError, match=r"other \(Attention\) attends as well, which is seen in a forward only"):
+        ssmax.convert(made(Both), 0.5)
+    assert ssmax.convert(made(Both), 0.5, layers=["encoder.self_attn"]).encoder.self_attn.ssmax
+
+
+@pytest.mark.parametrize("build", [GPT, lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True)])
+@pytest.mark.parametrize(
+    "lose", [lambda module: delattr(module, "ssmax"), lambda module: setattr(module, "ssmax", None)]
+)
+def test_a_scale_that_is_gone_is_missed(build, lose):
+    example = (TOKENS,) if build is GPT else (inputs(2, 5, WIDTH),)
+    plain = made(build)
+    model, _ = converted(plain, example if build is GPT else None)
+    lose(next(module for module in model.modules() if "ssmax" in module._modules))
+    with pytest.raises(ValueError, match="its scale is gone"):
+        model(*example)
+    assert torch.equal(ssmax.revert(model)(*example), plain(*example))
+
+
+def test_lengths_stay_open_in_an_exported_program():
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True)
+    model = ssmax.convert(made(nn.TransformerEncoder, layer, 1), 0.5)
+    sizes = {0: torch.export.Dim("rows", min=2, max=9), 1: torch.export.Dim("tokens", min=2, max=64)}
+    program = torch.export.export(model, (inputs(2, 5, WIDTH),), dynamic_shapes=(sizes,))
+    x = inputs(3, 11, WIDTH)
+    close(program.module()(x), model(x))
+
+
 def assert_untouched(model, before, *kinds):
     after = model.state_dict()
     assert list(after) == list(before)

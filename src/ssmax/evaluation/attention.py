@@ -57,9 +57,9 @@ def needle_scores(model: PreTrainedModel, token_ids: Tensor, span: tuple[int, in
     first, stop = span
     if not 0 <= first < stop <= token_ids.shape[1]:
         raise ValueError(f"span must satisfy 0 <= first < stop <= {token_ids.shape[1]}, got {span}")
-    token_ids = token_ids.to(model.device)
     with eval_mode(model):
         reader = Reader(model, token_ids, chunk)
+        token_ids = token_ids.to(model.device)
         memory = reader.read(reader.empty(1), token_ids[:, :-1])
         _, weights = attend(reader, memory, token_ids[:, -1:], token_ids.shape[1])
     weights.raise_problem()
@@ -121,13 +121,14 @@ def sharpness_by_layer(
     model: PreTrainedModel, token_ids: Tensor, lengths: Sequence[int], *, chunk: int = CHUNK
 ) -> list[tuple[int, dict[int, tuple[Tensor, ...]]]]:
     """As attention_sharpness; for each n and layer, the four measures, (heads,) each: heads may differ by layer."""
-    token_ids = _one_sequence(token_ids).to(model.device)
+    token_ids = _one_sequence(token_ids)
     lengths = list(lengths)
     if not lengths or lengths != sorted(set(lengths)) or lengths[0] < 3 or lengths[-1] > token_ids.shape[1]:
         raise ValueError(f"lengths must ascend from at least 3 to at most {token_ids.shape[1]}, got {lengths}")
     found = []
     with eval_mode(model):
         reader = Reader(model, token_ids, chunk)
+        token_ids = token_ids.to(model.device)
         memory = reader.empty(1)
         for before, n in itertools.pairwise([0, *lengths]):
             memory = reader.read(memory, token_ids[:, before : n - 1])

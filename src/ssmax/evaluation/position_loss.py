@@ -52,10 +52,10 @@ def loss_by_position(
         raise ValueError(f"token_ids must be integers (B, T), T >= 2; got {token_ids.dtype} {tuple(token_ids.shape)}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    token_ids = token_ids.to(model.device)
     with eval_mode(model):
+        reader = Reader(model, token_ids[:, :-1], chunk)
+        token_ids = token_ids.to(model.device)
         inputs, targets = token_ids[:, :-1], token_ids[:, 1:]
-        reader = Reader(model, inputs, chunk)
         if reader.backbone is None:
             chunk = min(chunk, LOGIT_ROWS)
         whole = inputs.shape[1] <= chunk or not reader.pieces

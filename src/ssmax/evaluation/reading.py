@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ssmax.evaluation.chunks import CausalBehindCache
 from ssmax.hf.visibility import forward_scope
 
-__all__ = ["Memory", "Reader", "branch", "is_transformers", "relative_error", "tolerance"]
+__all__ = ["Memory", "Reader", "branch", "check_reads_text", "is_transformers", "relative_error", "tolerance"]
 
 # What a model has read: a cache, if it continues from one exactly; otherwise the tokens, which are read again.
 Memory = Cache | Tensor
 
 # The pieces in which a sample is read: short and long ones, single tokens among them, since families treat them apart.
 PIECES = (4, 2, 1, 3, 9, 1, 2, 5, 1, 6, 2, 1, 3, 8)
+ONLY = "only causal language models of transformers can be measured and calibrated"
 # By which name a family takes a cache of transformers.
 CACHES = ("past_key_values", "cache_params")
 # A sharing of layers that only ever replace their tensors is safe.
@@ -31,6 +32,20 @@ SHARED = (DynamicLayer, DynamicSlidingWindowLayer)
 def is_transformers(model: PreTrainedModel) -> bool:
     """Whether the model's forward is transformers' own; of code from elsewhere nothing is known."""
     return inspect.unwrap(type(model).forward).__module__.partition(".")[0] == "transformers"
+
+
+def check_reads_text(model: nn.Module) -> None:
+    """Raise ValueError where a model is not one of transformers that reads a text of tokens from left to right.
+
+    Encoders are found out when they read: what they compute of a token depends on later ones.
+    """
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"{name} is no model of transformers; {ONLY}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; {ONLY}")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"{name} reads {model.main_input_name}, not tokens; {ONLY}")
 
 
 class Reader:
@@ -55,12 +70,9 @@ class Reader:
             chunk: positions per forward pass.
 
         Raises:
-            ValueError: the model is an encoder-decoder, or sees later tokens.
+            ValueError: the model is no causal language model of transformers.
         """
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder model; only causal language models can be measured"
-            )
+        check_reads_text(model)
         self.model, self.chunk = model, chunk
         self.backbone: nn.Module | None = None
         self._sample = token_ids[:1, : sum(PIECES)].to(model.device)
@@ -114,7 +126,7 @@ class Reader:
         if not is_transformers(self.model):
             return self._states(self._sample, self.fresh_if_needed())
         with _outermost(self.model) as calls:
-            logits = self.model(input_ids=self._sample, use_cache=False).logits
+            logits = self._logits(self.model(input_ids=self._sample, use_cache=False))
         found = [(module, output) for module, output in calls if getattr(output, "last_hidden_state", None) is not None]
         if len(found) != 1 or not isinstance(found[0][1].last_hidden_state, Tensor):
             return logits
@@ -146,7 +158,13 @@ class Reader:
 
     def _states(self, token_ids, cache):
         output = self.run(token_ids, cache)
-        return output.logits if self.backbone is None else output.last_hidden_state
+        return self._logits(output) if self.backbone is None else output.last_hidden_state
+
+    def _logits(self, output):
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            raise ValueError(f"{type(self.model).__name__} gives no logits for each token; {ONLY}")
+        return logits
 
     def run(self, token_ids: Tensor, cache: Cache | None = None) -> Any:
         """Append tokens (B, T) to the cache, if there is one; return the output of the backbone, or of the model without one."""

@@ -1,5 +1,8 @@
 """SSMax in Hugging Face models. Importing this makes saved models known to transformers' Auto classes."""
 
+from importlib import import_module
+from typing import Any
+
 import torch
 
 from ssmax.versions import TORCH_OF_TRANSFORMERS, require
@@ -10,20 +13,21 @@ import transformers  # noqa: E402
 
 require("transformers", transformers.__version__)
 
-from ssmax.hf import (  # noqa: E402
-    checkpoint,
-    dispatch,
-    sharding,
-    training,
-)
-from ssmax.hf.conversion import convert, converted, revert  # noqa: E402
+from ssmax.hf import adapters, checkpoint, conversion, dispatch, sharding, training  # noqa: E402
 from ssmax.hf.folding import fold  # noqa: E402
 from ssmax.hf.sharp_cache import SharpCache  # noqa: E402
 from ssmax.hf.training import parameter_groups  # noqa: E402
 
-__all__ = ["SharpCache", "convert", "converted", "fold", "parameter_groups", "revert"]
+__all__ = ["SharpCache", "conversion", "fold", "parameter_groups"]
 
+adapters.install()
 dispatch.install()
 checkpoint.register()
 training.install()
 sharding.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("convert", "converted", "revert"):  # where 0.1.0 had them too
+        return getattr(import_module("ssmax.conversion"), name)
+    raise AttributeError(f"module 'ssmax.hf' has no attribute {name!r}")

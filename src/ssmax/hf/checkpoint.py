@@ -5,7 +5,6 @@ they can be imported, pickled and named in auto_map.
 """
 
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from ssmax.hf import refusals
-from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.portable.card import CARD, keep_card, write_card
 from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
+from ssmax.hf.scales import attach, carriers, check_carried, check_whole, refuse_split_heads, shard_by_heads
 from ssmax.hf.spec import ScaleSpec
 from ssmax.hf.visibility import forward_scope
-from ssmax.laws import QueryAwareScale
 from ssmax.query_scale import QueryScale
 from ssmax.versions import __version__
 
-__all__ = ["attach", "config_class", "model_class", "register", "softmax_class"]
+__all__ = ["config_class", "model_class", "register", "softmax_class"]
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +80,7 @@ class SSMaxModel(PreTrainedModel):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load as torch does; warn where the weights of an attention come, not strictly, without its scale."""
         found = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        for name, module in _carriers(self):
+        for name, module in carriers(self):
             own = [f"{name}.{inner}" for inner, _ in module.named_parameters() if not inner.startswith("ssmax.")]
             if any(key.startswith(f"{name}.ssmax.") for key in found.missing_keys) and not {*own} & {
                 *found.missing_keys
@@ -101,7 +99,7 @@ class SSMaxModel(PreTrainedModel):
             ValueError: a scale that config.ssmax names is not there, in the model or in a state_dict that was given.
         """
         if is_main_process:
-            _check_whole(self, state_dict)
+            check_whole(self, state_dict)
         base: Any = softmax_class(type(self))
         own = not _is_transformers(base)  # a class of the user's own has its own code
         if is_main_process and not own and not getattr(self, "_hf_peft_config_loaded", False):
@@ -197,78 +195,12 @@ def softmax_class(kind: type) -> type[PreTrainedModel]:
     return next(one.__bases__[-1] for one in kind.__mro__ if not refusals.carries_scales(one.__bases__[-1]))
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Give the layers named in config.ssmax their scale, at its starting value."""
-    spec = ScaleSpec.of(model.config, type(model))
-    layers = layers_of(model, spec.layers)
-    unknown = [key for key in spec.layers if key not in layers]
-    if unknown:
-        raise ValueError(f"config.ssmax names layers {unknown}; {type(model).__name__} has {sorted(layers)}")
-    try:
-        scales = {index: _scale(model, spec, layers[index]) for index in spec.layers}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"config.ssmax describes no scales that fit ({type(error).__name__}: {error})") from error
-    for index, scale in scales.items():
-        module = layers[index].module
-        module.ssmax = scale
-
-
-def _carriers(model):
-    """The attention modules that have a scale, with their names."""
-    return [(name, module) for name, module in model.named_modules() if getattr(module, "ssmax", None) is not None]
-
-
-def _check_whole(model, state_dict):
-    carriers, named = _carriers(model), model.config.ssmax["layers"]
-    layers = layers_of(model, named)
-    lost = [key for key in named if getattr(layers[key].module, "ssmax", None) is None]
-    if lost or len(carriers) != len(named):
-        raise ValueError(
-            f"config.ssmax names scales in layers {named}, and the model has {len(carriers)}, none in {lost}; convert it anew"
-        )
-    for name, module in carriers if state_dict is not None else ():
-        wanted = [key for key, _ in module.ssmax.named_parameters()]
-        if wanted and not any(f"{name}.ssmax." in key for key in state_dict):
-            raise ValueError(f"the state_dict lacks the SSMax scale of {name}; what is saved could not be loaded again")
-
-
-def refuse_split_heads(model: PreTrainedModel) -> None:
-    """Raise ValueError where the ranks of tensor parallelism cannot share the heads evenly."""
-    ranks = getattr(model, "_tp_size", None) or 1
-    heads = {layer.heads for layer in layers_of(model, model.config.ssmax["layers"]).values()} if ranks > 1 else set()
-    heads.add(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or ranks)
-    uneven = sorted(n for n in heads if n % ranks)
-    if ranks > 1 and any(isinstance(module.ssmax, QueryAwareScale) for _, module in _carriers(model)):
-        raise ValueError(
-            "tensor parallelism splits heads, which the networks of law 'query-aware' share; load it on one rank"
-        )
-    if uneven:
-        raise ValueError(f"tensor parallelism over {ranks} ranks needs heads that they share evenly, got {uneven}")
-
-
-def shard_by_heads(model: PreTrainedModel) -> None:
-    """Put s and b into the tensor parallel plan of the model where the query projection is split by heads."""
-    plan: dict[str, str] = getattr(model, "_tp_plan", None) or {}
-    for name, module in list(model.named_modules()) if plan else ():
-        scale = getattr(module, "ssmax", None)
-        prefix = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        styles = {plan.get(f"{prefix}.{child}") for child, _ in module.named_children()}
-        if isinstance(scale, QueryScale) and styles & {"colwise", "packed_colwise"}:
-            plan.update({f"{prefix}.ssmax.{part}": "colwise" for part, _ in scale.named_parameters(recurse=False)})
-
-
-def _scale(model, spec, layer):
-    scale = spec.make(layer)
-    scale.to_empty(device=computing_device(layer.module, model))
-    scale.reset_parameters()
-    return scale
-
-
 def _scoped(forward: Callable) -> Callable:
     @functools.wraps(forward)
     def scoped(*args, **kwargs):
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
+        check_carried(args[0])
         with forward_scope(kwargs.get("position_ids")):
             return forward(*args, **kwargs)
 

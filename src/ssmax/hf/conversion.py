@@ -1,89 +1,54 @@
-"""convert, revert, converted: add SSMax to a Hugging Face model in place, and remove it."""
+"""convert and revert of a Hugging Face model: which of its layers get a scale, and what its config says of them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ssmax.hf.checkpoint import attach, auto_map, config_class, model_class, softmax_class
-from ssmax.hf.layers import FULL, language_layers, layers_of, named_layers, part_by_hand, refuse_own_law
+from ssmax.hf.checkpoint import auto_map, config_class, model_class, softmax_class
+from ssmax.hf.layers import (
+    FULL,
+    language_layers,
+    layers_of,
+    named_layers,
+    own_part_by_hand,
+    part_by_hand,
+    refuse_own_law,
+)
 from ssmax.hf.refusals import carries_scales
+from ssmax.hf.scales import attach, detach
 from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import LAWS, make_scale, matched_power
-from ssmax.modules.whole import whole_or_not_at_all
+from ssmax.modules.options import Options
 from ssmax.nn import starting_values
 from ssmax.versions import __version__
 
-__all__ = ["convert", "converted", "revert"]
+__all__ = ["convert", "revert"]
 
 
-@whole_or_not_at_all()
-def convert(
-    model: PreTrainedModel,
-    init: str | float = "matched",
-    *,
-    train_length: int | None = None,
-    bias: bool | None = None,
-    layers: list[int] | list[str] | None = None,
-    law: str = "ssmax",
-    law_parameters: dict[str, float] | None = None,
-    cross: bool = False,
-) -> PreTrainedModel:
-    """Turn a Softmax model into an SSMax model, in place: softmax((s log n + b) z) in each chosen layer.
-
-    Args:
-        model: a transformers model. Each converted attention module gets a submodule ssmax (an SSMaxScale).
-        init: "matched": s = matched_scale(train_length) and no bias, the paper's start, on average as sharp as before;
-            "identity": s = 0 and b = 1, exactly the same model, and it can learn; or a number for s.
-        train_length: what "matched" is matched to; default the config's max_position_embeddings.
-        bias: learn b as well; default as init says.
-        layers: of a decoder-only language model indices of its layers, whatever their kind; default every layer that attends in
-            full. Names of attention modules, as in named_modules, of any model and any part of it, such as a vision tower. An
-            encoder or encoder-decoder is converted by name, default all self-attention that attends in full.
-        law: "ssmax", or another of ssmax.laws, for which init and bias have no meaning. Learned are "ssmax-power"
-            (s (log n)^gamma), "query-aware" (TabICLv2's) and "temperature" (a control without n), fixed "ssmax-fixed" (log n),
-            "qwen-1", "yarn", "llama-4" and "ministral-3". The last two are laws of the position and do not go into windowed
-            layers. The learned laws of production are "ssmax" too: OLMo's is init=1.0, Mistral Large 4's "identity".
-        law_parameters: of such a law; what is learned starts there. The training length defaults to train_length or the
-            config's, s to what is on average as sharp as Softmax over it.
-        cross: convert cross attention too; its n are the encoder's real keys.
-
-    Returns:
-        The same model. Its class and config become the saved kind (model_type "ssmax_..."), its weights stay.
+def convert(model: PreTrainedModel, options: Options) -> None:
+    """Turn a Softmax model into an SSMax model, in place: its class and config become the saved kind (model_type "ssmax_...").
 
     Raises:
-        TypeError: not a transformers model.
         ValueError: already converted; a family that cannot be converted (an attention of its own, a law of n of its
-            own, a bias on its logits), with the reason; or an argument that does not fit.
-
-    The training optimiser must not decay s and b (they are vectors; the paper decays matrices only).
+            own, a bias on its logits), with the reason; or an option that does not fit.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"convert needs a transformers PreTrainedModel, got {type(model).__name__}")
+    if options.example is not None:
+        raise ValueError("example is for modules that are no transformers models; leave it out")
     if carries_scales(type(model)):
         raise ValueError(
             f"{type(model).__name__} is converted already; ssmax.revert(model) gives back the softmax model"
         )
     config: Any = model.config
     base = type(model)
-    chosen = _chosen_layers(model, layers, cross)
+    chosen = _chosen_layers(model, options.layers, options.cross)
     available = layers_of(model, chosen)
     for key in chosen:
         refuse_own_law(available[key].module, type(config).model_type)
-    if law == "ssmax":
-        if law_parameters:
-            raise ValueError("law 'ssmax' takes init and bias, not law_parameters")
-        values = starting_values(init, bias, _train_length(train_length, config))
-        words = "s log n + b" if values["bias"] else "s log n"
-        spec = ScaleSpec(words, chosen, __version__, init, **values)
-    else:
-        if init != "matched" or bias is not None:
-            instead = "starts from law_parameters" if law in LEARNED_LAWS else "learns nothing"
-            raise ValueError(f"law {law!r} {instead}; init and bias belong to law 'ssmax'")
-        kinds = [available[key].kind if isinstance(key, int) else "named" for key in chosen]
-        parameters = _law_parameters(law, law_parameters or {}, kinds, train_length, config)
-        spec = ScaleSpec(law, chosen, __version__, parameters=parameters)
+    kinds = [available[key].kind if isinstance(key, int) else "named" for key in chosen]
+    law: dict[str, Any] = (
+        _learned_scales(options, config) if options.law == "ssmax" else _other_law(options, config, kinds)
+    )
+    spec = ScaleSpec(layers=chosen, version=__version__, **law)
     before = {name: config.__dict__[name] for name in REVERTED if name in config.__dict__}
     config = _own_config(model, config_class(type(config)))
     config.ssmax = spec.held()
@@ -95,11 +60,9 @@ def convert(
     model.__dict__["_ssmax_reverts_to"] = before
     model.__class__ = model_class(base)
     attach(model)
-    return model
 
 
-@whole_or_not_at_all()
-def revert(model: PreTrainedModel) -> PreTrainedModel:
+def revert(model: PreTrainedModel) -> None:
     """Take SSMax out again, in place: the softmax model's class, config and state_dict, bit for bit.
 
     Raises:
@@ -107,15 +70,13 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not carries_scales(type(model)):
         raise ValueError(f"{type(model).__name__} is not a converted model")
-    for module in model.modules():
-        module._modules.pop("ssmax", None)
+    detach(model)
     config = _own_config(model, type(model.config).__bases__[0])
     model.__class__ = softmax_class(type(model))
     before = model.__dict__.pop("_ssmax_reverts_to", {"architectures": [type(model).__name__]})  # as loaded
     for name in ("ssmax", *REVERTED):
         config.__dict__.pop(name, None)
     config.__dict__.update(before)
-    return model
 
 
 def _own_config(model: PreTrainedModel, kind: type[PreTrainedConfig]) -> Any:
@@ -125,16 +86,6 @@ def _own_config(model: PreTrainedModel, kind: type[PreTrainedConfig]) -> Any:
     for module in model.modules():
         vars(module).update({name: new for name, value in vars(module).items() if value is old})
     return new
-
-
-@contextmanager
-def converted(model: PreTrainedModel, init: str | float = "matched", **options: Any) -> Iterator[PreTrainedModel]:
-    """Convert on entry, revert on exit; arguments as ssmax.convert."""
-    convert(model, init, **options)
-    try:
-        yield model
-    finally:
-        revert(model)
 
 
 REVERTED = ("architectures", "auto_map")  # what convert changes in a config beside adding ssmax
@@ -150,24 +101,36 @@ CONVERTED_LAWS = tuple(name for name in LAWS if name not in ("softmax", "mistral
 LEARNED_LAWS = tuple(name for name in CONVERTED_LAWS if LAWS[name].learned or LAWS[name].of == "query")
 
 
-def _law_parameters(law, given, kinds, train_length, config):
-    """All parameters of a law, those of the training length from the config; ValueError where one is missing."""
+def _learned_scales(options, config):
+    """What config.ssmax says of law ssmax."""
+    if options.law_parameters:
+        raise ValueError("law 'ssmax' takes init and bias, not law_parameters")
+    values = starting_values(options.init, options.bias, _train_length(options.train_length, config))
+    return {"law": "s log n + b" if values["bias"] else "s log n", "init": options.init, **values}
+
+
+def _other_law(options, config, kinds):
+    """What config.ssmax says of another law, the training length from the config; ValueError where a parameter is missing."""
+    law = options.law
     if law not in CONVERTED_LAWS:
         raise ValueError(f"law must be {', '.join(CONVERTED_LAWS)}; got {law!r}")
+    if options.init != "matched" or options.bias is not None:
+        instead = "starts from law_parameters" if law in LEARNED_LAWS else "learns nothing"
+        raise ValueError(f"law {law!r} {instead}; init and bias belong to law 'ssmax'")
     if LAWS[law].of == "p" and set(kinds) != {FULL}:
         raise ValueError(
             f"law {law!r} is one of the position, which a windowed layer does not know, nor one that sees later keys; leave those out"
         )
     parameters = {**LAWS[law].defaults}
-    length = _train_length(train_length, config)
+    length = _train_length(options.train_length, config)
     parameters |= {name: length for name in ("train_length", "length") if name in parameters and length is not None}
-    parameters |= given
+    parameters |= options.law_parameters
     unset = {"s": 1.0} if "s" in parameters and parameters["s"] is None else {}
     make_scale(law, 1, 1, **parameters | unset)  # raises where they do not fit
     if unset:
         matched = starting_values("matched", None, length)["s"]  # raises without a length
         parameters["s"] = matched_power(int(length or 0), parameters["gamma"]) if "gamma" in parameters else matched
-    return parameters
+    return {"law": law, "parameters": parameters}
 
 
 def _chosen_layers(model, layers, cross):
@@ -199,6 +162,12 @@ def _default_layers(model, cross):
             raise ValueError(f"{reason}{hint}") from None
         for layer in available.values():
             refuse_own_law(layer.module, type(model.config).model_type)
+    own = own_part_by_hand(model)
+    if own:
+        raise ValueError(
+            f"{own} attends without transformers' attention interface and would stay softmax; let its forward call what "
+            "ALL_ATTENTION_FUNCTIONS.get_interface gives, or name what is to be converted in layers=[...]"
+        )
     full = [key for key, layer in available.items() if layer.kind == FULL]
     if not full:
         kinds = sorted({layer.kind for layer in available.values()})

@@ -17,6 +17,11 @@ __all__ = ["install"]
 def _attend(attend: Callable, implementation: str, module, query, key, value, attention_mask, *args, **kwargs):
     scale = getattr(module, "ssmax", None)
     if scale is None:
+        if getattr(module, "ssmax_layer", None) is not None:  # which attach wrote there
+            raise ValueError(
+                f"layer {module.ssmax_layer} ({type(module).__name__}) was converted to SSMax and its scale is gone: it would be plain "
+                "softmax. ssmax.revert(model) takes SSMax out of a model"
+            )
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("this model adds a position bias to its logits; SSMax is not defined for it here")

@@ -15,7 +15,15 @@ QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "qk_nor
 
 
 def _scaled_layers(model):
-    return {i: layer for i, layer in language_layers(model).items() if hasattr(layer.module, "ssmax")}
+    try:
+        layers = {i: layer for i, layer in language_layers(model).items() if hasattr(layer.module, "ssmax")}
+    except ValueError:  # an encoder, or an encoder-decoder
+        layers = {}
+    if len(layers) != len(model.config.ssmax["layers"]):
+        raise ValueError(
+            f"{type(model).__name__} has scales outside of a decoder-only language model's layers; fold takes no others"
+        )
+    return layers
 
 
 def _written(model):
@@ -39,7 +47,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        ValueError: the model is not converted; it has a bias b, which is not multiplied by log n; a projection is not one
+        ValueError: the model is not a converted decoder-only model; it has a bias b, which is not multiplied by log n; a projection is not one
             nn.Linear of heads x head size in floating point; a weight is offloaded or shared; or something that is not linear
             (QK-norm, clipping) lies between projection and scale. The model stays as it was.
 
@@ -47,7 +55,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
         >>> ssmax.fold(ssmax.convert(model))
     """
     if not isinstance(model, SSMaxModel):
-        raise ValueError(f"{type(model).__name__} is not a converted model; there is no s to fold")
+        raise ValueError(f"{type(model).__name__} is not a converted model of transformers; there is no s to fold")
     layers = _scaled_layers(model)
     for index, layer in layers.items():
         obstacle = _obstacle(layer)

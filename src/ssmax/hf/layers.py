@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ssmax.modules.discovery import attends_itself
+
 __all__ = [
     "FULL",
     "Layer",
@@ -18,6 +20,7 @@ __all__ = [
     "language_layers",
     "layers_of",
     "named_layers",
+    "own_part_by_hand",
     "part_by_hand",
     "refuse_own_law",
 ]
@@ -109,16 +112,28 @@ def layers_of(model: PreTrainedModel, keys: Iterable[int | str]) -> dict[Any, La
 
 def part_by_hand(model: PreTrainedModel) -> str | None:
     """Return the class of an attention module that does not pass through the interface, or None."""
-    dispatched = [name for name, module in model.named_modules() if _dispatches(module)]
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        around = any(f"{other}.".startswith(f"{name}.") for other in dispatched)
-        inside = any(f"{name}.".startswith(f"{other}.") for other in dispatched)
-        attends = "Attention" in kind and next(module.parameters(), None) is not None
+    for name, module in _undispatched(model):
+        attends = "Attention" in type(module).__name__ and next(module.parameters(), None) is not None
         pools = any(isinstance(part, nn.MultiheadAttention) for part in module.modules())  # queries that are no tokens
-        if attends and not pools and not around and not inside and not _is_cross(name, module):
-            return kind
+        if attends and not pools and not _is_cross(name, module):
+            return type(module).__name__
     return None
+
+
+def own_part_by_hand(model: PreTrainedModel) -> str | None:
+    """Return the name of a module of no class of transformers that attends without the interface, or None."""
+    for name, module in _undispatched(model):
+        if not type(module).__module__.startswith("transformers.") and attends_itself(type(module)):
+            return f"{name} ({type(module).__name__})"
+    return None
+
+
+def _undispatched(model):
+    """The modules, with names, that neither pass through the interface nor hold, or are part of, one that does."""
+    dispatched = [f"{name}." for name, module in model.named_modules() if _dispatches(module)]
+    for name, module in model.named_modules():
+        if name and not any(x.startswith(f"{name}.") or f"{name}.".startswith(x) for x in dispatched):
+            yield name, module
 
 
 def _is_cross(name, module):
@@ -157,8 +172,14 @@ def _takes_other_keys(module):
 
 def _dispatches(module):
     """Whether the forward asks transformers' attention interface for its kernel."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "get_interface" in code.co_names
+    for kind in type(module).__mro__:
+        if "forward" not in vars(kind):
+            continue
+        code = getattr(inspect.unwrap(vars(kind)["forward"]), "__code__", None)
+        names = () if code is None else code.co_names
+        if "super" not in names or "get_interface" in names:
+            return "get_interface" in names
+    return False
 
 
 def _heads(module):

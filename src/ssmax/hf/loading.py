@@ -24,6 +24,7 @@ __all__ = ["check_causal", "check_weights", "load_config", "load_model", "load_t
 
 # No pickle, which runs code when it is loaded, and no code of the folder's own.
 SAFE: dict[str, Any] = {"trust_remote_code": False}
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 ADAPTER = "adapter_config.json"
 
 
@@ -94,6 +95,9 @@ def check_causal(source: str | Path, config: PreTrainedConfig) -> None:
         raise Damaged(f"{kind}, an encoder-decoder model; this takes causal language models alone")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Damaged(f"{kind}, of which transformers has no causal language model")
+    heads = [str(name) for name in getattr(config, "architectures", None) or ()]
+    if heads and getattr(config, "is_decoder", None) is False and not any(name.endswith(CAUSAL) for name in heads):
+        raise Damaged(f"{kind}, an encoder; this takes causal language models alone")
 
 
 def check_weights(folder: Path) -> None:

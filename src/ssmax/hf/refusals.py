@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["carries_scales", "install", "is_converted"]
+__all__ = ["carries_scales", "install", "is_converted", "wrap"]
 
 INSTEAD = "Load it with an Auto class such as AutoModelForCausalLM, then ssmax.revert(model) where softmax is meant"
 
@@ -30,13 +30,13 @@ def is_converted(config: Any) -> bool:
 
 def install() -> None:
     """Let plain classes refuse configs and checkpoints of converted models, and all classes a scale that does not fit."""
-    _wrap(PreTrainedConfig, "from_dict", _refuse_dict)
-    _wrap(PreTrainedModel, "__init__", _refuse_config)
-    _wrap(PreTrainedModel, "from_pretrained", _refuse_folder)
-    _wrap(PreTrainedModel, "_finalize_model_loading", _refuse_lost_scales)
+    wrap(PreTrainedConfig, "from_dict", _refuse_dict)
+    wrap(PreTrainedModel, "__init__", _refuse_config)
+    wrap(PreTrainedModel, "from_pretrained", _refuse_folder)
+    wrap(PreTrainedModel, "_finalize_model_loading", _refuse_lost_scales)
 
 
-def _wrap(owner, name, around: Callable) -> None:
+def wrap(owner: type, name: str, around: Callable) -> None:
     """Replace a method by around(method, ...), once, as the kind of method that it is."""
     method = owner.__dict__[name]
     original = getattr(method, "__func__", method)

@@ -90,7 +90,7 @@ class Scoped(Changed):
         Raises:
             ValueError: no call came: the attention took another way and was not SSMax.
         """
-        scope = AttentionScope(self.ssmax)
+        scope = AttentionScope(_scale_of(self))
         with scope:
             output = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
         if not scope.calls:
@@ -139,7 +139,7 @@ class Multihead(_NoFastPath, Changed):
             turn = {id(x): x.transpose(0, 1) for x in (query, key, value)}  # self-attention stays one tensor
             query, key, value = (turn[id(x)] for x in (query, key, value))
         output, weights = multihead.attend(
-            self.ssmax,
+            _scale_of(self),
             query,
             key,
             value,
@@ -201,6 +201,16 @@ def restore(module: Any) -> None:
         )
     module._modules.pop("ssmax", None)
     module.__class__ = module.ssmax_base
+
+
+def _scale_of(module):
+    scale = getattr(module, "ssmax", None)
+    if scale is None:
+        raise ValueError(
+            f"{module.ssmax_base.__name__} was converted to SSMax and its scale is gone: it would be plain softmax. "
+            "ssmax.revert(model) takes SSMax out of a model"
+        )
+    return scale
 
 
 def _rebuild(kind, make, arguments):

@@ -1,28 +1,22 @@
 """convert and revert of any torch.nn.Module: which of its modules get a scale, and which values it starts from."""
 
 import warnings
-from typing import Any
 
 from torch import nn
 
 from ssmax.modules import attach, multihead
-from ssmax.modules.discovery import discover, multihead_sites
+from ssmax.modules.discovery import Found, attends_itself, discover, multihead_sites
+from ssmax.modules.options import Options
 from ssmax.nn import SSMaxScale, starting_values
 
 __all__ = ["convert", "revert"]
 
 
-def convert(
-    model: nn.Module,
-    init: str | float = "matched",
-    *,
-    train_length: int | None = None,
-    bias: bool | None = None,
-    layers: list[str] | None = None,
-    example: Any = None,
-    cross: bool = False,
-) -> nn.Module:
-    """Turn the attention of any module into SSMax, in place; arguments as ssmax.convert."""
+def convert(model: nn.Module, options: Options) -> None:
+    """Turn the attention of any module into SSMax, in place."""
+    if options.law != "ssmax" or options.law_parameters:
+        raise ValueError("law and law_parameters are for transformers models; other modules take s log n + b")
+    layers, example, cross = options.layers, options.example, options.cross
     if any(isinstance(module, attach.Changed) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} is converted already; ssmax.revert(model) gives back the softmax model"
@@ -31,12 +25,14 @@ def convert(
     if example is None:
         found = multihead_sites(model)
         chosen = _chosen(model, found, layers, cross, example)
-        _check_own_forwards(modules, chosen)
+        _check_seen(modules, chosen, layers)
     else:
-        found = discover(model, example)
+        trial = discover(model, example)
+        found = trial.sites
         chosen = _chosen(model, found, layers, cross, example)
-        _check_all_ran(model, found, layers)
-    values = starting_values(init, bias, train_length)
+        _check_all_ran(modules, trial, layers)
+        _check_by_hand(modules, trial, chosen, layers, cross)
+    values = starting_values(options.init, options.bias, options.train_length)
     scales = {name: _scale(name, modules[name], found[name], values) for name in chosen}
     for name, scale in scales.items():
         attach.change(modules[name], _kind(modules[name]))
@@ -48,35 +44,67 @@ def convert(
         warnings.warn(
             f"called more than once in a forward, with one scale for all calls: {', '.join(repeated)}", stacklevel=4
         )
-    return model
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: nn.Module) -> None:
     """Take SSMax out of a module again, in place; see ssmax.revert."""
     changed = [module for module in model.modules() if isinstance(module, attach.Changed)]
     if not changed:
         raise ValueError(f"{type(model).__name__} is not a converted model")
     for module in changed:
         attach.restore(module)
-    return model
 
 
-def _check_own_forwards(modules, chosen):
+def _check_seen(modules, chosen, layers):
+    """Raise ValueError where attention may run that is not seen without an example."""
     own = [name for name in chosen if _kind(modules[name]) is not attach.Multihead]
     if own:
         raise ValueError(
             f"{own[0] or 'the model'} is a subclass of nn.MultiheadAttention with a forward of its own; what it calls is seen in a "
             "forward only: pass example=(inputs,)"
         )
+    more = [
+        _shown(modules, name)
+        for name, module in modules.items()
+        if layers is None and not isinstance(module, nn.MultiheadAttention) and attends_itself(type(module))
+    ]
+    if more:
+        raise ValueError(
+            f"{more[0]} attends as well, which is seen in a forward only: pass example=(inputs,), or layers=[...] without it"
+        )
 
 
-def _check_all_ran(model, found, layers):
-    idle = [name for name in multihead_sites(model) if name not in found and (layers is None or name in layers)]
+def _check_all_ran(modules, trial: Found, layers):
+    """Raise ValueError where a module that attends, or one of its kind, did not run in the example."""
+    kinds = {type(modules[name]) for name in trial.sites}
+    idle = [
+        name
+        for name, module in modules.items()
+        if name not in trial.sites and (layers is None or name in layers)
+        if isinstance(module, nn.MultiheadAttention) or (name not in trial.ran and type(module) in kinds)
+    ]
     if idle:
         raise ValueError(
-            f"nn.MultiheadAttention {idle[0]!r} did not run in the example: it is unused, or its weights are read by other code, "
+            f"{_shown(modules, idle[0])} did not run in the example: it is unused, or its weights are read by other code, "
             "which would stay softmax; pass an example that runs it, or layers=[...] without it"
         )
+
+
+def _check_by_hand(modules, trial: Found, chosen, layers, cross):
+    """Raise ValueError where attention would stay softmax beside what is converted."""
+    left = [
+        name for name, crosses in trial.by_hand.items() if name in chosen or (layers is None and (cross or not crosses))
+    ]
+    if left:
+        raise ValueError(
+            f"{_shown(modules, left[0])} attends without torch.nn.functional.scaled_dot_product_attention (by hand, or by another "
+            "kernel) and would stay softmax; let it use torch's function (timm: fused_attn, x-transformers: flash=True)"
+            + ("" if left[0] in chosen else ", or name what is to be converted in layers=[...]")
+        )
+
+
+def _shown(modules, name):
+    return f"{name or 'the model'} ({type(modules[name]).__name__})"
 
 
 def _chosen(model, found, layers, cross, example):

@@ -1,6 +1,7 @@
 """Which modules of a model call attention, found by one forward of a copy that shares its parameters."""
 
 import copy
+import inspect
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,11 @@ from ssmax.modules import sdpa
 from ssmax.modules.attach import CALLS
 from ssmax.visible import as_bool
 
-__all__ = ["Site", "discover", "multihead_sites"]
+__all__ = ["Found", "Site", "attends_itself", "discover", "multihead_sites"]
+
+# The functions that make logits of queries and keys; linear too, where its weight is no parameter.
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner", "linear"}
+SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 
 
 @dataclass
@@ -40,6 +45,31 @@ class Site:
         return all(self.crossing)
 
 
+@dataclass
+class Found:
+    """What a trial forward saw.
+
+    Attributes:
+        sites: the modules that call attention, by name.
+        by_hand: the modules that attend in another way, by name, and whether their keys come from elsewhere.
+        ran: the names of the modules that ran.
+    """
+
+    sites: dict[str, Site] = field(default_factory=dict)
+    by_hand: dict[str, bool] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+
+
+def attends_itself(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class, torch's own apart, calls attention or writes it by hand."""
+    own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
+    functions = [x for base in own for x in vars(base).values() if inspect.isfunction(x)]
+    names = {name for function in functions for name in inspect.unwrap(function).__code__.co_names}
+    called = " ".join(base.__name__.lower() for base in kind.__mro__)
+    by_hand = "softmax" in names and ("attention" in called or "attn" in called)
+    return by_hand or bool(names & {"scaled_dot_product_attention", "flex_attention"})
+
+
 def multihead_sites(model: nn.Module) -> dict[str, Site]:
     """Return the nn.MultiheadAttention modules by name, without running them.
 
@@ -58,8 +88,8 @@ def multihead_sites(model: nn.Module) -> dict[str, Site]:
     }
 
 
-def discover(model: nn.Module, example: Any) -> dict[str, Site]:
-    """Return the modules that call attention by name, each call with the innermost module whose forward runs.
+def discover(model: nn.Module, example: Any) -> Found:
+    """Return which modules attend; a call belongs to the innermost module whose forward runs.
 
     The forward is that of a copy in eval mode: parameters are shared, all else (buffers, caches, modes) is the copy's.
 
@@ -85,7 +115,7 @@ def discover(model: nn.Module, example: Any) -> dict[str, Site]:
             raise ValueError(str(error)) from None
         except Exception as error:
             raise ValueError(f"the model's forward failed on the example ({type(error).__name__}: {error})") from error
-    return recorder.sites
+    return recorder.found
 
 
 class _Refused(Exception):
@@ -97,15 +127,17 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.sites: dict[str, Site] = {}
+        self.found = Found()
         self.running: list[tuple[str, list[Tensor], bool]] = []  # name, inputs, whether it has parameters
         self.made_from: dict[int, list[Tensor]] = {}
+        self.made_by: dict[int, str] = {}
         self.kept: list[Tensor] = []  # so that ids stay theirs
 
     def around(self, name, module, forward):
         projects = next(module.parameters(), None) is not None
 
         def run(*args, **kwargs):
+            self.found.ran.add(name)
             self.running.append((name, [x for x in _tensors((args, kwargs)) if x.is_floating_point()], projects))
             try:
                 return forward(*args, **kwargs)
@@ -116,19 +148,51 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").partition(".")[0]
+        sources = _tensors((args, kwargs))
         if func in CALLS:
             self._note(func, *args, **kwargs)
+        elif name in SOFTMAX and sources:
+            self._note_by_hand(self._operands(sources[0]))
+        elif "attention" in name or "attn" in name:  # a kernel that is not scaled, such as flex_attention
+            self._note_by_hand(sources[:2])
         output = func(*args, **kwargs)
-        sources = _tensors((args, kwargs))
         made = sources[:1] if output is None else _tensors(output)  # none: in place, as in x[...] = y
         for tensor in made if sources else ():
             self.made_from.setdefault(id(tensor), []).extend(sources)
+            self.made_by[id(tensor)] = name
             self.kept.append(tensor)
         return output
 
+    def _note_by_hand(self, operands):
+        if len(operands) > 1:
+            by_hand, name = self.found.by_hand, self.running[-1][0]
+            by_hand[name] = by_hand.get(name, True) and self._crosses(*operands[:2])
+
+    def _operands(self, logits):
+        """The two tensors, neither of them a weight, whose product the logits are; none where there is no such product."""
+        left, seen = [logits], set()
+        while left:
+            x = left.pop()
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            sources, maker = self.made_from.get(id(x), []), self.made_by.get(id(x))
+            if maker not in PRODUCTS:
+                mixes = maker in SOFTMAX or any(isinstance(y, nn.Parameter) and y.ndim > 1 for y in sources)
+                left.extend(() if mixes else sources)
+            elif not any(self._is_weight(y) for y in sources):
+                return sources
+        return []
+
+    def _is_weight(self, tensor):
+        """Whether a tensor was made of parameters alone."""
+        leaves = [x for x in self._ancestors(tensor).values() if id(x) not in self.made_from]
+        return bool(leaves) and all(isinstance(x, nn.Parameter) for x in leaves)
+
     def _note(self, func, query, key, value, *args, **kwargs):
         name = self.running[-1][0]
-        site = self.sites.setdefault(name, Site(query.device))
+        site = self.found.sites.setdefault(name, Site(query.device))
         try:
             if func is functional.multi_head_attention_forward:
                 site.heads.append(args[1] if len(args) > 1 else kwargs["num_heads"])
@@ -159,11 +223,12 @@ class _Recorder(TorchFunctionMode):
         return False
 
     def _ancestors(self, tensor):
-        found, left = set(), [tensor]
+        """All tensors that a tensor was made from, itself included, by id."""
+        found, left = {}, [tensor]
         while left:
             x = left.pop()
             if id(x) not in found:
-                found.add(id(x))
+                found[id(x)] = x
                 left.extend(self.made_from.get(id(x), ()))
         return found
 

@@ -5,7 +5,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssmax.hf import convert
+from ssmax.conversion import convert
 from ssmax.hf.layers import language_layers
 from ssmax.nn import SSMaxScale
 from ssmax.paper.models import FORMS, VARIANTS

@@ -11,9 +11,9 @@ import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from ssmax.conversion import convert
 from ssmax.data.corpus import Corpus
 from ssmax.errors import Damaged, UserError
-from ssmax.hf import convert
 from ssmax.hf.loading import load_model
 from ssmax.paper.building import build_model, switch_at, turn_on
 from ssmax.paper.models import VARIANTS

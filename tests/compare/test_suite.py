@@ -192,7 +192,7 @@ def test_a_dry_run_says_what_sharing_saves_and_writes_nothing(folder, capsys, tm
         (("--depths", "2"), ["0 to 1"]),
         (("--rope", "yarn"), ["JSON"]),
         (("--rope", '{"rope_type": "linear"}', "--measures", "loss"), ["needs", "factor"]),
-        (("--device", "quantum"), ["quantum is not there", "cpu"]),
+        (("--device", "quantum"), ["quantum is not available", "cpu"]),
     ],
 )
 def test_bad_input_is_one_line(folder, capsys, tmp_path, options, words):

@@ -63,7 +63,7 @@ def parse_recipe(command: Any, arguments: list[str], prog: str, recipe: str | No
 
 def _recipe(name: str, options: Any, **more: Any) -> Recipe:
     if name not in RECIPES:
-        raise UserError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
+        raise UserError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
     chosen = {key: value for key, value in flat(options).items() if value is not None}
     return dataclasses.replace(RECIPES[name](), **{**more, **chosen})
 
@@ -160,7 +160,7 @@ class Train:
         for name in REPLACED:
             if given[name] is not None:
                 raise UserError(
-                    f"--{name} is of ssmax reproduce; train takes --form, --variant and --seed of one model"
+                    f"--{name} is of ssmax reproduce; ssmax train takes --form, --variant and --seed of one model"
                 )
         only = {"models": (f"{self.form}:{self.variant}",), "retrieval": (), "counting": (), "seeds": (self.seed,)}
         recipe = _recipe(self.recipe, self.options, **only)

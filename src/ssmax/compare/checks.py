@@ -43,7 +43,7 @@ def check_fit(config: PreTrainedConfig, tokenizer: Any, needs: Mapping[str, Need
     for stage, need in needs.items():
         if positions is not None and need.longest > positions:
             raise UserError(
-                f"{stage} asks for {need.longest:,} tokens, and the model has {positions:,} positions and no way beyond them; "
+                f"{stage} asks for {need.longest:,} tokens, but the model has only {positions:,} positions; "
                 f"give {need.options} of at most {positions}"
             )
 

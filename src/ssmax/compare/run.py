@@ -59,7 +59,9 @@ class Machine:
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         name = next(x for x in ("cuda", "mps", "cpu") if there[x]) if self.device == "auto" else self.device
         if not there.get(name.partition(":")[0], False):
-            raise UserError(f"--device {name} is not there; there is {', '.join(x for x in there if there[x])}")
+            raise UserError(
+                f"--device {name} is not available here; available: {', '.join(x for x in there if there[x])}"
+            )
         return torch.device(name)
 
 

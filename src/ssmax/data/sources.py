@@ -222,7 +222,9 @@ def _parse(source):
     found = [_part(text) for text in source.split(",")]
     weights = [part.weight for part in found if part.weight]
     if 0 < len(weights) < len(found):
-        raise UserError(f"corpus {source!r} gives some sources a weight and others none; give all or none; {SPELLING}")
+        raise UserError(
+            f"corpus {source!r} gives weights to some sources only; give all of them a weight, or none; {SPELLING}"
+        )
     return found if weights else [replace(part, weight=1.0) for part in found]
 
 

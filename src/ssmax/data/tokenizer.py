@@ -52,7 +52,7 @@ def load_tokenizer(name: str, *, cached_only: bool = False) -> GivenTokenizer:
         core = Tokenizer.from_str(files.backend_tokenizer.to_str())  # a copy, which the wrapper does not change
     except Exception as error:  # the hub's client and damaged files raise various errors; the user needs one line
         raise UserError(
-            f"--tokenizer {name} is no tokenizer here or on a hub that can be reached: {reason(error)}; give a folder with a "
+            f"--tokenizer {name} is not a tokenizer here or on a hub that can be reached: {reason(error)}; give a folder with a "
             "tokenizer.json"
         ) from error
     core.no_truncation()

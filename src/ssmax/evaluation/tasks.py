@@ -63,7 +63,7 @@ class PromptForm:
             for start in range(len(with_special) - len(bare) + 1):
                 if bare and with_special[start : start + len(bare)] == bare:
                     return cls(tuple(with_special[:start]))
-            raise ValueError("the tokenizer writes a text's first word otherwise where special tokens stand around it")
+            raise ValueError("the tokenizer encodes the first word of a text differently if special tokens surround it")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template; use the prompt for base models")
         marker = "\u241fcontext\u241f"
@@ -96,7 +96,7 @@ def _inside(encode: Encode, text: str) -> list[int]:
         if alone and joint[: len(alone)] == alone:
             return joint[len(alone) :]
     raise ValueError(
-        f"the tokenizer joins {text[:20]!r} with whatever stands before it into one token, so that a needle has no tokens of its own"
+        f"the tokenizer joins {text[:20]!r} with any text before it into one token, so that the needle has no tokens of its own"
     )
 
 
@@ -127,7 +127,7 @@ class _Asked:
         start = min(first, _shared(whole, encode(prompt)))
         if first >= stop_at:
             raise ValueError(
-                f"the tokenizer writes the number {number} as it writes another; its vocabulary lacks digits"
+                f"the tokenizer encodes the number {number} like another number; its vocabulary lacks digits"
             )
         return cls(whole[:start], whole[start:stop_at], first - start + 1)
 

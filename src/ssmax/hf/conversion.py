@@ -26,11 +26,11 @@ __all__ = ["convert", "revert"]
 
 
 def convert(model: PreTrainedModel, options: Options) -> None:
-    """Turn a Softmax model into an SSMax model, in place: its class and config become the saved kind (model_type "ssmax_...").
+    """Convert a softmax model to SSMax, in place: its class and config become those of the saved kind (model_type "ssmax_...").
 
     Raises:
-        ValueError: already converted; a family that cannot be converted (an attention of its own, a law of n of its
-            own, a bias on its logits), with the reason; or an option that does not fit.
+        ValueError: the model is converted already; its family cannot be converted (its own kind of attention, its own law of n,
+            a bias on the logits); or an option does not fit.
     """
     if options.example is not None:
         raise ValueError("example is for modules that are no transformers models; leave it out")

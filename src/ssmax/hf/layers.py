@@ -80,7 +80,7 @@ def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
     for module in dispatched:
         if module.layer_idx in layers:
             raise ValueError(
-                f"{family} has several self-attention modules in layer {module.layer_idx}; which n is whose is unknown"
+                f"{family} has several self-attention modules in layer {module.layer_idx}; it is not known which n belongs to which"
             )
         refuse_own_law(module, family)
         layers[module.layer_idx] = Layer(module, _heads(module), _kind(module, text_config))

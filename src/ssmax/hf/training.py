@@ -15,12 +15,12 @@ __all__ = ["install", "parameter_groups"]
 def parameter_groups(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, ssmax_learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return ssmax.parameter_groups of the model, by the argument names that this function had first."""
+    """Return ssmax.parameter_groups of the model; these are the argument names of version 0.1.0."""
     return nn.parameter_groups(model, learning_rate, weight_decay, ssmax_learning_rate)
 
 
 def install() -> None:
-    """Let transformers' Trainer leave s and b out of weight decay, as it does with norms and biases."""
+    """Make transformers' Trainer exclude s and b from weight decay, like norms and biases."""
     original = trainer_pt_utils.get_parameter_names
     if getattr(original, "_ssmax", False):
         return

@@ -70,7 +70,7 @@ def _byte_level(content):
     steps = steps.get("pretokenizers", [steps])
     name = PRETOKENIZERS.get(tuple(_step(step) for step in steps))
     if name is None:
-        raise UserError(f"llama.cpp would split texts in another way than this tokenizer, whose steps are {steps}")
+        raise UserError(f"llama.cpp would split texts differently from this tokenizer, whose steps are {steps}")
     if bool(content["model"].get("ignore_merges")) != (name in IGNORES_MERGES):
         raise UserError(f"llama.cpp would merge in another way: ignore_merges of a tokenizer like {name}")
     if normalizer is not None and not (name == "qwen2" and normalizer == {"type": "NFC"}):
@@ -102,7 +102,7 @@ def _sentencepiece(content):
         (before or {}).get("replacement", "▁")
     }
     if not (by_normalizer or by_metaspace) or marks != {"▁"}:
-        raise UserError("llama.cpp would split texts in another way than this tokenizer, which is no SentencePiece BPE")
+        raise UserError("llama.cpp would split texts differently from this tokenizer, which is not a SentencePiece BPE")
     return "default"
 
 

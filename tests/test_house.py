@@ -1,6 +1,7 @@
 """ARCHITECTURE.md keeps its word: where a thing is added, and who imports whom."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ FILES = {path: ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py
 EXPORTED = set(ssmax.__all__) - {"evaluation", "hf"}
 
 
-def test_a_law_a_variant_a_stage_a_figure_and_a_command_come_from_one_place_each(tmp_path):
+def test_a_law_a_variant_a_stage_a_figure_a_task_and_a_command_come_from_one_place_each(tmp_path):
     program = Path(__file__).parent / "programs" / "toys.py"
-    done = subprocess.run([sys.executable, "-W", "ignore", program, tmp_path], capture_output=True, text=True)
+    support = os.pathsep.join([str(program.parent.parent / "support"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", program, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": support})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("toy says hello")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ssmax import laws
+from ssmax.compare import tasks
 from ssmax.paper import models, stages
 from ssmax.runs.rows import Row, read_rows, write_rows
 
@@ -32,6 +33,24 @@ stages.STAGES["toy"] = stages.Stage(
     run=lambda job, *rest: [Row("toy", job.variant, job.seed, {"form": job.form}, 1.0, 1)],
 )
 
+
+class Copy:
+    """Prompts that end with the number that they begin with."""
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def grid(self, cells, rng):
+        from ssmax.evaluation import NeedleExample
+
+        digit = self.encode(str(rng.integers(10)))
+        return {(n, d): NeedleExample(digit + self.encode("x" * (n - 2)), digit, (0, 1)) for n, d in cells}
+
+
+tasks.TASKS["toy"] = tasks.Task("toys", "a toy", lambda material, form: Copy(material.encode))
+
+import pytest  # noqa: E402
+from plain_bytes import byte_tokenizer  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import ssmax  # noqa: E402
@@ -43,11 +62,11 @@ from ssmax.paper.recipes import smoke  # noqa: E402
 from ssmax.runs.folder import RunFolder  # noqa: E402
 
 TOKENS = torch.arange(12)[None]
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 
 
 def law():
-    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_attention_heads=2)).eval()
     plain = model(TOKENS).logits
     model.model.layers[0].self_attn.q_proj.weight.data *= 2
     want = model(TOKENS).logits
@@ -55,6 +74,44 @@ def law():
     got = ssmax.convert(model, law="toy")(TOKENS).logits
     torch.testing.assert_close(got, want)
     assert not torch.allclose(got, plain)
+
+
+def task(folder):
+    model = LlamaForCausalLM(
+        LlamaConfig(**SHAPE | {"vocab_size": 300}, num_attention_heads=2, max_position_embeddings=64)
+    )
+    model.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("Some text of several words. " * 40)
+    options = [
+        "--measures",
+        "retrieval",
+        "--tasks",
+        "toy",
+        "--length",
+        "32",
+        "--sizes",
+        "16",
+        "32",
+        "--depths",
+        "0",
+        "--trials",
+        "2",
+    ]
+    arguments = [
+        "evaluate",
+        str(folder / "model"),
+        "--texts",
+        str(folder / "text.txt"),
+        "--out",
+        str(folder / "measured"),
+    ]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*arguments, *options])
+    assert end.value.code == 0
+    rows = [row for row in read_rows(folder / "measured" / "rows.jsonl") if row.metric == "retrieval_accuracy"]
+    assert [(row.at["task"], row.at["length"], row.samples) for row in rows] == [("toy", 16, 2), ("toy", 32, 2)]
+    assert "Retrieval, toys" in (folder / "measured" / "report.html").read_text()
 
 
 def variant_stage_and_figure(folder):
@@ -101,4 +158,5 @@ def command():
 if __name__ == "__main__":
     law()
     variant_stage_and_figure(Path(sys.argv[1]))
+    task(Path(sys.argv[1]))
     command()

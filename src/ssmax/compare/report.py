@@ -9,19 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ssmax.compare.tasks import TASKS
 from ssmax.plots.html import document, escaped, figures_html, is_made_from, save, state_of
 from ssmax.plots.select import by, pick
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import Row, read_rows
 
 __all__ = ["Table", "build", "tables", "tables_json", "tables_text"]
-
-TASKS = {
-    "needle": "one needle",
-    "several": "several needles, each asked",
-    "distractors": "one needle, distractors",
-    "abc": "letters with digits",
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             ("first_digit_accuracy", "first digit right"),
         ):
             cells = pick(rows, metric, task=task)
-            name = f"Retrieval, {TASKS[task]}: {words}, by context size (mean over depths)"
+            name = f"Retrieval, {TASKS[task].title}: {words}, by context size (mean over depths)"
             found.append(_table(name, models, cells, "length", ".2f", np.mean))
     if scores := pick(rows, "needle_score"):
         name = "Attention on the needle from the query that answers: best head, mean over trials"

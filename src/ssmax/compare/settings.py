@@ -4,14 +4,15 @@ import json
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
+from ssmax.compare.tasks import TASKS
 from ssmax.errors import UserError
 
-__all__ = ["MEASURES", "TASKS", "Contender", "Settings"]
+__all__ = ["MEASURES", "Contender", "Settings"]
 
 MEASURES = ("loss", "attention", "retrieval")
-TASKS = ("needle", "several", "distractors", "abc")
+TaskName: TypeAlias = Literal[tuple(TASKS)]  # pyrefly: ignore (known when the file is read)
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,8 @@ class Settings:
         0, "Tokens of each text, for loss and attention. 0: the shortest context in the models' configs.", zero=True
     )
     documents: int = _measure(4, "Texts for loss and attention. Their spread gives the confidence band.")
-    tasks: tuple[Literal["needle", "several", "distractors", "abc"], ...] = _retrieval(
-        ("needle",),
-        "needle: one sentence with a number, hidden in text (the paper's task). several: a needle at each depth, each asked "
-        "for in turn. distractors: further needles that are not asked for. abc: lines like A=482910, one of them asked for.",
+    tasks: tuple[TaskName, ...] = _retrieval(
+        ("needle",), " ".join(f"{name}: {task.help}." for name, task in TASKS.items())
     )
     sizes: tuple[int, ...] = _retrieval((), "Context sizes, in tokens. None: five equal steps up to --length.")
     depths: tuple[float, ...] = _retrieval(

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmax.compare.settings import Settings
+from ssmax.compare.tasks import TASKS
 from ssmax.errors import UserError
-from ssmax.evaluation import ABCDigits, NeedleTask, PromptForm
+from ssmax.evaluation import PromptForm
 from ssmax.evaluation.retrieval import grid_tokens
 from ssmax.evaluation.rows import attention_rows, draw_trials, loss_rows, retrieval_rows
 from ssmax.paper import training
@@ -83,13 +84,9 @@ class Material:
         """Return the first tokens of the texts."""
         return next(ids for text in self.texts if len(ids := self.encode(text)) > 1)[:count]
 
-    def task(self, name: str) -> NeedleTask | ABCDigits:
+    def task(self, name: str) -> Any:
         """Return the task of a name, in the model's tokens."""
-        form = PromptForm.of(self.tokenizer, self.settings.prompt)
-        if name == "abc":
-            return ABCDigits(self.encode, form=form)
-        extra = self.settings.distractors if name == "distractors" else 0
-        return NeedleTask(self.encode, self.haystack, distractors=extra, several=name == "several", form=form)
+        return TASKS[name].make(self, PromptForm.of(self.tokenizer, self.settings.prompt))
 
     def trials(self, name: str) -> list[dict]:
         """Return the trials of a task."""
@@ -160,7 +157,7 @@ def finetune(
         depth = rng.random()
         return task.grid([(length, depth)], rng)[length, depth]
 
-    shortest = task.shortest if isinstance(task, NeedleTask) else 64
+    shortest = getattr(task, "shortest", 64)
     examples = training.task_examples(draw, shortest, recipe, recipe.finetune_steps, s.seed)
     scratch = folder.with_name(f"{folder.name}-checkpoints")
     trained = training.finetune(model, recipe, examples, scratch, progress)

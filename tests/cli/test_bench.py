@@ -11,7 +11,7 @@ import torch
 from command_line import run
 
 from ssmax import SSMaxScale, attention
-from ssmax.bench import cases, command, generate, measure
+from ssmax.bench import blocks, cases, command, generate, measure
 from ssmax.bench.measure import PLAIN, Case, Comparison, compare
 from ssmax.bench.scale import Shape
 from ssmax.errors import UserError
@@ -143,6 +143,17 @@ def test_generate_says_what_each_layer_reads_and_leaves_the_caches_as_they_were(
         list(generate.measurements(None, (4100,), (0,)))
     with pytest.raises(UserError, match="--contexts is an option of the case generate"):
         command.bench(["decode"], tmp_path, dry_run=True, contexts=(1,))
+
+
+def test_a_block_of_keys_is_needed_where_some_row_needs_it():
+    scores = torch.full((1, 2, 256), -100.0)  # four blocks of 64 keys
+    scores[0, 0, 10], scores[0, 1, 70] = 0.0, 0.0
+    scores[0, 0, 255] = 50.0  # hidden from the first row
+    assert blocks.needed(scores).tolist() == [0.5]
+    scores[0, 1, 200] = -12.0  # below the largest by less than log(256 / tolerance) = 12.45
+    assert blocks.needed(scores).tolist() == [0.75]
+    scores[0, 1, 200] = -13.0
+    assert blocks.needed(scores).tolist() == [0.5]
 
 
 def test_the_kernel_case_needs_a_gpu_and_is_left_out_where_it_is_not_named(tmp_path, capsys):

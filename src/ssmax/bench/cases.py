@@ -285,6 +285,7 @@ CASES = {
     "attention": Case("attention() over plain attention, 1,024 to 8,192 causal tokens, and back", 6, causal_attention),
     "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
     "generate": Case("generate with SharpCache over transformers' caches, behind a real prompt", 8, _of("generate")),
+    "blocks": Case("blocks of keys that a prefill could skip at best, by head", 1, _of("blocks")),
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
     "modules": Case("nn.TransformerEncoder and nanoGPT, converted, over the plain ones", 2, _of("modules")),
     "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),

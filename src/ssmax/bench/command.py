@@ -22,6 +22,7 @@ __all__ = ["bench", "figure", "table"]
 NEEDS = {
     "peer": "scalable_softmax",
     "generate": "transformers",
+    "blocks": "transformers",
     "model": "transformers",
     "evaluation": "transformers",
     "training": "accelerate",

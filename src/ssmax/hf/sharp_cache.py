@@ -22,7 +22,9 @@ from ssmax.visible import as_bool
 __all__ = ["SharpCache"]
 
 TRIAL = 256  # steps after which a layer that gains nothing turns plain
-MOST_READ = 7 / 8  # with fewer sharp heads a layer gains less than what asking the others costs
+MOST_READ = (
+    1 / 2
+)  # a layer of 4 heads that read 0.53 of 32,768 keys took longer than plain decoding; see docs/numbers.md
 
 
 class SharpCache(DynamicCache):
@@ -33,7 +35,7 @@ class SharpCache(DynamicCache):
     caches and other layers are computed in full. The cache grows in place: a step copies no old key. Cropping works (assisted
     and prompt-lookup decoding), and batches may be padded.
 
-    If the heads of a layer together read more than 7/8 of their keys for 256 such steps, that layer decodes in full from then
+    If the heads of a layer together read more than half of their keys for 256 such steps, that layer decodes in full from then
     on, without a screen, and the cache warns once. So a model that gains nothing pays nothing.
 
     Args:
@@ -96,7 +98,7 @@ class SharpCache(DynamicCache):
         if len(sharp) < len(served):
             names = f" ({', '.join(map(str, sharp))})" if sharp else ""
             warnings.warn(
-                f"{len(sharp)} of {len(served)} layers are sharp{names}; the others read nearly all of their keys and "
+                f"{len(sharp)} of {len(served)} layers are sharp{names}; the others read most of their keys and "
                 "are decoded plainly from now on",
                 stacklevel=2,
             )

@@ -270,8 +270,7 @@ def _held_out_loss(model, pieces):
 
 def _edges(count):
     """Octaves of position: 64, 128, ... and what remains."""
-    edges = [2**power for power in range(6, 64) if 2**power < count]
-    return [*edges, count]
+    return [*(2**power for power in range(6, 64) if 2**power < count), count]
 
 
 def _octaves(losses):
@@ -303,9 +302,8 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
         with eval_mode(model):
             for module in model.modules():
                 if getattr(module, "gradient_checkpointing", False):
-                    module.training = (
-                        True  # transformers checkpoints in training mode only; dropout, a child, stays off
-                    )
+                    # transformers checkpoints in training mode only; dropout, a child, stays off.
+                    module.training = True
             yield
     finally:
         for name, parameter in model.named_parameters():

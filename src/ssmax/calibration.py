@@ -123,7 +123,7 @@ def calibrate(
         seed: seed of the order of pieces and of the positions.
 
     Returns:
-        A Calibration: losses before and after, and all fits. print(calibration) shows a table.
+        A Calibration: losses before and after, and all fits. Printed, it is a table.
 
     Raises:
         TypeError: texts are strings and tokenizer is missing.
@@ -134,8 +134,7 @@ def calibrate(
     After an error the model is as it was.
 
     Example:
-        >>> report = ssmax.calibrate(model, texts, tokenizer, length=4096)
-        >>> print(report)
+        >>> print(ssmax.calibrate(model, texts, tokenizer, length=4096))
     """
     check_reads_text(model)
     tokens = piece_length(model.config, length)

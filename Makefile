@@ -39,11 +39,12 @@ test-harness: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt lm_eval==0.4.13 wonderwords==3.0.1 nltk==3.10.4
 	$(BIN)/python -m pytest tests/evaluation/test_lm_eval.py
 
-# Models of timm, x-transformers, diffusers and litgpt, converted.
+# Models of timm, x-transformers, diffusers and litgpt, converted; the recipes for litgpt, torchtitan and Lightning.
 test-modules: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse
-	$(BIN)/python -m pip install --quiet --no-deps litgpt lightning lightning-utilities torchmetrics
-	$(BIN)/python -m pytest -rs tests/modules/test_packages.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse einops
+	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13 lightning==2.6.6 lightning-utilities torchmetrics \
+		torchtitan==0.3.0 spmd_types==0.2.3 torchdata
+	$(BIN)/python -m pytest -rs tests/modules/test_packages.py tests/modules/test_examples.py
 
 # The demo's page in a real browser: needs Debian's packages chromium and chromium-driver.
 test-browser: $(STAMP)

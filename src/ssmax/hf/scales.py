@@ -41,7 +41,7 @@ def attach(model: PreTrainedModel) -> None:
 
 def detach(model: PreTrainedModel) -> None:
     """Take away what attach gave."""
-    model.__dict__.pop("_ssmaxcarriers", None)
+    model.__dict__.pop("_ssmax_carriers", None)
     for module in model.modules():
         module._modules.pop("ssmax", None)
         module.__dict__.pop("ssmax_layer", None)
@@ -54,7 +54,7 @@ def carriers(model: PreTrainedModel) -> list[tuple[str, Any]]:
 
 def check_carried(model: PreTrainedModel) -> None:
     """Raise ValueError where a converted attention was replaced by a plain one; layers that were cut off are not missed."""
-    for name in model.__dict__.get("_ssmaxcarriers", ()):
+    for name in model.__dict__.get("_ssmax_carriers", ()):
         try:
             module = functools.reduce(getattr, name.split("."), model)
         except AttributeError:

@@ -1,5 +1,6 @@
 """The class that vLLM makes of a converted model; imported by vLLM alone."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ class SSMaxForCausalLM(TransformersForCausalLM):
                 raise ValueError("law 'query-aware' has networks that heads share; run it with tensor_parallel_size=1")
             if isinstance(module, QueryScale):
                 _split(module, parts)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load as vLLM does; ValueError where a scale is missing, which vLLM does not notice in quantised checkpoints."""
+        loaded = super().load_weights(weights)
+        lost = sorted(name for name, _ in self.named_parameters() if ".ssmax." in name and name not in loaded)
+        if lost:
+            raise ValueError(f"the checkpoint lacks SSMax scales: {', '.join(lost[:4])}")
+        return loaded
 
 
 def _split(scale, parts):

@@ -152,6 +152,21 @@ def test_a_target_that_exists_is_never_overwritten(folder, command):
     assert "exists already" in done.stderr
 
 
+def test_laws_that_learn_something(folder):
+    done = run("convert", folder / "plain", folder / "new", "--law", "ssmax-power", "--law-parameters", "gamma", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert "law ssmax-power, s " in done.stdout
+    told = run("inspect", folder / "new").stdout
+    assert "s of each head / gamma of each head" in told
+    assert told.count(" / 0.5000 0.5000") == 2
+    done = run(
+        "convert", folder / "plain", folder / "aware", "--law", "query-aware", "--law-parameters", "hidden_size", "4"
+    )
+    assert done.returncode == 0, done.stderr
+    assert run("inspect", folder / "aware").stdout.count("QueryAwareScale(query-aware: ") == 2
+    one_line(run("inspect", folder / "aware", "--figure", folder / "s.svg"), 2, "nothing to draw")
+
+
 def test_a_law_that_learns_nothing(folder):
     done = run("convert", folder / "plain", folder / "new", "--law", "yarn", "--law-parameters", "factor", "4")
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,8 @@ def test_it_compiles_for_gpus_and_fits_their_shared_memory(tmp_path):
     shared = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in lines}
     assert len(shared) == 15
     for name, size in shared.items():
-        assert 0 < size <= 99 * 1024, name
+        # 99 KiB is the least of all GPUs since sm_80; Triton compiles another way for sm_100, whose blocks have 227 KiB.
+        assert 0 < size <= (227 if name.endswith("sm_100") else 99) * 1024, name
 
 
 Q = torch.ones(1, 2, 3, 16)

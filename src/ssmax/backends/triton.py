@@ -115,7 +115,7 @@ class _Attention(torch.autograd.Function):
 
 
 def tiles(size: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Return the tile, warps and pipeline stages of each kernel: at most 99 KiB of shared memory, hardly a register spilt."""
+    """Return tile, warps and pipeline stages of each kernel: at most 99 KiB of shared memory up to sm_90, hardly a register spilt."""
     if dtype == torch.float32:  # its products run without tensor cores
         rows = keys = 16 if size > 128 else 32
         forward_tile = query_tile = key_tile = (rows, keys, 4 if size > 128 else 8, 1)

@@ -44,7 +44,7 @@ test-modules: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse einops
 	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13 lightning==2.6.6 lightning-utilities torchmetrics \
 		torchtitan==0.3.0 spmd_types==0.2.3 torchdata
-	$(BIN)/python -m pytest -rs tests/modules/test_packages.py tests/modules/test_examples.py
+	$(BIN)/python -m pytest -rs tests/modules/test_packages.py tests/test_examples.py
 
 # The demo's page in a real browser: needs Debian's packages chromium and chromium-driver.
 test-browser: $(STAMP)

@@ -1,7 +1,6 @@
 """PEFT's adapters of converted models: their files hold s and b as well, and go onto a model that has these scales."""
 
 import functools
-import importlib.util
 import sys
 from typing import Any
 
@@ -22,10 +21,10 @@ WRAPPED = (".original_module", ".base_layer")
 
 def install() -> None:
     """Wrap PEFT's reading and writing of adapters, once, where PEFT is installed."""
-    if importlib.util.find_spec("peft") is None:
+    try:
+        import peft
+    except ImportError:  # not installed, or not beside these versions: then nobody can use it either
         return
-    import peft
-
     for name, around in (("get_peft_model_state_dict", _written), ("set_peft_model_state_dict", _read)):
         original = getattr(peft, name)
         if getattr(original, "_ssmax", False):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
     "pretrain_litgpt": "litgpt",
     "pretrain_torchtitan": "torchtitan",

@@ -1,6 +1,7 @@
 """Put models of a finished run into the package, for ssmax demo: python docs/demo_models.py RUN [SEED]
 
-RUN is a folder of ssmax reproduce whose recipe trained paper:ab and fine-tuned them for retrieval. Weights are kept in
+RUN is a folder of ssmax reproduce whose recipe trained paper:ab and fine-tuned them for retrieval; give the seed with the
+median difference of needles found. Weights are kept in
 float16 (s and b in float32), which moves the losses by less than 0.001 nats.
 """
 
@@ -42,6 +43,7 @@ shutil.copy(cache / "tokenizer" / "tokenizer.json", FOLDER)
 length = recipe["train_length"] * recipe["length_factor"] + 1
 np.save(FOLDER / "texts.npy", np.load(cache / "held-out.npy")[:TEXTS, :length].astype(np.uint16))
 shape = {key: recipe[key] for key in ("train_length", "needle_digits")}
+shape["needle_theta_factor"] = max(recipe["needle_theta_factors"] or recipe["theta_factors"])
 facts = {"recipe": recipe["name"], "seed": seed, "parameters": sum(p.numel() for p in model.parameters()), **shape}
 facts |= {
     key: value for key, value in made.items() if key not in ("recipe", "seconds", "processor_seconds", "peak_mib")

@@ -24,7 +24,7 @@ __all__ = ["MODELS", "Shipped", "Sight", "best_head", "load", "look", "losses", 
 FOLDER = Path(__file__).parent / "models"
 MODELS = {"softmax": "Softmax", "ssmax": "SSMax"}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-THETA_FACTOR = 50  # the paper's, at test time
+THETA_FACTOR = 50  # of the paper, for the loss by position
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Shipped:
         """Context sizes of the demo: the training length, doubled as far as the texts reach."""
         count = (self.texts.shape[1] // self.train_length).bit_length()
         return [self.train_length * 2**k for k in range(count)]
+
+    @property
+    def needle_theta_factor(self) -> float:
+        """Factor of RoPE's theta for needles: the run's largest, under which it judged them."""
+        return self.provenance["needle_theta_factor"]
 
     def encode(self, text: str) -> list[int]:
         """Return ids without special tokens."""
@@ -115,7 +120,7 @@ def needles(shipped: Shipped, trials: int, progress: Callable[[int], Any]) -> di
     asked = [task.grid(cells, np.random.default_rng(seed)) for seed in range(trials)]
     found = {}
     for name, model in shipped.retrieval.items():
-        with rope_theta(model, THETA_FACTOR):
+        with rope_theta(model, shipped.needle_theta_factor):
             outcomes = retrieve_grid(model, asked, progress=progress)
         found[name] = {n: [trial[n, d] for trial in outcomes for d in DEPTHS] for n in shipped.lengths}
     return found
@@ -128,11 +133,11 @@ def best_head(outcomes: dict[int, list]) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def look(model: PreTrainedModel, example: NeedleExample, head: tuple[int, int]) -> Sight:
+def look(model: PreTrainedModel, example: NeedleExample, head: tuple[int, int], theta_factor: float) -> Sight:
     """Return what a head attends to from the last token of the prompt, and what the model answers there."""
     layer, number = head
     prompt = torch.tensor([example.prompt])
-    with rope_theta(model, THETA_FACTOR):
+    with rope_theta(model, theta_factor):
         reader = Reader(model, prompt, 1024)
         memory = reader.read(reader.empty(1), prompt[:, :-1])
         _, weights = attend(reader, memory, prompt[:, -1:], prompt.shape[1])

@@ -50,7 +50,7 @@ def facts_of(shipped: Shipped, progress: Callable[[int], Any], trials: int = TRI
         "views": [_view(shipped, length, heads) for length in shipped.lengths],
         "heads": {name: f"layer {layer}, head {head}" for name, (layer, head) in heads.items()},
         "names": MODELS,
-        "theta": THETA_FACTOR,
+        "theta": {"loss": THETA_FACTOR, "needles": shipped.needle_theta_factor},
         "asked": trials * len(measure.DEPTHS),
         "texts": len(shipped.texts),
         "provenance": shipped.provenance,
@@ -60,7 +60,10 @@ def facts_of(shipped: Shipped, progress: Callable[[int], Any], trials: int = TRI
 def _view(shipped: Shipped, length: int, heads: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """One context for the page: its tokens, and what the best head of each model attends to from the last of them."""
     example = shipped.task().example(length, 0.5, np.random.default_rng([length, 1]))
-    sights = {name: measure.look(model, example, heads[name]) for name, model in shipped.retrieval.items()}
+    sights = {
+        name: measure.look(model, example, heads[name], shipped.needle_theta_factor)
+        for name, model in shipped.retrieval.items()
+    }
     return {
         "n": len(example.prompt),
         "tokens": [shipped.tokenizer.decode([token]) for token in example.prompt],
@@ -89,7 +92,7 @@ def _tables(facts: dict[str, Any]) -> list[str]:
     made = facts["provenance"]
     lines = [
         f"Two models of {made['parameters']:,} parameters, trained on windows of {made['train_length']} tokens; RoPE theta × "
-        f"{facts['theta']} at test time, nothing trained on longer texts.",
+        f"{facts['theta']['loss']} for the loss and × {facts['theta']['needles']} for needles, nothing trained on longer texts.",
         "",
         f"Loss (nats a token) by position, {facts['texts']} held-out texts",
         f"{'positions':>15}  {softmax:>8}  {ssmax:>8}  {'difference':>10}",

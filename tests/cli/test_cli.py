@@ -69,12 +69,12 @@ def test_it_leaves_rows_figures_a_report_and_a_table(finished):
     metrics = {row.metric for row in read_rows(folder / "rows.jsonl")}
     assert metrics == {
         "max_weight", "focus_weight", "learned_p", "train_loss", "loss_by_position", "text_loss", "retrieval_accuracy",
-        "needle_score", "top_needle_score", "counting_accuracy",
+        "needle_score", "top_needle_score", "counting_accuracy", "learned_scale", "scale_parameters",
     }  # fmt: skip
     for row in read_rows(folder / "rows.jsonl"):
         assert {"recipe", "commit", "torch", "transformers", "time"} <= row.provenance.keys()
         assert (row.seed is None) == (row.metric in ("max_weight", "focus_weight"))
-    assert len(list((folder / "figures").glob("*.png"))) == len(list((folder / "figures").glob("*.svg"))) == 9
+    assert len(list((folder / "figures").glob("*.png"))) == len(list((folder / "figures").glob("*.svg"))) == 10
     assert done.stdout.count("Fig. ") == 14
     assert str(folder / "report.html") in done.stdout
     assert "Traceback" not in done.stderr
@@ -203,7 +203,7 @@ def test_bad_input_is_one_clear_line(arguments, words, forks, tmp_path):
         (["calibrate", "--layers", "0", "1", "model", "new"], "model", "calibrate model new --layers"),
         (["calibrate", "--inits", "0.5", "matched", "model", "new"], "model", "calibrate model new --inits"),
         (["convert", "--layers", "1", "model"], "model", "convert model --layers"),
-        (["train", "--seeds", "1", "2", "runs/mine"], "runs/mine", "train runs/mine --seeds"),
+        (["train", "--depths", "0.5", "runs/mine"], "runs/mine", "train runs/mine --depths"),
     ],
 )
 def test_an_option_of_several_values_that_took_what_follows(arguments, value, right, capsys):

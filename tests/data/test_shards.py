@@ -433,7 +433,7 @@ def test_the_command_says_what_was_prepared(rows, tokenizer, tmp_path, capsys):
     ("source", "words"),
     [
         ("nobody/nothing", "could not be loaded as a data set"),
-        ("{root}/saved=0.5,{root}/json", "give all or none"),
+        ("{root}/saved=0.5,{root}/json", "weights to some sources only"),
         ("{root}/saved=0.5,{root}/json=-1", "positive number"),
         ("{root}/saved,,{root}/json", "not spelled"),
         ("{root}/saved#body", "no column 'body', but id, text"),

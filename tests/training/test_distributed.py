@@ -52,7 +52,7 @@ def run(ranks, *arguments):
 
 
 def losses(folder):
-    return {row.at["step"]: row.value for row in read_rows(folder / "rows.jsonl")}
+    return {row.at["step"]: row.value for row in read_rows(folder / "rows.jsonl") if row.metric == "train_loss"}
 
 
 @pytest.fixture(scope="module")

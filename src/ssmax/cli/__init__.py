@@ -62,8 +62,12 @@ def parsed(arguments: list[str]) -> Any:
     """Return the command with its options; exit after --help, --version and errors."""
     try:
         check_values(COMMANDS, arguments)
+        return _parse(arguments)
     except UserError as error:
         sys.exit(_say(str(error), 2))
+
+
+def _parse(arguments: list[str]) -> Any:
     name, *rest = arguments or [""]
     if name in ("--version", "-V"):
         print(f"ssmax {__version__}")

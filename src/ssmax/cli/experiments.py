@@ -42,15 +42,16 @@ Saving: Any = Annotated[
     option("Steps between two checkpoints. 0: no checkpoints.", unset="the recipe's, or steps / 10", metavar="INT"),
 ]
 RecipeOptions: Any = option_groups(Recipe)
-TrainOptions: Any = option_groups(
-    Recipe,
-    **{f.name: Annotated[f.type | None, tyro.conf.Suppress] for f in dataclasses.fields(Recipe) if f.name in REPLACED},  # pyrefly: ignore
-    checkpoint_steps=Saving,
-)
+TrainOptions: Any = option_groups(Recipe, leave_out=REPLACED, checkpoint_steps=Saving)
 
 
 def parse_recipe(command: Any, arguments: list[str], prog: str, recipe: str | None = None) -> Any:
     """Parse the arguments of a command; what they leave open is as in the recipe that they name."""
+    foreign = [option for x in arguments if (option := x.partition("=")[0]) in {f"--{name}" for name in REPLACED}]
+    if command is Train and foreign:
+        raise UserError(
+            f"{foreign[0]} is of ssmax reproduce; ssmax train takes --form, --variant and --seed of one model"
+        )
     name = recipe or next((word for x in arguments if (word := x.rpartition("=")[2]) in RECIPES), "tiny")
     fields = dataclasses.fields(command)
     needed = {f.name: tyro.MISSING for f in fields if f.default is f.default_factory is dataclasses.MISSING}
@@ -156,15 +157,9 @@ class Train:
 
     def chosen(self) -> Recipe:
         """Return the recipe with the options that were given."""
-        given = flat(self.options)
-        for name in REPLACED:
-            if given[name] is not None:
-                raise UserError(
-                    f"--{name} is of ssmax reproduce; ssmax train takes --form, --variant and --seed of one model"
-                )
         only = {"models": (f"{self.form}:{self.variant}",), "retrieval": (), "counting": (), "seeds": (self.seed,)}
         recipe = _recipe(self.recipe, self.options, **only)
-        if given["checkpoint_steps"] is None and not recipe.checkpoint_steps:
+        if flat(self.options)["checkpoint_steps"] is None and not recipe.checkpoint_steps:
             recipe = dataclasses.replace(recipe, checkpoint_steps=max(1, recipe.steps // 10))
         return recipe
 

@@ -29,16 +29,17 @@ def option(text: str, *, unset: str | None = None, metavar: str | None = None) -
     return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default)
 
 
-def option_groups(spec: Any, **own: Any) -> Any:
+def option_groups(spec: Any, leave_out: tuple[str, ...] = (), **own: Any) -> Any:
     """Return a dataclass with one dataclass of options for each group of spec's fields, which tyro shows in one box.
 
     Args:
         spec: a dataclass whose options have group and help in their metadata.
+        leave_out: names of fields that are no options.
         own: other types for some of its fields, whose default is then None.
     """
     groups: dict[str, list[Any]] = {}
     for field in dataclasses.fields(spec):
-        if "help" in field.metadata:
+        if "help" in field.metadata and field.name not in leave_out:
             kind = own.get(field.name, Annotated[field.type, option(field.metadata["help"])])  # pyrefly: ignore
             default = None if field.name in own else field.default
             groups.setdefault(field.metadata["group"], []).append((field.name, kind, default))

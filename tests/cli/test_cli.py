@@ -203,7 +203,7 @@ def test_bad_input_is_one_clear_line(arguments, words, forks, tmp_path):
         (["calibrate", "--layers", "0", "1", "model", "new"], "model", "calibrate model new --layers"),
         (["calibrate", "--inits", "0.5", "matched", "model", "new"], "model", "calibrate model new --inits"),
         (["convert", "--layers", "1", "model"], "model", "convert model --layers"),
-        (["train", "--depths", "0.5", "runs/mine"], "runs/mine", "train runs/mine --depths"),
+        (["train", "--depths", "0.5", "1.0", "runs/mine"], "runs/mine", "train runs/mine --depths"),
     ],
 )
 def test_an_option_of_several_values_that_took_what_follows(arguments, value, right, capsys):

@@ -3,14 +3,14 @@
 import os
 import sys
 
-import ssmax
 from ssmax import cli
+from ssmax.runs import folder
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     if os.environ["RANK"] == "1":
         if what == "version":
-            ssmax.__version__ = "9.9.9"
+            folder.__version__ = "9.9.9"
         else:
             arguments[arguments.index("--corpus") + 1] = what
     cli.main(arguments)

@@ -276,6 +276,32 @@ def test_the_late_switch_is_softmax_for_seven_eighths_and_ssmax_then(loaded, tmp
     assert all((scale != ssmax.matched_scale(recipe.train_length)).all() for scale in scales["f"])  # trained since
 
 
+def test_the_late_switch_continues_the_softmax_model_s_training_where_both_are_trained(loaded, tmp_path):
+    both = dataclasses.replace(smoke(), steps=16, models=("paper:af",), retrieval=(), counting=())
+    alone = dataclasses.replace(both, models=("paper:f",))
+    a, f = Job("paper", "a", 0), Job("paper", "f", 0)
+    done = {}
+
+    def trained(job, recipe, folder):
+        done[folder, job] = []
+        rows = STAGES["pretrain"].run(job, recipe, loaded, tmp_path / folder, done[folder, job].append)
+        model = training.pretrained(job, recipe, tmp_path / folder)
+        return {row.at["step"]: row.value for row in rows if row.metric == "train_loss"}, model
+
+    softmax, plain = trained(a, both, "both")
+    branched, model = trained(f, both, "both")
+    expected, other = trained(f, alone, "alone")
+    tokens = both.batch_size * both.train_length
+    assert (
+        done["both", f][0] == switch_at(both) * tokens and sum(done["both", f]) == 16 * tokens
+    )  # shared, then its own
+    assert {step: branched[step] for step in range(1, 15)} == {step: softmax[step] for step in range(1, 15)}
+    assert branched == expected
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), other.parameters(), strict=True))
+    assert not hasattr(plain.config, "ssmax") and not any("ssmax" in name for name in plain.state_dict())
+    assert not list((tmp_path / "both").glob("*/*checkpoints"))
+
+
 def test_the_afterwards_switched_model_is_the_trained_softmax_model(loaded, tmp_path):
     recipe = dataclasses.replace(smoke(), steps=4)
     a, e = Job("paper", "a", 0), Job("paper", "e", 0)

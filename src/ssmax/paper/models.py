@@ -36,6 +36,7 @@ class Variant:
         options: options of convert, with init "matched"; None for Softmax. A function of the recipe if they depend on it.
         finish: called with the converted model and its recipe, to put other scales in.
         made_of: the variant whose trained model it is, converted without further training; it has no training of its own.
+        branch_of: the variant whose training it shares until it switches; where both are trained, that part is trained once.
         measured: False for a model that is not saved: what its training finds is all that is asked of it.
     """
 
@@ -46,6 +47,7 @@ class Variant:
     options: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None
     finish: Callable[[Any, Any], None] = lambda model, recipe: None
     made_of: str = ""
+    branch_of: str = ""
     measured: bool = True
 
     def conversion(self, recipe: Any) -> Mapping[str, Any] | None:
@@ -97,6 +99,7 @@ VARIANTS = {
             "#cc79a7",
             {},
             _switch_late,
+            branch_of="a",
         ),
         # Other laws of n, which the recipe laws compares. The exponent starts between a temperature (0) and log n (1).
         Variant(

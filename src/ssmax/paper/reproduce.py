@@ -228,12 +228,16 @@ def _run_jobs(run, recipe, tokens, provenance):
 
 
 def _units(jobs):
-    """One worker's work: a model, and after it those that are made of it."""
-    units = {job: [job] for job in jobs if not VARIANTS[job.variant].made_of}
-    for job in jobs:
-        if made_of := VARIANTS[job.variant].made_of:
-            units[dataclasses.replace(job, variant=made_of)].append(job)
+    """One worker's work: a model, and after it those that are made of it or branch off its training."""
+    units = {}
+    for job in sorted(jobs, key=lambda job: bool(_before(job))):
+        first = dataclasses.replace(job, variant=_before(job) or job.variant)
+        units.setdefault(first if first in units else job, []).append(job)
     return list(units.values())
+
+
+def _before(job):
+    return VARIANTS[job.variant].made_of or VARIANTS[job.variant].branch_of
 
 
 def _wait(futures):

@@ -1,8 +1,8 @@
 """The paper's trainings: Table 2 (pretraining) and Table 3 (fine-tuning on a task), and the stages that run them."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from ssmax.conversion import convert
+from ssmax.conversion import convert, revert
 from ssmax.data.corpus import Corpus
 from ssmax.errors import Damaged, UserError
 from ssmax.hf.loading import load_model
@@ -25,7 +25,7 @@ from ssmax.runs.files import check_folder, written_whole
 from ssmax.runs.rows import Row
 from ssmax.training.checkpoints import owner
 from ssmax.training.datasets import Examples, Windows
-from ssmax.training.loop import Setup, Spec, Trained, train
+from ssmax.training.loop import Branch, Setup, Spec, Trained, train
 from ssmax.training.ranks import world_size
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "save_stage", "stage_examples", "task_examples",
 ]  # fmt: skip
 
+SCRATCH = "pretrain-checkpoints"
 FINETUNED = {"finetune": "finetuned", "count": "counting"}  # folders of fine-tuned models
 
 
@@ -44,8 +45,12 @@ def pretrain(
     folder: Path,
     progress: Callable[[int], Any],
     setup: Setup = Setup(),  # noqa: B008 (frozen)
+    branch: Branch | None = None,
 ) -> Trained:
-    """Train as in Table 2; checkpoints lie in folder, and the newest whole one there is continued."""
+    """Train as in Table 2; checkpoints lie in folder, and the newest whole one there is continued.
+
+    With a branch the model is one that could switch, and does not: the branch does.
+    """
     if setup.shard and world_size() > 1 and hasattr(model, "learned_p"):
         raise UserError("variant p shares one parameter among all layers and cannot be sharded; leave out --shard")
     spec = Spec(
@@ -62,9 +67,10 @@ def pretrain(
         checkpoint_steps=recipe.checkpoint_steps,
         seed=seed,
         owner=owner(folder, recipe),
+        branch=branch,
     )
     data = Windows(tokens, recipe.train_length, recipe.steps * recipe.batch_size, seed)
-    switch = switch_at(recipe)
+    switch = recipe.steps if branch else switch_at(recipe)
     return train(model, data, spec, folder, progress, setup, lambda model, step: turn_on(model, step >= switch))
 
 
@@ -126,9 +132,13 @@ def pretrain_stage(
 ) -> list[Row]:
     """Pretrain a model from its seed, save it, and return its training loss and what it learned of n."""
     folder = models / job.name
-    model = build_model(recipe, job.form, job.variant, job.seed, corpus.vocab_size, corpus.end)
-    scratch = folder / "pretrain-checkpoints"
-    trained = pretrain(model, recipe, corpus.train, job.seed, scratch, progress, setup)
+    branch = _branch(job, recipe, models)
+    variant = branch[0].variant if branch else job.variant
+    model = build_model(recipe, job.form, variant, job.seed, corpus.vocab_size, corpus.end)
+    scratch = folder / SCRATCH
+    trained = pretrain(model, recipe, corpus.train, job.seed, scratch, progress, setup, branch and branch[1])
+    if branch:
+        revert(trained.model)
     rows = _loss_rows(job, trained.losses, "pretrain")
     if not VARIANTS[job.variant].measured:
         learned: Any = trained.model.learned_p
@@ -140,6 +150,16 @@ def pretrain_stage(
         save_stage(trained.model, folder / "pretrained", recipe)
     _remove(scratch)
     return rows
+
+
+def _branch(job, recipe, models):
+    """The job that shares a job's training until it switches, and where it continues; None if the run has none to train."""
+    jobs = [other for other in recipe.jobs if other == replace(job, variant=other.variant)]
+    for other in jobs:
+        if VARIANTS[other.variant].branch_of == job.variant and not (models / other.name / "pretrained").exists():
+            folder = models / other.name / SCRATCH
+            return other, Branch(switch_at(recipe), folder, owner(folder, recipe))
+    return None
 
 
 def _scale_rows(job, model):
@@ -214,7 +234,7 @@ def pretrained(job: Job, recipe: Recipe, models: Path) -> PreTrainedModel:
     variant = VARIANTS[job.variant]
     if not variant.made_of:
         return load_stage(models / job.name / "pretrained", recipe)
-    source = models / dataclasses.replace(job, variant=variant.made_of).name / "pretrained"
+    source = models / replace(job, variant=variant.made_of).name / "pretrained"
     return convert(load_stage(source, recipe), "matched", **(variant.conversion(recipe) or {}))
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ssmax.errors import Damaged
 from ssmax.runs.files import SEAL, check_folder, seal_folder
 
-__all__ = ["newest", "owner", "seal"]
+__all__ = ["copy", "newest", "owner", "seal"]
 
 
 def owner(folder: Path, recipe: Any) -> str:
@@ -36,6 +36,16 @@ def seal(checkpoint: Path, whose: str) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         seal_folder(checkpoint, whose)
+
+
+def copy(checkpoint: Path, folder: Path, whose: str) -> None:
+    """Copy a checkpoint that is not sealed yet into the folder of another training, and seal the copy for its owner."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(checkpoint, folder / checkpoint.name)
+    seal(folder / checkpoint.name, whose)
 
 
 def newest(folder: Path, whose: str) -> Path | None:

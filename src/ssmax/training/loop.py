@@ -22,7 +22,7 @@ from ssmax.runs import signals
 from ssmax.training import checkpoints, nonfinite
 from ssmax.training.ranks import any_of, world_size
 
-__all__ = ["Setup", "Spec", "Trained", "batch_arguments", "train"]
+__all__ = ["Branch", "Setup", "Spec", "Trained", "batch_arguments", "train"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Spec:
         checkpoint_steps: steps between two checkpoints; 0 for none.
         seed: the Trainer's seed.
         owner: owner of the checkpoints, see checkpoints.owner.
+        branch: where another training continues from a step of this one; None for nowhere.
     """
 
     steps: int
@@ -57,6 +58,22 @@ class Spec:
     precision: str
     checkpoint_steps: int
     seed: int
+    owner: str
+    branch: "Branch | None" = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A checkpoint that is left for another training, which continues from it.
+
+    Attributes:
+        step: the step after which it is written.
+        folder: the other training's folder of checkpoints.
+        owner: the other training's owner.
+    """
+
+    step: int
+    folder: Path
     owner: str
 
 
@@ -262,11 +279,16 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress(self.spec.step_tokens)
+        if self.spec.branch and state.global_step == self.spec.branch.step:
+            control.should_save = True
         if any_of(signals.asked_to_stop()):
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.spec.owner)
+        checkpoint, branch = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.spec.branch
+        if branch and state.global_step == branch.step:
+            checkpoints.copy(checkpoint, branch.folder, branch.owner)
+        checkpoints.seal(checkpoint, self.spec.owner)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs and not math.isfinite(logs["loss"]):

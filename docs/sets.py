@@ -1,6 +1,6 @@
-"""Write docs/sets.md: a set Transformer trained on sets of 64, read at up to 4,096, Softmax and SSMax on five seeds.
+"""Write docs/sets.md: a set Transformer trained on sets of 64 and tested on up to 4,096, Softmax and SSMax, five seeds.
 
-python docs/sets.py --run     trains and measures (about ten minutes on one core), then writes the rows and the page
+python docs/sets.py --run     trains and measures (about two minutes on one core), then writes the rows and the page
 python docs/sets.py           writes the page and its figure from docs/results/sets.jsonl
 """
 
@@ -25,10 +25,10 @@ from ssmax.runs.rows import Row, read_rows, write_rows
 DOCS = Path(__file__).parent
 ROWS, PAGE, FIGURE = DOCS / "results/sets.jsonl", DOCS / "sets.md", DOCS / "images/sets.png"
 TRAINED, SIZES, SEEDS = 64, (64, 256, 1024, 4096), range(5)
-SETS = {64: 1024, 256: 512, 1024: 256, 4096: 64}  # how many of each size are read
+SETS = {64: 1024, 256: 512, 1024: 256, 4096: 64}  # number of test sets by size
 STEPS, BATCH, RATE = 300, 64, 2e-3
 WIDTH, HEADS, LAYERS, CLASSES = 32, 4, 2, 8
-# Written down before the final run, after one seed that is not among these (100, needle alone, twice the steps).
+# Written before the final run, after a pilot with another seed (100, needle alone, twice the steps).
 # name: (claim, task, keys, holds where the interval of SSMax - Softmax is ...)
 CLAIMS = {
     "needle": (
@@ -49,7 +49,7 @@ VARIANTS = {"softmax": ("Softmax", "#777777"), "ssmax": ("SSMax", "#1f77b4")}
 
 
 class Needle:
-    """Elements with a class each, one of them marked; the question asks for the class of that one."""
+    """Each element has a class, and one is marked; the question asks for the class of the marked one."""
 
     name, metric, inputs, outputs = "needle", "accuracy", CLASSES + 2, CLASSES
 
@@ -70,7 +70,7 @@ class Needle:
 
 
 class Mean:
-    """Elements with a number each; the question asks for their mean."""
+    """Each element is a number; the question asks for their mean."""
 
     name, metric, inputs, outputs = "mean", "mean_squared_error", 2, 1
 
@@ -215,40 +215,41 @@ TEXT = """# Outside of language: sets
 
 <!-- Written by docs/sets.py; do not edit. -->
 
-What does SSMax do where there is no text? A set Transformer reads a set of elements, and the question attends to them. It is
-trained on sets of 64 and asked about sets of up to 4,096. Two tasks stand against each other:
+What does SSMax do on data other than text? A set Transformer reads a set of elements: one query, the question, attends to all
+of them. It is trained on sets of 64 elements and tested on sets of up to 4,096. One task favours SSMax, the other Softmax:
 
-- **needle**: each element has one of eight classes, and one element is marked. The model names the class of that one. The more
-  elements there are, the more attention the others draw away from it.
-- **mean**: each element is a number, and the model gives the mean. This wants attention that is spread evenly, and sharper
+- **needle**: each element has one of eight classes, and one element is marked. The model names the class of the marked one.
+  The more elements there are, the more attention the others take from it.
+- **mean**: each element is a number, and the model predicts the mean. This needs attention that is spread evenly; sharper
   attention can only do harm.
 
 ![Both tasks by the size of the set](images/sets.png)
 
-Lines are means over {seeds} seeds, bands reach from the lowest to the highest seed.
+Lines are means over {seeds} seeds. Bands reach from the lowest to the highest seed.
 
 {table}
 
 {judged}
 
 The intervals are paired t intervals over {seeds} seeds: both variants of a seed start from the same weights and see the same sets.
-A claim that two things do not differ "holds" where the interval contains zero, which is weaker than a proof that they are equal.
+The claim that two models do not differ "holds" if the interval contains zero. That does not prove that they are equal.
 
 ## How
 
 - The model is `nn.TransformerDecoder`: two layers, width {width}, {heads} heads, one query (the question), the elements as keys.
-  `ssmax.convert(model, 1 / log(64), layers=[...])` converts its cross attention, without a bias: at the start it is Softmax at
-  the size of the training, up to rounding.
-- {steps} steps of 64 sets, AdamW with `ssmax.parameter_groups`, so that s is not decayed. Nothing was tuned for either variant.
-  The design changed twice after pilots: a needle that is found by its content was not learned in 1,000 steps, and a full encoder
-  was too slow. One seed that is not among the five was then run on the needle, with 600 steps, to see that it can be learned. The
-  claims were written after that and before the run; steps and test sets were cut to fit the machine. The rows name no commit, because
-  they were made from a copy of the tree without its history.
-- This is one small model and two tasks that were made for it. It shows a mechanism and no benchmark.
+  `ssmax.convert(model, 1 / log(64), layers=[...])` converts its cross attention, without a bias b. On sets of 64 it starts as
+  Softmax, up to rounding.
+- Training takes {steps} steps of 64 sets, with AdamW and `ssmax.parameter_groups`, so that s is not decayed. Nothing was tuned for
+  either variant.
+- The design changed twice after pilots: a needle that is found by its content was not learned in 1,000 steps, and a full encoder
+  was too slow. Then one seed that is not among the five was trained on the needle, with 600 steps, to see that it can be learned.
+  The claims were written after that and before the run. Steps and test sets were cut to fit the machine. The rows name no commit,
+  because they were made from a copy of the repository without its history.
+- This is one small model, on two tasks that were made for it. It shows a mechanism; it is not a benchmark.
+
+The following command trains and measures again, in about two minutes on one core:
 
     python docs/sets.py --run
-
-trains and measures anew, in about two minutes on one core.
 """
 
 

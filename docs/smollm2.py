@@ -156,9 +156,10 @@ def identity_difference(model, tokenizer):
 
 INTRO = """# SmolLM2-135M, converted and calibrated
 
-Made by `docs/smollm2.py`, which says how to run it; rows in [results/smollm2.jsonl](results/smollm2.jsonl). One document of each kind, so these
-are loss differences on one text and not an average over texts. Nats per token, mean over the positions between two columns; the lowest of a
-column with the same theta is bold. The model was trained on 8,192 tokens; theta is RoPE's.
+`docs/smollm2.py` makes this page and says how to run it; its rows are in [results/smollm2.jsonl](results/smollm2.jsonl). Each kind
+of text is one document, so the losses are those of one text and not an average over texts. They are in nats per token: column 1,024
+is the mean over positions 513 to 1,024, and so on. The lowest loss of each column is bold. The model was trained on contexts of 8,192
+tokens. "theta × 4" multiplies RoPE's theta by 4.
 """
 
 
@@ -167,7 +168,7 @@ def page(rows):
     difference = next(row.value for row in rows if row.metric == "identity_logit_difference")
     lines = [
         INTRO,
-        f'Converted with `init="identity"`: largest difference of any logit over 1,024 tokens {difference:g}.\n',
+        f'After conversion with `init="identity"`, the largest change of any logit over 1,024 tokens is {difference:g}.\n',
     ]
     for text, factor in itertools.product(TEXTS, sorted({c.theta_factor for c in CONTENDERS})):
         found = {}

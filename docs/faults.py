@@ -15,8 +15,8 @@ def page() -> str:
         {f"torch {row.provenance['torch']}, transformers {row.provenance['transformers']}" for row in rows}
     )
     calls = [
-        f"Of the random calls {row.at['equal']:,} equalled the oracle, {row.at['shape']:,} did in shape and dtype on the meta device, and "
-        f"{row.at['refused']:,} were refused by the name of an argument."
+        f"Of the random calls, {row.at['equal']:,} gave the result of the independent float64 oracle, {row.at['shape']:,} gave its shape and dtype (on the meta "
+        f"device), and {row.at['refused']:,} raised an error that names an argument."
         for row in rows
         if "equal" in row.at
     ]
@@ -24,13 +24,12 @@ def page() -> str:
         [
             "# What was broken on purpose",
             "",
-            "Made by `make test test-faults FAULTS=docs/results/faults.jsonl` and `python docs/faults.py`; "
-            f"{'; '.join(versions)}, CPU.",
-            '"Lost" counts the times that a row, a finished stage or a good checkpoint was lost, that a wrong answer was given, or that damage '
-            "went unseen.",
+            "Tests cause each of these faults on purpose. `make test test-faults FAULTS=docs/results/faults.jsonl` runs them, and "
+            f"`python docs/faults.py` writes this page ({'; '.join(versions)}, CPU).",
+            '"Lost" counts how often a row, a finished stage or a good checkpoint was lost, an answer was wrong, or damage was not noticed.',
             "[THREATS](../THREATS.md) says what is promised and what is not.",
             "",
-            "| fault | times | lost | test |",
+            "| fault | tried | lost | test |",
             "|---|---|---|---|",
             *lines,
             "",

@@ -56,11 +56,11 @@ def training() -> str:
     head = [
         "tokens",
         "FLOP",
-        "of it attention",
+        "share of attention",
         "time",
-        "scaling unfused adds",
-        "and keeps",
-        "softmax(N x N) would keep",
+        "unfused scaling adds",
+        "unfused scaling keeps",
+        "N x N scores would keep",
     ]
     return table(head, rows)
 
@@ -77,7 +77,7 @@ def prefill() -> str:
         ]
         for n in LENGTHS
     ]
-    return table(["tokens", "FLOP", "time", "share of scaling", "cache", "and a screen"], rows)
+    return table(["tokens", "FLOP", "time", "share of scaling", "cache", "screen"], rows)
 
 
 def decode() -> str:
@@ -96,7 +96,9 @@ def decode() -> str:
                 f"{attention:.2f}",
             ]
         )
-    return table(["keys", "read", "time", "read, sharp", "of the step", "of its attention"], rows)
+    return table(
+        ["keys", "bytes read", "time", "bytes read, sharp", "sharp / plain, step", "sharp / plain, attention"], rows
+    )
 
 
 def devices() -> str:
@@ -111,7 +113,7 @@ def devices() -> str:
         [
             "tokens",
             *(f"{count} device{'s' * (count > 1)}" for count in DEVICES),
-            f"a training step's share of {DEVICES[-1]}",
+            f"time of a training step on {DEVICES[-1]}",
         ],
         rows,
     )
@@ -132,7 +134,9 @@ def heads() -> str:
                 str(shape.layers * shape.heads),
             ]
         )
-    return table(["key heads", "cache at 131,072", "screen", "read by a sharp step", "values of s"], rows)
+    return table(
+        ["key heads", "cache of 131,072 keys", "screen", "cache and screen read by a sharp step", "values of s"], rows
+    )
 
 
 def contexts() -> str:
@@ -157,11 +161,11 @@ def contexts() -> str:
     head = [
         "tokens",
         "devices",
-        "a step's compute",
+        "compute time of a step",
         "ring sends",
         "Ulysses sends",
-        "scaling unfused adds",
-        "and keeps",
+        "unfused scaling adds",
+        "unfused scaling keeps",
         "s sends",
     ]
     return table(head, rows)
@@ -198,7 +202,7 @@ def fleet() -> str:
                     *(f"{gain:.2f}" for gain in gains),
                 ]
             )
-    head = ["keys", "sequences", "attention's share a", "r", "c", *(f"f = {f:.0%}" for f in SHARES)]
+    head = ["keys", "sequences", "share of attention a", "r", "c", *(f"f = {f:.0%}" for f in SHARES)]
     return table(head, rows)
 
 
@@ -210,18 +214,20 @@ def checks() -> str:
     return table(["what", "formula", "measured / formula"], rows)
 
 
-PAGE = f"""# Scale on paper
+PAGE = f"""# Cost at scale
 
-Made by `python docs/scale.py` from the formulae in `src/ssmax/bench/scale.py`. The model is Llama 3's shape of 8 billion
-parameters (32 layers, 4,096 wide, 32 query and 8 key heads of 128), bfloat16, one sequence. **Times are computed, not
-measured**: an H100 at 40 % of its dense bfloat16 peak and its full 3.35 TB/s. What could be measured, on a CPU, is at the end.
+`python docs/scale.py` writes this page from the formulae in `src/ssmax/bench/scale.py`. The model has the shape of Llama 3 with 8 billion
+parameters: 32 layers, width 4,096, 32 query heads and 8 key heads of 128, in bfloat16. There is one sequence. **Times are computed, not
+measured**: for an H100 at 40 % of its dense bfloat16 peak, with its full memory rate of 3.35 TB/s. The [last section](#what-was-measured)
+compares the formulae with measurements on a CPU.
 
-SSMax adds {M.layers * M.heads:,} numbers to {M.parameters:,}, and a multiplication for each component of a query.
+SSMax adds {M.layers * M.heads:,} numbers to the model's {M.parameters:,}, and one multiplication for each component of a query.
 
 ## Training
 
-A step on one sequence. "Scaling unfused": the query is read and written once more in the forward, its gradient in the
-backward; it vanishes where the multiplication is fused into RoPE, QK-norm or the kernel.
+A training step on one sequence. "Unfused scaling" reads and writes the query once more in the forward, and its gradient in the backward, and
+keeps one more query. This cost disappears if the multiplication is fused into RoPE, QK-norm or the kernel. The last column is what
+attention would keep if it wrote out its N x N scores.
 
 {training()}
 
@@ -231,9 +237,9 @@ backward; it vanishes where the multiplication is fused into RoPE, QK-norm or th
 
 ## Decode
 
-One token: bytes read at the memory's rate. Sharp reads the int8 screen, and keys and values of the
-{KEPT:.0%} of keys that it is assumed to keep (and all of them behind fewer than 4,096, where nothing is screened); "of its
-attention" leaves out the weights. Sharp decoding itself runs on CPUs only so far.
+A step computes one token. Its time is that of reading the weights and the cache. [Sharp decoding](numbers.md#sharp-decoding) reads the int8
+screen, and the keys and values of the {KEPT:.0%} of keys that it is assumed to keep. With fewer than 4,096 keys it reads all of them. "Sharp / plain,
+attention" leaves out the model's weights. So far sharp decoding runs on CPUs only.
 
 {decode()}
 
@@ -243,37 +249,39 @@ attention" leaves out the weights. Sharp decoding itself runs on CPUs only so fa
 
 ## Devices
 
-Weights and cache divided over devices (tensor or context parallel). SSMax needs no more communication: n is a position,
-which must be the *global* one where a sequence is sharded; s is all-reduced with the other weights.
+Memory of each device if weights and cache are divided over devices (tensor or context parallelism). SSMax needs no more communication: n is
+a position, and s is all-reduced with the other weights. If a sequence is split, the position must be the *global* one.
 
 {devices()}
 
 ## Context parallelism
 
-One sequence over many devices: a training step's compute, what one device sends in a forward (and its time at 50 GB/s, as a
-share of the step: below 100 % it can hide), and what SSMax adds: the unfused scaling, one more query kept, and the all-reduce of
-s's gradient. n needs nothing: it is the position of the query in the whole sequence.
+One sequence is split over many devices. The table shows the compute time of a training step, and what one device sends in a forward. In
+brackets is the time of sending at 50 GB/s, as a share of the step; below 100 % it can overlap with the computation. SSMax adds the unfused
+scaling, one more query to keep, and the all-reduce of the gradient of s. n needs no communication: it is the query's position in the whole
+sequence.
 
 {contexts()}
 
-`examples/context_parallel.py` runs both on simulated ranks in one process: SSMaxScale with global n and ring blocks, attention()
-on a part of the heads for Ulysses. `tests/cli/test_scale.py` compares outputs, all gradients and the bytes sent with one device and
-with these formulae, on 1 to 4 ranks, and sees local positions and gradients of s that are not summed fail.
+`examples/context_parallel.py` runs both methods on simulated ranks in one process. Ring attention uses SSMaxScale with global n; Ulysses
+uses attention() on a part of the heads. On 1 to 4 ranks, `tests/cli/test_scale.py` compares outputs and all gradients with one device, and
+the bytes sent with these formulae. It also checks that local positions, or gradients of s that are not summed, give wrong results.
 
 ## A served fleet
 
-A decode step reads weights once and each sequence's cache: attention takes the share a of it. If a share f of the heads is sharp, takes
-r of its time, and the others c, a step takes 1 − a + a ((1 − f) c + f r), and a fleet serves the inverse of that in tokens. r and c are
-measured (`ssmax bench decode`, peaked and flat, one CPU); a is that of the model above, by bytes. Layers without sharp heads
-decode plainly after 256 steps of a SharpCache, and there c is 1. No GPU kernel of sharp decoding exists yet, so for GPUs
-this is what one would be worth if it did as well.
+How many more tokens would a fleet of servers give with sharp decoding? A decode step reads the weights once, and the cache of each sequence.
+Let a be attention's share of these bytes, and f the share of heads that are sharp. A sharp head takes the fraction r of its plain time, a flat
+head the fraction c. Then a step takes 1 − a + a ((1 − f) c + f r) of its plain time, and the table shows the inverse: tokens over plain
+decoding. r and c are measured (`ssmax bench decode`, peaked and flat, one CPU); a is computed for the model above. After 256 steps, SharpCache
+decodes layers without sharp heads plainly, and c is 1 there. Sharp decoding has no GPU kernel yet. For GPUs the table shows what a kernel
+would gain if its r and c were the same.
 
 {fleet()}
 
 ## What was measured
 
-`ssmax bench scale --out benchmarks/results`, on a CPU: FLOP by torch's counter and bytes of tensors on a small Llama, the
-query kept in training by torch's profiler, times as growth between two sizes.
+`ssmax bench scale --out benchmarks/results` measures on a CPU: FLOP by torch's counter and bytes of tensors, with a small Llama; the query that
+training keeps, by torch's profiler; and how times grow between two sizes.
 
 {checks()}
 """

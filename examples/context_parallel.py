@@ -1,7 +1,7 @@
-"""SSMax where a sequence is split over ranks: ring attention and Ulysses, simulated in one process, equal to one device.
+"""SSMax with a sequence that is split over ranks: ring attention and Ulysses, simulated in one process.
 
-Two rules make it right. n is *global*: a rank counts the keys that a query sees in the whole sequence. s is learned by all
-ranks: its gradient is the sum over them. Nothing else is sent for SSMax.
+Both give the outputs and gradients of one device if two rules are kept. n is *global*: a rank counts the keys that a query
+sees in the whole sequence. The gradient of s is the sum over all ranks. SSMax sends nothing else.
 """
 
 import copy
@@ -15,7 +15,7 @@ Ranks = list[Tensor]  # (B, H, N / ranks, D) of each
 
 
 def ring(queries: Ranks, keys: Ranks, values: Ranks, scales: list[SSMaxScale]) -> tuple[Ranks, int]:
-    """Queries stay, keys and values go round: output of each rank, and bytes that one rank sends."""
+    """Ring attention: queries stay, keys and values go round. Return each rank's output and the bytes that one rank sends."""
     outputs, sent = [], 0
     for rank, (query, scale) in enumerate(zip(queries, scales, strict=True)):
         length = query.shape[2]
@@ -25,7 +25,7 @@ def ring(queries: Ranks, keys: Ranks, values: Ranks, scales: list[SSMaxScale]) -
         for step in range(1, len(queries)):
             source = (rank - step) % len(queries)
             sent += (keys[source].nbytes + values[source].nbytes) // len(queries)
-            if source < rank:  # later keys are hidden
+            if source < rank:  # a causal query does not see later keys
                 theirs, their_mass = _block(scaled, keys[source], values[source], causal=False)
                 whole = torch.logaddexp(mass, their_mass)
                 output = output * (mass - whole).exp() + theirs * (their_mass - whole).exp()
@@ -35,7 +35,7 @@ def ring(queries: Ranks, keys: Ranks, values: Ranks, scales: list[SSMaxScale]) -
 
 
 def ulysses(queries: Ranks, keys: Ranks, values: Ranks, scales: list[SSMaxScale]) -> tuple[Ranks, int]:
-    """Each rank gets all tokens of a part of the heads, attends, and sends the outputs back; returns as ring."""
+    """Ulysses: each rank attends with a part of the heads to all tokens, and sends the outputs back. Returns as ring does."""
     ranks, sent = len(queries), 0
 
     def all_to_all(parts: Ranks, split: int, join: int) -> Ranks:
@@ -51,12 +51,12 @@ def ulysses(queries: Ranks, keys: Ranks, values: Ranks, scales: list[SSMaxScale]
 
 
 def all_reduce(scales: list[SSMaxScale]) -> Tensor:
-    """Gradient of s: the sum over the ranks."""
+    """Return the gradient of s: the sum over the ranks."""
     return torch.stack([torch.zeros_like(scale.s) if scale.s.grad is None else scale.s.grad for scale in scales]).sum(0)
 
 
 def _block(scaled, key, value, causal):
-    """Attention to one rank's keys, and the log-sum-exp that merges it with others."""
+    """Return attention to one rank's keys, and the log-sum-exp with which it is merged with other blocks."""
     z = scaled @ key.mT * key.shape[-1] ** -0.5
     if causal:
         z = z.masked_fill(torch.ones(z.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)

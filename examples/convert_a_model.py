@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ssmax
-import ssmax.hf  # makes saved SSMax models known to transformers
+import ssmax.hf  # registers saved SSMax models with the Auto classes
 
 model = LlamaForCausalLM(
     LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)

@@ -1,4 +1,4 @@
-"""Measure long context with functions: loss by position, a needle in text, sharpness of attention, before and after."""
+"""Measure a model at long context, before and after conversion: loss by position, needles in text, sharpness of attention."""
 
 import numpy as np
 import torch

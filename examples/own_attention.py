@@ -1,4 +1,4 @@
-"""SSMax in a Transformer of one's own: scale the query, keep the kernel. Two documents are packed in one row."""
+"""SSMax in your own Transformer: scale the query, keep the kernel. Here two documents are packed in one row."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ class Attention(nn.Module):
 
     def forward(self, x, n, mask):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query = self.ssmax(query, n)  # after RoPE and QK-norm, where there are any
+        query = self.ssmax(query, n)  # after RoPE and QK-norm, if the model has them
         return self.out(scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
 
 

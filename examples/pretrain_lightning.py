@@ -1,4 +1,4 @@
-"""Lightning: the converted model inside of a LightningModule, its optimizer from ssmax.parameter_groups."""
+"""Lightning: a converted model inside a LightningModule, with the parameter groups of ssmax for its optimizer."""
 
 import lightning
 import torch
@@ -14,9 +14,8 @@ class Classifier(lightning.LightningModule):
         layer = nn.TransformerEncoderLayer(width, 4, 2 * width, batch_first=True, norm_first=True)
         encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.embed, self.head = nn.Linear(3, width), nn.Linear(width, 2)
-        self.encoder = ssmax.convert(
-            encoder, train_length=length
-        )  # here, so that checkpoints load into what is made here
+        # Convert in __init__, so that load_from_checkpoint builds a converted model.
+        self.encoder = ssmax.convert(encoder, train_length=length)
 
     def training_step(self, batch, _):
         x, label = batch

@@ -1,6 +1,6 @@
-"""litgpt: a subclass of its attention, which scales the query by the n of the mask that it is handed.
+"""litgpt: a subclass of its attention that scales the query, with n counted from the mask that it receives.
 
-Import this file before litgpt builds a model; then run litgpt.pretrain.setup with optimizer=OPTIMIZER.
+Import this file before litgpt builds a model. Then run litgpt.pretrain.setup with optimizer=OPTIMIZER.
 """
 
 import litgpt.model
@@ -15,7 +15,7 @@ class SSMaxAttention(litgpt.model.CausalSelfAttention):
     def __init__(self, config, block_idx):
         super().__init__(config, block_idx)
         if config.attention_logit_softcapping is not None:
-            raise ValueError("the softcap would be applied to scaled queries, which is not SSMax")
+            raise ValueError("litgpt would apply the softcap to scaled logits, which is not SSMax")
         self.ssmax = SSMaxScale(config.n_head, matched_scale(config.block_size))
 
     def scaled_dot_product_attention(self, q, k, v, mask=None):
@@ -27,7 +27,7 @@ class SSMaxAttention(litgpt.model.CausalSelfAttention):
 
 
 class AdamW(torch.optim.AdamW):
-    """Matrices are decayed, vectors are not: litgpt hands over parameters without their names, and s and b are vectors."""
+    """AdamW that decays matrices and not vectors. litgpt gives parameters without names; s and b are vectors."""
 
     def __init__(self, params, weight_decay=0.1, **options):
         params = list(params)
@@ -39,7 +39,7 @@ class AdamW(torch.optim.AdamW):
 
 
 OPTIMIZER = {"class_path": f"{__name__}.AdamW", "init_args": {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}}
-litgpt.model.CausalSelfAttention = SSMaxAttention  # Block looks the name up when it is built
+litgpt.model.CausalSelfAttention = SSMaxAttention  # litgpt's Block takes the class by this name when it is built
 
 if __name__ == "__main__":
     torch.manual_seed(0)

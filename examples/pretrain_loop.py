@@ -1,4 +1,4 @@
-"""A training script in the manner of nanoGPT and nanochat: convert the model, and let the optimizer have ssmax's groups."""
+"""A training script like nanoGPT's or nanochat's: convert the model, and give the optimizer the parameter groups of ssmax."""
 
 import torch
 from torch import nn
@@ -60,5 +60,5 @@ assert losses[-1] < losses[0] / 2
 
 torch.save(model.state_dict(), "gpt.pt")
 again = ssmax.convert(GPT(length=length), train_length=length, example=(text[None, :length],))
-again.load_state_dict(torch.load("gpt.pt"))  # into an unconverted GPT this fails by its keys
+again.load_state_dict(torch.load("gpt.pt"))  # a GPT that is not converted would refuse these keys
 assert torch.equal(again(rows[:, :-1]), model(rows[:, :-1]))

@@ -1,6 +1,6 @@
-"""torchtitan: an attention that scales the query; n from the mask that its inner attention applies.
+"""torchtitan: a subclass of its attention that scales the query, with the n of the mask that its inner attention applies.
 
-Put convert_config(model_config, train_length) and OPTIMIZER into the config of a run.
+Use convert_config(model_config, train_length) and OPTIMIZER in the config of a run.
 """
 
 import re
@@ -15,7 +15,7 @@ from ssmax import SSMaxScale, matched_scale
 
 
 class Scale(SSMaxScale, Module):
-    """torchtitan builds a model without values and has its own Modules fill themselves: a plain SSMaxScale would stay empty."""
+    """SSMaxScale as a torchtitan Module: torchtitan builds models on the meta device and initialises only its own Modules."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -37,7 +37,7 @@ class SSMaxGQAttention(GQAttention):
     def __init__(self, config):
         super().__init__(config)
         if not isinstance(self.inner_attention, (ScaledDotProductAttention, FlexAttention)):
-            raise ValueError(f"it is unknown which keys {type(self.inner_attention).__name__} shows; use sdpa or flex")
+            raise ValueError(f"n is not known for {type(self.inner_attention).__name__}; use sdpa or flex")
         self.ssmax = Scale.Config(n_heads=config.n_heads, s=config.s).build()
 
     def forward(self, x, attention_masks, positions=None):
@@ -47,7 +47,7 @@ class SSMaxGQAttention(GQAttention):
         q, k = self.rope(q, k, positions)
         if isinstance(self.inner_attention, FlexAttention) and positions is not None:
             n = positions + 1  # a document's first token has position 0
-        else:  # sdpa sees across documents
+        else:  # torchtitan's sdpa is causal over the whole row, across documents
             n = torch.arange(1, q.shape[1] + 1, device=q.device)[None]
         q = self.ssmax(q.transpose(1, 2), n).transpose(1, 2)
         y = self.inner_attention(
@@ -57,7 +57,7 @@ class SSMaxGQAttention(GQAttention):
 
 
 def convert_config(model_config, train_length):
-    """Let every GQAttention of a model's config be an SSMaxGQAttention."""
+    """Replace every GQAttention in a model's config by an SSMaxGQAttention."""
     for layer in model_config.layers:
         old = layer.attention
         values = {field.name: getattr(old, field.name) for field in fields(old)}
@@ -88,7 +88,7 @@ if __name__ == "__main__":
     model.init_states()
     s = model.layers["0"].attention.ssmax.s
     start = s.detach().clone()
-    assert start.eq(matched_scale(32)).all()  # not what lay in memory
+    assert start.eq(matched_scale(32)).all()  # initialised, not left-over memory
 
     optimizer = OPTIMIZER.build(model_parts=[model])
     tokens = torch.tensor(list(__doc__.encode()))[:128].view(4, 32)

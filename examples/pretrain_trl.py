@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, and so transformers' Trainer: convert the model and hand it over; s and b are not decayed."""
+"""TRL's SFTTrainer, a subclass of transformers' Trainer: convert the model and pass it on; s and b are not decayed."""
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import SFTConfig, SFTTrainer
 
 import ssmax
-import ssmax.hf  # saved models load, and Trainer leaves s and b out of weight decay
+import ssmax.hf  # registers saved models, and excludes s and b from Trainer's weight decay
 
 words = __doc__.split()
 vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *dict.fromkeys(words)])}

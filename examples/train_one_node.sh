@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One model of the paper's size on all devices of one machine. The same command continues an interrupted run.
+# Train one model of the paper's size on all GPUs of one machine. The same command continues an interrupted run.
 set -euo pipefail
 devices=$(nvidia-smi --list-gpus | wc -l)
 torchrun --standalone --nproc-per-node "$devices" -m ssmax train "${OUT:-runs/paper-b}" --recipe paper --variant b \

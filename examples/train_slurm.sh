@@ -6,7 +6,8 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-# One model of the paper's size on several machines; a requeued job continues from the last checkpoint, also on another number of them.
+# Train one model of the paper's size on several machines. A requeued job continues from the last checkpoint, also on another
+# number of machines.
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \

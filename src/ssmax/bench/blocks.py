@@ -1,4 +1,4 @@
-"""What skipping blocks of keys could save in a prefill at best: scores are known exactly, and knowing them costs nothing."""
+"""An upper bound of what a prefill could save by skipping blocks of keys, if all scores were known at no cost."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 @torch.inference_mode()
 def measurements() -> Iterator[Row]:
-    """Share of blocks of 64 keys that a block of 1, 16 and 64 last rows needs, by head of the SSMax models that ship."""
+    """Yield the share of blocks of 64 keys that the last 1, 16 and 64 rows need, by head, for the SSMax models that ship."""
     shipped = demo.load()
     tokens = torch.tensor([shipped.encode("\n".join(documents(None, 8 * CONTEXT)[0]))[:CONTEXT]])
     for name, models in (("pretrained", shipped.pretrained), ("retrieval", shipped.retrieval)):
@@ -47,10 +47,10 @@ def _keep(queries, index, module, inputs, scaled):
 
 
 def needed(scores: Tensor) -> Tensor:
-    """Share of blocks of keys in which some row has a key that sharp decoding could not leave out.
+    """Return the share of blocks of keys in which some row has a key that sharp decoding must read, (H,).
 
     Args:
-        scores: (H, R, S) of the last R of S causal positions, multiplied by s log n.
+        scores: (H, R, S), of the last R of S causal positions, multiplied by s log n.
     """
     _, rows, keys = scores.shape
     hidden = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)

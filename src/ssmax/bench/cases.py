@@ -1,4 +1,4 @@
-"""The cases by name. Another one: a generator of comparisons (or rows), and its line in CASES."""
+"""The cases of ssmax bench. To add one, write a generator of comparisons (or rows) and its entry in CASES."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ ROWS = 64  # rows at either end of a long output that are compared with float64
 
 
 def tensors(length: int, heads: int = HEADS, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    """Gaussian query, key and value, (1, heads, length, 64)."""
+    """Return Gaussian query, key and value, (1, heads, length, 64)."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(1, heads, length, SIZE, generator=generator).to(dtype) for _ in range(3)]
 
@@ -58,7 +58,7 @@ def causal_attention() -> Iterator[Comparison]:
 
 
 def _materialised(q, k, v, s):
-    """Causal SSMax as the formula says it, N x N scores in memory."""
+    """Causal SSMax as in the formula, with N x N scores in memory."""
     length = q.shape[2]
     n = torch.arange(1, length + 1, dtype=q.dtype)
     z = q @ k.mT * SIZE**-0.5 * (s[:, None] * n.log())[..., None]
@@ -108,22 +108,22 @@ def _flex_runs():
     q = torch.zeros(1, 1, 128, SIZE)
     try:
         attention(q, q, q, S, is_causal=True, impl="flex")
-    except Exception:  # it needs a C++ compiler, and says so in many ways
+    except Exception:  # it needs a C++ compiler, and raises many kinds of errors without one
         return False
     return True
 
 
 def decode() -> Iterator[Comparison]:
-    """One query behind a long cache: sharp over plain."""
+    """One query after a long cache: sharp decoding over plain."""
     sizes = ((32768, 8, 200), (131072, 4, 100), (1048576, 1, 60))
     for (keys, heads, repeats), kind in itertools.product(sizes, ("peaked", "diffuse", "flat")):
         q, k, v = tensors(keys, heads)
         q, screened = q[:, :, -1:], ScreenedKeys(k)
-        k = screened.keys  # the same memory for all: a cache has its keys once
-        if kind == "peaked":  # each head asks for a key of its own
+        k = screened.keys  # all contenders read the same memory: a cache holds its keys once
+        if kind == "peaked":  # the query of each head equals one key
             target = torch.randint(keys, (1, heads, 1, 1), generator=torch.Generator().manual_seed(1))
             q = k.gather(2, target.expand(-1, -1, -1, SIZE)).clone()
-        # iid keys, none of them wanted: SSMax with s = 1 is diffuse, Softmax (s log n = 1) is flat.
+        # Otherwise the query is independent of all keys: SSMax with s = 1 is diffuse, Softmax (s log n = 1) is flat.
         s = {"peaked": S, "diffuse": 1.0, "flat": 1 / math.log(keys)}[kind]
         factor = s * math.log(keys) * SIZE**-0.5
         calls: dict[str, Callable[[], Tensor]] = {
@@ -144,7 +144,7 @@ def decode() -> Iterator[Comparison]:
 
 
 def converted_model() -> Iterator[Comparison]:
-    """A Llama of 8 layers, converted, over the same one plain: a training step, and 32 cached decode steps."""
+    """A converted Llama of 8 layers over the plain one: a training step, and 32 cached decode steps."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 
 def visibility(length, rows=None, pad=0, window=None, split=None, filled=None):
-    """Table of what each query sees, (rows, length)."""
+    """Return which keys each query sees, (rows, length), bool."""
     key = torch.arange(length)
     query = key[-(rows or length) :, None] if filled is None else torch.tensor([[filled - 1]])
     table = (key <= query) & (key >= pad)
@@ -198,7 +198,7 @@ def visibility(length, rows=None, pad=0, window=None, split=None, filled=None):
 
 
 def peer() -> Iterator[Comparison]:
-    """The package scalable-softmax and ssmax on the same masked layouts, and 8,192 tokens through both."""
+    """The package scalable-softmax beside ssmax, on the same masked layouts and on 8,192 tokens."""
     from scalable_softmax import ScalableSoftmax  # pyrefly: ignore[missing-import]
 
     theirs = ScalableSoftmax(s=S)
@@ -227,7 +227,7 @@ def peer() -> Iterator[Comparison]:
     inputs = (q, k, v, torch.full((2,), S))
     n = torch.arange(1, 8193)
     table = visibility(8192)
-    # The package takes the row's whole length for n. Scaled rows put that right, so that it may be timed on causal ones.
+    # The package takes the row's whole length for n. Scaling the rows corrects that, so that causal rows can be timed.
     right = (n.log() / math.log(8192))[:, None]
     forwards = {
         False: lambda q, k, v, s: theirs(q @ k.mT * SIZE**-0.5) @ v + 0 * s.sum(),
@@ -251,7 +251,7 @@ def peer() -> Iterator[Comparison]:
 
 
 def gradient() -> Iterator[Row]:
-    """Relative error of ds and db in bfloat16 attention with the query scaled outside, against float64."""
+    """Relative error of ds and db in bfloat16 attention on torch's kernel (a scaled query), against float64."""
     for length, kind in itertools.product((1024, 4096), ("random", "competing", "peaked")):
         q, k, v = tensors(length, heads=4, dtype=torch.float64, seed=length)
         # One key of each query leads: by little ("competing", four of them) or by much ("peaked").
@@ -268,7 +268,7 @@ def gradient() -> Iterator[Row]:
 
 
 def _scale_gradients(q, k, v, upstream, dtype):
-    """Gradients of s and b per head. All inputs are bfloat16 numbers, so that only the arithmetic differs."""
+    """Return the gradients of s and b per head. All inputs are bfloat16 numbers, so that only the arithmetic differs."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     s, b = (torch.full((4,), x, dtype=wide, requires_grad=True) for x in (S, 0.0))
     q, k, v, upstream = (x.to(torch.bfloat16).to(dtype) for x in (q, k, v, upstream))
@@ -277,21 +277,25 @@ def _scale_gradients(q, k, v, upstream, dtype):
 
 
 def _of(module: str, name: str = "measurements") -> Callable[..., Iterator[Any]]:
-    """A function of a module that is loaded when its case runs."""
+    """Return a function of a module; the module is loaded when the case runs."""
     return lambda **options: getattr(importlib.import_module(f"ssmax.bench.{module}"), name)(**options)
 
 
 CASES = {
-    "attention": Case("attention() over plain attention, 1,024 to 8,192 causal tokens, and back", 6, causal_attention),
+    "attention": Case(
+        "attention() over plain attention: 1,024 to 8,192 causal tokens, forward and backward", 6, causal_attention
+    ),
     "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
-    "generate": Case("generate with SharpCache over transformers' caches, behind a real prompt", 8, _of("generate")),
-    "blocks": Case("blocks of keys that a prefill could skip at best, by head", 1, _of("blocks")),
+    "generate": Case("generate with SharpCache over transformers' caches, after a real prompt", 8, _of("generate")),
+    "blocks": Case("upper bound of the blocks of keys that a prefill could skip, by head", 1, _of("blocks")),
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),
     "modules": Case("nn.TransformerEncoder and nanoGPT, converted, over the plain ones", 2, _of("modules")),
-    "peer": Case("beside the PyPI package scalable-softmax: right, fast, small?", 2, peer),
-    "evaluation": Case("loss by position over a plain forward; grids with shared prefixes", 12, _of("evaluation")),
+    "peer": Case("errors, time and memory beside the PyPI package scalable-softmax", 2, peer),
+    "evaluation": Case(
+        "loss by position over a plain forward; retrieval grids with shared prefixes", 12, _of("evaluation")
+    ),
     "training": Case(
-        "pretraining of the recipe tiny over a bare loop, AdamW not fused, torch.compile", 3, _of("training")
+        "pretraining of the recipe tiny over a bare loop; also AdamW not fused, and torch.compile", 3, _of("training")
     ),
     "gradient": Case("error of the gradients of s and b in bfloat16", 2, gradient),
     "kernel": Case(
@@ -305,5 +309,5 @@ CASES = {
         2,
         _of("kernel", "gradients_interpreted"),
     ),
-    "scale": Case("the formulae of cost and memory against what can be measured", 1, scale.check),
+    "scale": Case("measured cost and memory over the formulae of docs/scale.md", 1, scale.check),
 }

@@ -1,4 +1,4 @@
-"""What ssmax bench does: choose cases, measure them, print tables, leave rows and figures."""
+"""ssmax bench: choose cases, measure them, print tables, write rows and figures."""
 
 import importlib.util
 import io
@@ -29,15 +29,18 @@ NEEDS = {
     "scale": "transformers",
     "kernel": "triton",
     "kernel-gradient": "triton",
-}  # packages that a case cannot do without
-ASKED = {"kernel", "kernel-gradient"}  # need a GPU, or Triton's interpreter: run where they are named
+}  # packages that a case needs
+ASKED = {"kernel", "kernel-gradient"}  # need a GPU, or Triton's interpreter: run only if named
 
 
 def bench(names: list[str], out: Path, *, dry_run: bool, **generate: Any) -> None:
-    """Measure the named cases, or all that run here, and write OUT/CASE.jsonl and OUT/CASE.png of each.
+    """Measure the named cases, or by default all that run on this machine, and write OUT/CASE.jsonl and OUT/CASE.png.
 
     Args:
-        generate: options of the case of that name; see ssmax.bench.generate.
+        names: cases, keys of CASES.
+        out: folder of rows and figures.
+        dry_run: list the cases with their minutes, and measure nothing.
+        generate: options of the case "generate"; see ssmax.bench.generate.
 
     Raises:
         UserError: an unknown case, one whose package is missing, or options of a case that is not named.
@@ -76,7 +79,7 @@ def bench(names: list[str], out: Path, *, dry_run: bool, **generate: Any) -> Non
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return the rows as lines for a terminal: a comparison, and under it what each contender did."""
+    """Return the rows as lines for a terminal: each comparison, with the results of each contender below it."""
     lines, shown = [], None
     for place, contender, found in _by_contender(rows):
         if place != shown:

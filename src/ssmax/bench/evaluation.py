@@ -1,4 +1,4 @@
-"""What measuring a model costs: loss by position over a plain forward, grids with shared prefixes over cell by cell."""
+"""The time of measuring a model: loss by position over a plain forward, and grids cell by cell over shared prefixes."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ STEPS, DOUBLED = (500, 1000, 1500, 2000, 2500), (160, 320, 640, 1280, 2560)
 
 
 def measurements() -> Iterator[Comparison]:
-    """A random Llama of 6 layers: loss by position, then each task's grid of sizes x depths."""
+    """A random Llama of 6 layers: loss by position, then the grid of lengths and depths of each task."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=8192, **SHAPE)
     model = LlamaForCausalLM(config).eval()

@@ -1,4 +1,4 @@
-"""Tokens a second of generate after a real prompt: SharpCache beside transformers' caches, and what each layer reads."""
+"""generate after a real prompt: tokens a second with SharpCache and transformers' caches, and the keys that each layer reads."""
 
 import copy
 import functools
@@ -32,15 +32,16 @@ SHARP, STATIC, DYNAMIC = "SharpCache", "StaticCache", "DynamicCache"
 def measurements(
     model: Path | None = None, contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES
 ) -> Iterator[Row]:
-    """Rows of each context and batch: seconds and their ratio to StaticCache, tokens a second, and shares of keys read.
+    """Yield rows for each context and batch: seconds and their ratio to StaticCache, tokens a second, shares of keys read.
 
-    The prompt is Python's standard library. The model without SSMax decodes behind the same keys: its time does not
-    depend on their values.
+    The prompt is the source of Python's standard library. The model without SSMax decodes after the same cached keys: its
+    time does not depend on their values.
 
     Args:
-        model: folder of a model and its tokenizer; one without SSMax is converted in memory. Default: the SSMax model that ships.
+        model: folder of a model and its tokenizer; a model without SSMax is converted in memory. Default: the SSMax model that
+            ships with the package.
         contexts: tokens of a prompt.
-        batches: prompts at once, each another part of the text.
+        batches: prompts in a batch, each from another part of the text.
 
     Raises:
         UserError: contexts or batches below 1, a model that cannot be loaded, a text shorter than the prompts.
@@ -77,7 +78,7 @@ def _given(folder):
 
 @torch.inference_mode()
 def _behind(prompt: Tensor, model: Any, plain: Any, at: dict[str, Any]) -> Iterator[Row]:
-    """Compare the caches behind one prompt, whose keys and values each holds once."""
+    """Compare the caches after one prompt; each holds its own copy of the keys and values."""
     context = prompt.shape[1]
     read: Any = DynamicCache(config=model.config)
     for part in prompt[:, :-1].split(CHUNK, 1):
@@ -90,9 +91,11 @@ def _behind(prompt: Tensor, model: Any, plain: Any, at: dict[str, Any]) -> Itera
     for index, layer in enumerate(read.layers):
         for name in (STATIC, SHARP):
             caches[name].update(layer.keys, layer.values, index)
-    with warnings.catch_warnings():  # the rows say what the cache would
+    with warnings.catch_warnings():  # the rows hold what the warning says
         warnings.filterwarnings("ignore", message=".*layers are sharp")
-        _generate(model, prompt, caches[SHARP], sharp_cache.TRIAL + 1)  # from here on each layer is decided
+        _generate(
+            model, prompt, caches[SHARP], sharp_cache.TRIAL + 1
+        )  # after this, sharp or plain is decided for each layer
         spoken = {name: _generate(model, prompt, cache, STEPS) for name, cache in caches.items()}
         equal = (spoken[SHARP] == spoken[DYNAMIC]).double().mean().item()
         yield row("equal_tokens", SHARP, at, equal, STEPS)
@@ -110,7 +113,7 @@ def _behind(prompt: Tensor, model: Any, plain: Any, at: dict[str, Any]) -> Itera
 
 
 def _generate(model: Any, prompt: Tensor, cache: Any, steps: int) -> Tensor:
-    """So many tokens behind the prompt; the cache is left as it was, without the prompt's last token."""
+    """Generate a number of tokens after the prompt. Afterwards the cache is as before, without the prompt's last token."""
     options = {
         "max_new_tokens": steps,
         "min_new_tokens": steps,
@@ -129,7 +132,7 @@ def _generate(model: Any, prompt: Tensor, cache: Any, steps: int) -> Tensor:
 
 
 def _shares(cache, at):
-    """What each layer read exactly, mean over steps and heads, smallest and largest head, and whether it is sharp."""
+    """Yield each layer's share of keys read exactly: mean over steps and heads, smallest and largest head, sharp or plain."""
     for index, shares in cache.share_read().items():
         by_head = shares.mean(0)
         kind = "sharp" if cache.layers[index].sharp else "plain"

@@ -1,7 +1,7 @@
-"""impl="triton": on a GPU its errors and times beside the best plain flash kernel there; without one, whether it compiles.
+"""impl="triton" on a GPU: its errors and times beside the best plain flash kernel. Without a GPU: whether it compiles.
 
-Times are bfloat16, causal, in alternation in one process, medians and quartiles of the rounds' ratios. Errors are relative
-(L2) against float64 with the same inputs: the kernel's against float64 SSMax, the plain kernel's against float64 softmax.
+Times are for bfloat16, causal, measured in alternation in one process: medians and quartiles of the rounds' ratios. Errors are
+relative (L2) to float64 with the same inputs: those of impl="triton" to SSMax, those of the plain kernel to softmax.
 """
 
 import itertools
@@ -32,13 +32,15 @@ OUTPUTS = ("output", "dq", "dk", "dv", "ds", "db")
 
 
 def measurements() -> Iterator[Row]:
-    """Errors at 4,096 tokens; forward, and forward + backward, at 4,096 to 32,768 tokens.
+    """Yield errors at 4,096 tokens, and times of forward and of forward + backward at 4,096 to 32,768 tokens.
 
     Raises:
-        UserError: there is no GPU here.
+        UserError: this machine has no GPU.
     """
     if not torch.cuda.is_available():
-        raise UserError("case 'kernel' needs a GPU, and there is none here; --dry-run compiles the kernels without one")
+        raise UserError(
+            "case 'kernel' needs a GPU, and this machine has none; --dry-run compiles the kernels without one"
+        )
     for size in (64, 128):
         yield from errors_on(4096, size)
         for length, passes in itertools.product((4096, 8192, 16384, 32768), ("forward", "forward + backward")):
@@ -46,7 +48,7 @@ def measurements() -> Iterator[Row]:
 
 
 def dry_run() -> Iterator[str]:
-    """Import the kernels and compile them for GPUs that are not here; yield a line for each, and what was not done."""
+    """Compile the kernels for several GPU architectures, without a GPU; yield a line for each."""
     from ssmax.backends import triton as host
     from ssmax.backends import triton_kernels as kernels
 
@@ -55,18 +57,18 @@ def dry_run() -> Iterator[str]:
         tile = host.tiles(size, torch.bfloat16)[name]
         try:
             shared = compile_for(architecture, kernel, tile, size, torch.bfloat16).metadata.shared
-        except Exception as error:  # whatever a compiler raises: the line says it
+        except Exception as error:  # a compiler may raise anything; the line shows it
             yield f"sm_{architecture}, heads of {size}, {name} kernel: DOES NOT COMPILE: {str(error).splitlines()[0]}"
         else:
             yield f"sm_{architecture}, heads of {size}, {name} kernel: compiles, {shared:,} bytes of shared memory"
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU here"
-    yield f"{here}: nothing was run, so that neither results nor speed are known from this"
+    yield f"{here}: no kernel was run; this check shows neither right results nor speed"
 
 
 def compile_for(
     architecture: int, kernel: Any, tile: dict[str, Any], size: int, dtype: torch.dtype, **flags: bool
 ) -> Any:
-    """Compile a kernel of triton_kernels.py as Triton does at its first call on such a GPU, 90 for sm_90."""
+    """Compile a kernel of triton_kernels.py as Triton does at its first call on a GPU of an architecture, such as 90 for sm_90."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -94,30 +96,30 @@ def compile_for(
 
 
 def tensors(length: int, heads: int, size: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Gaussian query, key, value and upstream gradient."""
+    """Return Gaussian query, key, value and upstream gradient, (1, heads, length, size)."""
     generator = torch.Generator().manual_seed(length)
     return [torch.randn(1, heads, length, size, generator=generator).to(device, dtype) for _ in range(4)]
 
 
 def gradients(call, inputs, upstream):
-    """The output and the gradients of all inputs, in float64."""
+    """Return the output and the gradients of all inputs, in float64."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     output = call(*leaves)
     return [x.detach().double() for x in (output, *torch.autograd.grad(output, leaves, upstream.to(output.dtype)))]
 
 
 def errors(got, exact):
-    """Relative errors."""
+    """Return the relative error (L2) of each tensor."""
     return [((mine - truth).norm() / truth.norm()).item() for mine, truth in zip(got, exact, strict=True)]
 
 
 def plain(q, k, v):
-    """What the kernel is compared with."""
+    """Plain causal attention, which the kernel is compared with."""
     return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def errors_on(length: int, size: int, device: str = "cuda") -> Iterator[Row]:
-    """Errors of the output and of each gradient."""
+    """Yield the errors of the output and of each gradient."""
     q, k, v, upstream = tensors(length, 4, size, torch.bfloat16, device)
     s, b = (torch.full((4,), x, device=device) for x in (S, 0.0))
     wide, scales = [x.double() for x in (q, k, v)], [s.double(), b.double()]
@@ -131,7 +133,7 @@ def errors_on(length: int, size: int, device: str = "cuda") -> Iterator[Row]:
 
 
 def time_on(length: int, size: int, passes: str, device: str = "cuda") -> Row:
-    """Ratio of the times to the best plain kernel's."""
+    """Return the ratio of the kernel's time to that of the fastest plain kernel."""
     from triton.testing import do_bench
 
     q, k, v, upstream = tensors(length, 16, size, torch.bfloat16, device)
@@ -162,7 +164,7 @@ def time_on(length: int, size: int, passes: str, device: str = "cuda") -> Row:
 
 
 def works(call):
-    """Whether this card and version have that kernel."""
+    """Return whether this GPU and this version of torch have the kernel."""
     try:
         call()
     except RuntimeError:
@@ -171,7 +173,7 @@ def works(call):
 
 
 def gradients_interpreted() -> Iterator[Row]:
-    """Relative error of the gradients of s and b in float16: this kernel in the interpreter beside torch's kernel.
+    """Yield relative errors of the gradients of s and b in float16: impl="triton" in the interpreter, and torch's kernel.
 
     Raises:
         UserError: TRITON_INTERPRET is not 1, which Triton reads when it is imported.
@@ -182,7 +184,7 @@ def gradients_interpreted() -> Iterator[Row]:
     for scores in ("random", "competing", "peaked"):
         q, k, v, upstream = (x.double() for x in tensors(length, heads, 64, torch.float64, "cpu"))
         for lag in range({"random": 0, "competing": 4, "peaked": 1}[scores]):
-            # One key of each query leads by much, or four of them by little.
+            # One key of each query has a much higher score, or four keys have slightly higher scores.
             target = (torch.arange(length) * 7 + lag * 13) % (torch.arange(length) + 1)
             q = q + k[:, :, target] * (0.5 if scores == "competing" else 1.0)
         q, k, v, upstream = (x.half().double() for x in (q, k, v, upstream))
@@ -200,7 +202,7 @@ def _scale_gradients(impl, inputs, upstream):
 
 
 def row(metric: str, variant: str, at: dict[str, Any], value: float, samples: int, device: str) -> Row:
-    """A row that names Triton and the card too."""
+    """Return a row that also names Triton's version and the GPU."""
     import triton
 
     made = measure.row(metric, variant, at, value, samples)

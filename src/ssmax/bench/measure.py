@@ -1,4 +1,4 @@
-"""Contenders in alternation: each is compared with the float64 reference first, then its time with plain attention's."""
+"""How ssmax bench measures: each contender is compared with the float64 reference first, then timed in alternation."""
 
 import os
 import platform
@@ -27,11 +27,11 @@ class Comparison:
 
     Attributes:
         at: coordinates of its rows, such as {"length": 4096, "pass": "forward"}.
-        contenders: calls by name; the one named base is what the others are divided by.
-        repeats: rounds; each contender runs once in a round.
-        errors: measures the largest error of a contender; one without it is not compared.
-        allowed: error up to which a contender is right.
-        base: "plain", where there is a plain one.
+        contenders: calls by name.
+        repeats: number of rounds; each contender runs once in a round.
+        errors: for each contender, a function that returns its largest error. Contenders without one are not checked.
+        allowed: largest error at which a contender still counts as right.
+        base: name of the contender by whose time the others are divided.
         memory: measure peak memory as well.
     """
 
@@ -46,9 +46,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """A named case: what it measures, its minutes on two cores, and its comparisons (or finished rows), one by one.
+    """A named case of ssmax bench.
 
-    dry_run yields lines of what can be checked without measuring.
+    Attributes:
+        about: what it measures, for the list of cases.
+        minutes: its time on two cores.
+        comparisons: yields its comparisons, or finished rows.
+        dry_run: yields lines about what can be checked without measuring.
     """
 
     about: str
@@ -58,7 +62,7 @@ class Case:
 
 
 def run(case: Case, **options: Any) -> Iterator[Row]:
-    """Yield the rows of a case as they are measured; options are the case's own."""
+    """Yield the rows of a case as they are measured; options go to the case."""
     for comparison in case.comparisons(**options):
         if isinstance(comparison, Row):
             yield comparison
@@ -67,9 +71,9 @@ def run(case: Case, **options: Any) -> Iterator[Row]:
 
 
 def compare(comparison: Comparison) -> Iterator[Row]:
-    """Yield error, seconds, time_ratio, cpu_ratio and peak_bytes of each contender; of a wrong one the error alone.
+    """Yield error, seconds, time_ratio, cpu_ratio and peak_bytes of each contender; for a wrong one only the error.
 
-    cpu_ratio is the same of the process's own time on all cores: what a busy machine leaves comparable.
+    cpu_ratio is the ratio of CPU times, over all cores: it stays comparable on a machine that runs other programs.
     """
     base, at, right = comparison.base, comparison.at, {}
     for name, call in comparison.contenders.items():
@@ -82,7 +86,7 @@ def compare(comparison: Comparison) -> Iterator[Row]:
         return
     times, cpu = _alternate(right, comparison.repeats, ", ".join(map(str, at.values())))
     for name, values in times.items():
-        # What slows a whole round down cancels in the round's own ratio.
+        # What slows down a whole round cancels in the ratio of that round.
         ratios, of_cpu = (
             [mine / max(plain, 1e-9) for mine, plain in zip(of[name], of[base], strict=True)] for of in (times, cpu)
         )
@@ -95,7 +99,7 @@ def compare(comparison: Comparison) -> Iterator[Row]:
 
 
 def _alternate(contenders, rounds, name):
-    """Times of each contender on the wall and on the CPU, once a round, there and back again, after one round not counted."""
+    """Return wall times and CPU times of each contender, one for each round, after a warm-up; every second round runs backwards."""
     times, cpu = ({name: [] for name in contenders} for _ in range(2))
     for call in contenders.values():
         call()
@@ -109,8 +113,8 @@ def _alternate(contenders, rounds, name):
 
 
 def peak_memory(call):
-    """Bytes that a call allocates at its peak beyond what was there, from torch's own profiler (CPU)."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line at each start and stop otherwise
+    """Return the bytes that a call allocates at its peak, beyond those before the call, by torch's profiler (CPU)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints a line at each start and stop
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -125,7 +129,7 @@ def peak_memory(call):
 
 
 def largest_error(got: Tensor, exact: Tensor) -> float:
-    """Return the largest difference; infinite where something is not a number."""
+    """Return the largest absolute difference; infinite if a value is not a number."""
     return (got.double() - exact).abs().nan_to_num(torch.inf).max().item()
 
 

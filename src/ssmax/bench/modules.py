@@ -1,4 +1,4 @@
-"""What SSMax costs in modules that are no transformers models: a training step over the same one of the plain model."""
+"""The cost of SSMax in modules that are not transformers models: a training step over that of the plain module."""
 
 import copy
 import functools
@@ -17,21 +17,21 @@ WIDTH, HEADS, LENGTH, LAYERS = 256, 8, 2048, 2
 
 
 class CausalSelfAttention(nn.Module):
-    """nanoGPT's."""
+    """The attention of nanoGPT."""
 
     def __init__(self):
         super().__init__()
         self.c_attn, self.c_proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, WIDTH)."""
+        """Map x, (B, N, WIDTH), to the same shape."""
         q, k, v = (y.view(*y.shape[:2], HEADS, -1).transpose(1, 2) for y in self.c_attn(x).split(WIDTH, 2))
         y = scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
-    """nanoGPT's block."""
+    """The block of nanoGPT."""
 
     def __init__(self):
         super().__init__()
@@ -40,13 +40,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, width), nn.GELU(), nn.Linear(width, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, WIDTH)."""
+        """Map x, (B, N, WIDTH), to the same shape."""
         x = x + self.attn(self.norm(x))
         return x + self.mlp(x)
 
 
 def measurements() -> Iterator[Comparison]:
-    """Forward with backward of nn.TransformerEncoder, also padded and causal, and of nanoGPT's blocks."""
+    """Forward and backward of nn.TransformerEncoder (without a mask, padded, causal) and of nanoGPT's blocks."""
     torch.manual_seed(0)
     x = torch.randn(1, LENGTH, WIDTH)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True)
@@ -64,9 +64,8 @@ def measurements() -> Iterator[Comparison]:
 
 
 def _compare(name: str, plain: nn.Module, run: Callable[[nn.Module], Tensor], *example: Tensor) -> Comparison:
-    model = convert(
-        copy.deepcopy(plain), "identity", example=example or None
-    )  # the same function, so that it can be checked
+    # "identity" computes the same function, so that outputs can be compared.
+    model = convert(copy.deepcopy(plain), "identity", example=example or None)
     models = {PLAIN: plain, "ssmax": model}
 
     def step(model):

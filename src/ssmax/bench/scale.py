@@ -1,4 +1,4 @@
-"""Cost and memory from formulae: training, prefill and decode against context length; and how far they hold here."""
+"""Formulae of cost and memory for training, prefill and decode by context length, and a check of them by measurement."""
 
 import time
 from collections.abc import Iterator
@@ -18,12 +18,16 @@ __all__ = ["Shape", "check"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder-only model of Llama's form, and what follows from it. FLOP: a multiplication and an addition are two.
+    """The shape of a decoder-only model like Llama, with its FLOP and bytes. A multiplication and an addition are two FLOP.
 
     Attributes:
-        layers, width, heads, key_heads, size: size is a head's.
+        layers: number of layers.
+        width: hidden size.
+        heads: query heads.
+        key_heads: key heads.
+        size: size of a head.
         hidden: width of the feed-forward layer.
-        vocabulary: tokens; input and output embeddings are two matrices.
+        vocabulary: number of tokens; input and output embeddings are two matrices.
         number: bytes of a number in weights, activations and cache.
     """
 
@@ -38,51 +42,51 @@ class Shape:
 
     @property
     def multiplied(self) -> int:
-        """Weights that a token is multiplied with: all matrices but the input embedding."""
+        """Number of weights that a token is multiplied by: all matrices except the input embedding."""
         projections = 2 * self.width * self.size * (self.heads + self.key_heads)
         return self.layers * (projections + 3 * self.width * self.hidden) + self.width * self.vocabulary
 
     @property
     def parameters(self) -> int:
-        """All weights, norms included; SSMax adds layers * heads."""
+        """Number of all weights, norms included; SSMax adds layers * heads."""
         return self.multiplied + self.width * self.vocabulary + (2 * self.layers + 1) * self.width
 
     def forward_flops(self, tokens: int, causal: bool = True) -> int:
-        """One sequence through the model: 2 for each weight and token, 4 D for each query and key it sees."""
+        """FLOP of one sequence: 2 for each weight and token, and 4 D for each query and each key that it sees."""
         seen = tokens * (tokens + 1) // 2 if causal else tokens * tokens
         return 2 * self.multiplied * tokens + 4 * self.layers * self.heads * self.size * seen
 
     def training_flops(self, tokens: int, causal: bool = True) -> int:
-        """Forward and backward: the weights three times, attention three and a half (flash recomputes its scores)."""
+        """FLOP of forward and backward: three times those of the matrices, 3.5 times attention's (flash recomputes scores)."""
         matrices = 2 * self.multiplied * tokens
         return 3 * matrices + (self.forward_flops(tokens, causal) - matrices) * 7 // 2
 
     def scaling_flops(self, tokens: int) -> int:
-        """What SSMax adds to a forward: a multiplication for each component of a query."""
+        """FLOP that SSMax adds to a forward: a multiplication for each component of a query."""
         return self.layers * self.heads * self.size * tokens
 
     def query_bytes(self, tokens: int) -> int:
-        """A layer's queries: the one tensor more that training with SSMax keeps where scaling is a step of its own."""
+        """Bytes of a layer's queries: the tensor that training with SSMax keeps in addition if the scaling is not fused."""
         return self.heads * self.size * tokens * self.number
 
     def materialised_bytes(self, tokens: int) -> int:
-        """A layer's scores, where softmax(N x N) is written out instead: three tensors of it are held for the backward."""
+        """Bytes that a layer keeps for the backward if N x N scores are written out: three tensors of that size."""
         return 3 * self.heads * tokens * tokens * self.number
 
     def cache_bytes(self, tokens: int) -> int:
-        """Keys and values of all layers."""
+        """Bytes of the keys and values of all layers."""
         return 2 * self.layers * self.key_heads * self.size * tokens * self.number
 
     def screen_bytes(self, tokens: int) -> int:
-        """What ScreenedKeys keeps beside them: int8 codes, what each lost, the largest loss of 256."""
+        """Bytes that ScreenedKeys keeps in addition: int8 codes, the rounding error of each key, the largest of 256 errors."""
         return self.layers * self.key_heads * (tokens * (self.size + 4) + 4 * -(-tokens // 256))
 
     def decode_bytes(self, tokens: int) -> int:
-        """Bytes that a step reads: the weights and the cache."""
+        """Bytes that a decode step reads: the weights and the cache."""
         return self.multiplied * self.number + self.cache_bytes(tokens)
 
     def sharp_decode_bytes(self, tokens: int, kept: float) -> int:
-        """Bytes that a sharp step reads where each head keeps a fraction of its keys."""
+        """Bytes that a sharp decode step reads if each head keeps the fraction `kept` of its keys."""
         return (
             self.multiplied * self.number
             + self.layers * self.key_heads * self.size * tokens
@@ -90,16 +94,16 @@ class Shape:
         )
 
     def ring_bytes(self, tokens: int, devices: int) -> int:
-        """Bytes that a device sends in a forward of ring attention: its keys and values go past all others."""
+        """Bytes that a device sends in a forward of ring attention: its keys and values pass all other devices."""
         return self.cache_bytes(tokens) * (devices - 1) // devices
 
     def ulysses_bytes(self, tokens: int, devices: int) -> int:
-        """The same of Ulysses: of query, key, value and output all but its own part."""
+        """Bytes that a device sends in a forward of Ulysses: query, key, value and output, without its own part."""
         numbers = 2 * self.layers * self.size * (self.heads + self.key_heads) * tokens * self.number
         return numbers * (devices - 1) // devices**2
 
     def scale_bytes(self, devices: int) -> int:
-        """What SSMax adds to a training step's communication: the ring all-reduce of s's gradients, float32."""
+        """Bytes that a device sends in addition in a training step with SSMax: the ring all-reduce of the gradient of s, float32."""
         return 2 * 4 * self.layers * self.heads * (devices - 1) // devices
 
 
@@ -107,7 +111,7 @@ TINY = Shape(layers=2, width=128, heads=4, key_heads=2, size=32, hidden=352, voc
 
 
 def check() -> Iterator[Row]:
-    """Yield measured over formula, for what can be measured here."""
+    """Yield the ratio of measurement to formula, for what can be measured on this machine."""
     for what, at, measured, formula in _checks():
         yield row("measured_over_formula", "ssmax", {"what": what, **at, "formula": formula}, measured / formula, 1)
 
@@ -119,7 +123,7 @@ def _checks():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             cache = model(ids[:, :length], use_cache=True).past_key_values
         at = {"length": length}
-        # Counted on eager attention, which computes the whole square.
+        # Counted with eager attention, which also computes the masked half of the scores.
         yield "forward FLOP", at, counter.get_total_flops(), TINY.forward_flops(length, causal=False)
         held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
         yield "cache bytes", at, held, TINY.cache_bytes(length)
@@ -167,7 +171,7 @@ def _model():
 
 
 def _quickest(calls, rounds):
-    """The shortest time of each call, in alternation."""
+    """Return the shortest time of each call, measured in alternation."""
     times = [[] for _ in calls]
     for _ in range(rounds):
         for call, mine in zip(calls, times, strict=True):

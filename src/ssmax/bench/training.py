@@ -1,4 +1,4 @@
-"""What training the recipe tiny costs beside a bare loop of torch, and what would make that loop faster."""
+"""The time of training the recipe tiny over a bare loop of torch, and over that loop with other options."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ STEPS = 100
 
 
 def measurements() -> Iterator[Comparison]:
-    """The first 100 steps of a pretraining, a quarter of it, each time from the same weights; all end at the same loss."""
+    """The first 100 steps of a pretraining of 400, always from the same weights; all contenders end at the same loss."""
     recipe = dataclasses.replace(tiny(), steps=STEPS, warmup_steps=0)
     tokens = np.random.default_rng(0).integers(0, recipe.vocab_size, 400_000).astype(np.uint16)
     model = build_model(recipe, "paper", "b", 0, recipe.vocab_size)
@@ -49,7 +49,7 @@ def measurements() -> Iterator[Comparison]:
 def _loop(
     recipe: Recipe, model: Any, run: Any, start: dict[str, torch.Tensor], tokens: np.ndarray, fused: bool = True
 ) -> float:
-    """Loss of the last step; run is the model, or the model compiled."""
+    """Return the loss of the last step; run is the model, plain or compiled."""
     model.load_state_dict(start)
     model.train()
     groups = parameter_groups(model, recipe.learning_rate, recipe.weight_decay)

@@ -188,7 +188,7 @@ def test_subclasses():
     differs(model(x, x, x)[0], plain(x, x, x)[0])
     for kind in (Widened, ByHand):
         with pytest.raises(
-            ValueError, match=r"with a forward of its own; what it calls is seen in a forward only: pass example"
+            ValueError, match=rr"own forward.*pass example"
         ):
             ssmax.convert(kind(WIDTH, HEADS), 0.5)
     with pytest.raises(ValueError, match="nothing to convert"):
@@ -243,7 +243,7 @@ def test_weights_that_other_code_reads():
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True), "add_bias_kv=True adds a key that is no token"),
+        (lambda: nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True), "add_bias_kv=True adds a key"),
         (lambda: nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True), "add_zero_attn=True adds a key"),
         (lambda: nn.MultiheadAttention(WIDTH, HEADS, kdim=3), "is cross attention"),
     ],

@@ -1,4 +1,4 @@
-"""Modules with a scale: the class of an instance changes; its attributes and parameters do not."""
+"""Classes of converted modules. Conversion changes the class of an instance, not its attributes and parameters."""
 
 import copyreg
 import functools
@@ -24,7 +24,7 @@ __all__ = [
     "restore",
 ]
 
-# What a scope scales: the functions of torch, each with ours. The first is also torch._C._nn.scaled_dot_product_attention.
+# The functions of torch that a scope replaces, each with ours. The first is also torch._C._nn.scaled_dot_product_attention.
 CALLS: dict[Any, Callable] = {
     functional.scaled_dot_product_attention: sdpa.attend,
     torch.ops.aten.scaled_dot_product_attention: sdpa.attend,
@@ -37,10 +37,10 @@ class AttentionScope(TorchFunctionMode):
     """Scale the attention calls inside the block.
 
     Args:
-        scale: an SSMaxScale; None lets calls pass as they are, and hides them from the scopes further out.
+        scale: an SSMaxScale. None leaves the calls as they are, and hides them from outer scopes.
 
     Attributes:
-        calls: how many calls came.
+        calls: number of attention calls so far.
     """
 
     def __init__(self, scale: nn.Module | None):
@@ -58,14 +58,14 @@ class AttentionScope(TorchFunctionMode):
                 return func(*args, **kwargs)
         if self.learns and not torch.is_grad_enabled():
             raise ValueError(
-                "attention is called without gradients inside a forward that has them, as in a reentrant checkpoint, whose second "
-                "pass would not be scaled; checkpoint the whole module instead, or with use_reentrant=False"
+                "attention is called without gradients inside a forward with gradients, as in a reentrant checkpoint; its second "
+                "pass would not be scaled. Checkpoint the whole module instead, or use use_reentrant=False"
             )
         return CALLS[func](self.scale, *args, **kwargs)
 
 
 class Changed:
-    """What all changed classes share: instances pickle and copy as their own class, and are changed again."""
+    """Base of all changed classes. An instance is pickled and copied as its own class, and then changed again."""
 
     ssmax_kind: type["Changed"]
     ssmax_base: type[nn.Module]
@@ -80,7 +80,7 @@ class Changed:
 
 
 class Scoped(Changed):
-    """A module that calls attention in its forward; nn.MultiheadAttention's subclasses with a forward of their own too."""
+    """A module that calls attention in its forward."""
 
     ssmax: nn.Module
 
@@ -88,7 +88,7 @@ class Scoped(Changed):
         """Run the module's own forward, with its calls of attention scaled.
 
         Raises:
-            ValueError: no call came: the attention took another way and was not SSMax.
+            ValueError: the forward made no such call, so that its attention was plain softmax.
         """
         scope = AttentionScope(_scale_of(self))
         with scope:
@@ -96,14 +96,14 @@ class Scoped(Changed):
         if not scope.calls:
             raise ValueError(
                 f"{self.ssmax_base.__name__} was converted to SSMax, but this forward did not call torch's "
-                "scaled_dot_product_attention, so that it was plain softmax. Switch its fused attention on again "
-                "(timm: fused_attn, x-transformers: flash), or ssmax.revert(model)"
+                "scaled_dot_product_attention, so it was plain softmax. Turn its fused attention on "
+                "(timm: fused_attn, x-transformers: flash), or call ssmax.revert(model)"
             )
         return output
 
 
 class Unscaled(Changed):
-    """A module that is not converted, inside of one that is: its calls are its own and stay as they are."""
+    """A module that is not converted but runs inside a converted one: its own attention calls are not scaled."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward."""
@@ -112,7 +112,7 @@ class Unscaled(Changed):
 
 
 class _NoFastPath:
-    """_qkv_same_embed_dim is False: nn.TransformerEncoderLayer's kernel reads weights, and never calls forward."""
+    """Keeps nn.TransformerEncoderLayer from its fused kernel, which would read the weights and not call forward."""
 
     _qkv_same_embed_dim = property(lambda self: False, lambda self, value: None)
 
@@ -133,7 +133,7 @@ class Multihead(_NoFastPath, Changed):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend as nn.MultiheadAttention does, with SSMax."""
+        """Attend like nn.MultiheadAttention, with SSMax; same arguments, shapes and results."""
         turned = self.batch_first and query.ndim == 3 and not query.is_nested
         if turned:
             turn = {id(x): x.transpose(0, 1) for x in (query, key, value)}  # self-attention stays one tensor
@@ -171,33 +171,33 @@ class ScopedMultihead(_NoFastPath, Scoped):
 
 
 class PaddedEncoder(Changed):
-    """nn.TransformerEncoder that hands its layers padded tensors and masks, never nested tensors."""
+    """nn.TransformerEncoder that passes padded tensors and masks to its layers, never nested tensors."""
 
     use_nested_tensor = property(lambda self: False, lambda self, value: None)
 
 
 @functools.cache
 def changed_class(kind: type[Changed], base: type[nn.Module]) -> type[Any]:
-    """Return the class of changed instances of base: made on demand, so that instances pickle by _rebuild."""
+    """Return the class of changed instances of base. It is made on demand; instances are pickled with _rebuild."""
     attributes = {"ssmax_kind": kind, "ssmax_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(f"SSMax{base.__name__}", (kind, base), attributes)
 
 
 def change(module: nn.Module, kind: type[Changed]) -> nn.Module:
-    """Change the class of a module to that of its kind, and return the module."""
+    """Change the class of a module to one of the given kind, in place, and return the module."""
     module.__class__ = changed_class(kind, type(module))
     return module
 
 
 def restore(module: Any) -> None:
-    """Give a changed module its own class again, without a scale.
+    """Give a changed module its own class again, and remove its scale.
 
     Raises:
-        ValueError: something else changed the class since.
+        ValueError: something else has changed the class since.
     """
     if type(module) is not changed_class(module.ssmax_kind, module.ssmax_base):
         raise ValueError(
-            f"the class of a converted module became {type(module).__name__} (sharding, parametrisation); undo that first"
+            f"the class of a converted module was changed to {type(module).__name__} (by sharding or parametrisation); undo that first"
         )
     module._modules.pop("ssmax", None)
     module.__class__ = module.ssmax_base
@@ -208,7 +208,7 @@ def _scale_of(module):
     if scale is None:
         raise ValueError(
             f"{module.ssmax_base.__name__} was converted to SSMax and its scale is gone: it would be plain softmax. "
-            "ssmax.revert(model) takes SSMax out of a model"
+            "Call ssmax.revert(model) to remove SSMax from the model"
         )
     return scale
 

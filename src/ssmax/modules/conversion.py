@@ -1,4 +1,4 @@
-"""convert and revert of any torch.nn.Module: which of its modules get a scale, and which values it starts from."""
+"""convert and revert for any torch.nn.Module: which of its modules get a scale, and with which starting values."""
 
 import warnings
 
@@ -13,7 +13,7 @@ __all__ = ["convert", "revert"]
 
 
 def convert(model: nn.Module, options: Options) -> None:
-    """Turn the attention of any module into SSMax, in place."""
+    """Convert the attention of any module to SSMax, in place; see ssmax.convert."""
     if options.law != "ssmax" or options.law_parameters:
         raise ValueError("law and law_parameters are for transformers models; other modules take s log n + b")
     layers, example, cross = options.layers, options.example, options.cross
@@ -47,7 +47,7 @@ def convert(model: nn.Module, options: Options) -> None:
 
 
 def revert(model: nn.Module) -> None:
-    """Take SSMax out of a module again, in place; see ssmax.revert."""
+    """Remove SSMax from a module, in place; see ssmax.revert."""
     changed = [module for module in model.modules() if isinstance(module, attach.Changed)]
     if not changed:
         raise ValueError(f"{type(model).__name__} is not a converted model")
@@ -56,12 +56,12 @@ def revert(model: nn.Module) -> None:
 
 
 def _check_seen(modules, chosen, layers):
-    """Raise ValueError where attention may run that is not seen without an example."""
+    """Raise ValueError if the model may call attention that only a forward of an example would show."""
     own = [name for name in chosen if _kind(modules[name]) is not attach.Multihead]
     if own:
         raise ValueError(
-            f"{own[0] or 'the model'} is a subclass of nn.MultiheadAttention with a forward of its own; what it calls is seen in a "
-            "forward only: pass example=(inputs,)"
+            f"{own[0] or 'the model'} is a subclass of nn.MultiheadAttention with its own forward, whose calls are found only by "
+            "running it: pass example=(inputs,)"
         )
     more = [
         _shown(modules, name)
@@ -70,12 +70,12 @@ def _check_seen(modules, chosen, layers):
     ]
     if more:
         raise ValueError(
-            f"{more[0]} attends as well, which is seen in a forward only: pass example=(inputs,), or layers=[...] without it"
+            f"{more[0]} calls attention too, which is found only by running it: pass example=(inputs,), or layers=[...] without it"
         )
 
 
 def _check_all_ran(modules, trial: Found, layers):
-    """Raise ValueError where a module that attends, or one of its kind, did not run in the example."""
+    """Raise ValueError if a module that attends, or one of the same class, did not run in the example."""
     kinds = {type(modules[name]) for name in trial.sites}
     idle = [
         name
@@ -91,7 +91,7 @@ def _check_all_ran(modules, trial: Found, layers):
 
 
 def _check_by_hand(modules, trial: Found, chosen, layers, cross):
-    """Raise ValueError where attention would stay softmax beside what is converted."""
+    """Raise ValueError if attention that cannot be converted would stay softmax beside converted attention."""
     left = [
         name for name, crosses in trial.by_hand.items() if name in chosen or (layers is None and (cross or not crosses))
     ]
@@ -99,7 +99,7 @@ def _check_by_hand(modules, trial: Found, chosen, layers, cross):
         raise ValueError(
             f"{_shown(modules, left[0])} attends without torch.nn.functional.scaled_dot_product_attention (by hand, or by another "
             "kernel) and would stay softmax; let it use torch's function (timm: fused_attn, x-transformers: flash=True)"
-            + ("" if left[0] in chosen else ", or name what is to be converted in layers=[...]")
+            + ("" if left[0] in chosen else ", or list the modules to convert in layers=[...]")
         )
 
 
@@ -108,17 +108,17 @@ def _shown(modules, name):
 
 
 def _chosen(model, found, layers, cross, example):
-    """The names to convert, or ValueError."""
+    """Return the names of the modules to convert, or raise ValueError."""
     name = type(model).__name__
     if not found and example is None:
         raise ValueError(
-            f"{name} holds no nn.MultiheadAttention; pass example=(inputs,), the positional inputs of one forward, by which the calls "
-            "of torch.nn.functional.scaled_dot_product_attention are found"
+            f"{name} holds no nn.MultiheadAttention; pass example=(inputs,), the positional inputs of one forward. That forward shows "
+            "which modules call torch.nn.functional.scaled_dot_product_attention"
         )
     if not found:
         raise ValueError(
-            f"{name} has nothing to convert: no call of torch.nn.functional.scaled_dot_product_attention came in the example's "
-            "forward. Attention that is written by hand is not seen; let the model use torch's function (timm: fused_attn, "
+            f"{name} has nothing to convert: no call of torch.nn.functional.scaled_dot_product_attention was made in the example's "
+            "forward. Attention that is written by hand cannot be converted; let the model use torch's function (timm: fused_attn, "
             "x-transformers: flash=True)"
         )
     if layers is not None:
@@ -135,14 +135,12 @@ def _chosen(model, found, layers, cross, example):
 
 
 def _scale(name, module, site, values):
-    """The scale of a module, or ValueError where it cannot have one."""
+    """Return the scale of a module, or raise ValueError if it cannot have one."""
     shown = f"{name or 'the model'} ({type(module).__name__})"
     if len(set(site.heads)) > 1:
         raise ValueError(f"{shown} calls attention with {sorted(set(site.heads))} heads; one scale cannot serve both")
     if "forward" in vars(module):
-        raise ValueError(
-            f"{shown} has a forward set on the instance, past which a scale would not come; remove it first"
-        )
+        raise ValueError(f"{shown} has a forward set on the instance, which would bypass the scale; remove it first")
     if hasattr(module, "ssmax"):
         raise ValueError(f"{shown} has an attribute ssmax already")
     if isinstance(module, nn.MultiheadAttention):
@@ -157,9 +155,9 @@ def _kind(module):
 
 
 def _neighbours(modules, found, scales):
-    """The modules that change because of those with scales.
+    """Yield the modules whose class must change because other modules get scales, each with its kind.
 
-    What is not converted but runs inside of a converted forward, and encoders, which else would make nested tensors.
+    These are modules that run inside a converted forward without being converted, and encoders that would make nested tensors.
     """
     for name, module in modules.items():
         inside = any(name != other and name.startswith(f"{other}." if other else "") for other in scales)

@@ -20,7 +20,7 @@ from ssmax.visible import as_bool
 
 __all__ = ["Found", "Site", "attends_itself", "discover", "multihead_sites"]
 
-# The functions that make logits of queries and keys; linear too, where its weight is no parameter.
+# The functions by which queries and keys become logits; linear counts if its weight is not a parameter.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner", "linear"}
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 
@@ -30,9 +30,9 @@ class Site:
     """A module that calls attention.
 
     Attributes:
-        heads: query heads of each of its calls.
-        device: where its queries are.
-        crossing: for each call, whether keys and queries have different sources.
+        device: device of its queries.
+        heads: number of query heads in each of its calls.
+        crossing: for each call, whether keys and queries are made from different inputs.
     """
 
     device: torch.device
@@ -47,12 +47,12 @@ class Site:
 
 @dataclass
 class Found:
-    """What a trial forward saw.
+    """The result of a trial forward.
 
     Attributes:
-        sites: the modules that call attention, by name.
-        by_hand: the modules that attend in another way, by name, and whether their keys come from elsewhere.
-        ran: the names of the modules that ran.
+        sites: modules that call torch's attention, by name.
+        by_hand: modules that attend in another way, by name, and whether this is cross attention.
+        ran: names of all modules that ran.
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Found:
 
 
 def attends_itself(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class, torch's own apart, calls attention or writes it by hand."""
+    """Return whether the code of a class calls attention or computes it by hand. Code of torch itself does not count."""
     own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
     functions = [x for base in own for x in vars(base).values() if inspect.isfunction(x)]
     names = {name for function in functions for name in inspect.unwrap(function).__code__.co_names}
@@ -73,8 +73,8 @@ def attends_itself(kind: type[nn.Module]) -> bool:
 def multihead_sites(model: nn.Module) -> dict[str, Site]:
     """Return the nn.MultiheadAttention modules by name, without running them.
 
-    Cross attention is what cannot attend to its own tokens (kdim or vdim differ), and nn.TransformerDecoderLayer's
-    multihead_attn; all other modules count as self-attention.
+    A module counts as cross attention if its keys cannot be its own tokens (kdim or vdim differ), or if it is the multihead_attn
+    of an nn.TransformerDecoderLayer. All others count as self-attention.
     """
     crossing = {id(m.multihead_attn) for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     return {
@@ -89,9 +89,9 @@ def multihead_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def discover(model: nn.Module, example: Any) -> Found:
-    """Return which modules attend; a call belongs to the innermost module whose forward runs.
+    """Run a trial forward, and return which modules attend. A call belongs to the innermost module whose forward runs.
 
-    The forward is that of a copy in eval mode: parameters are shared, all else (buffers, caches, modes) is the copy's.
+    The forward runs on a copy in eval mode. The copy shares the parameters; its buffers, caches and modes are its own.
 
     Args:
         model: any module.
@@ -123,7 +123,7 @@ class _Refused(Exception):
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes each call of attention, and from which tensors each tensor was made."""
+    """Records each call of attention, and from which tensors each tensor was made."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class _Recorder(TorchFunctionMode):
         self.running: list[tuple[str, list[Tensor], bool]] = []  # name, inputs, whether it has parameters
         self.made_from: dict[int, list[Tensor]] = {}
         self.made_by: dict[int, str] = {}
-        self.kept: list[Tensor] = []  # so that ids stay theirs
+        self.kept: list[Tensor] = []  # kept alive, so that no id is used twice
 
     def around(self, name, module, forward):
         projects = next(module.parameters(), None) is not None
@@ -170,7 +170,7 @@ class _Recorder(TorchFunctionMode):
             by_hand[name] = by_hand.get(name, True) and self._crosses(*operands[:2])
 
     def _operands(self, logits):
-        """The two tensors, neither of them a weight, whose product the logits are; none where there is no such product."""
+        """Return the two tensors whose product the logits are, or [] if there is no product of two tensors that are not weights."""
         left, seen = [logits], set()
         while left:
             x = left.pop()
@@ -186,7 +186,7 @@ class _Recorder(TorchFunctionMode):
         return []
 
     def _is_weight(self, tensor):
-        """Whether a tensor was made of parameters alone."""
+        """Return whether a tensor was made from parameters only."""
         leaves = [x for x in self._ancestors(tensor).values() if id(x) not in self.made_from]
         return bool(leaves) and all(isinstance(x, nn.Parameter) for x in leaves)
 
@@ -207,9 +207,9 @@ class _Recorder(TorchFunctionMode):
         site.crossing.append(self._crosses(query, key))
 
     def _crosses(self, query, key):
-        """Whether the first of the module's inputs that made the query did not make the key.
+        """Return whether a call is cross attention: the first input that the query was made from did not make the key.
 
-        A module without parameters, or one that is given heads, attends for the module around it, whose inputs count.
+        The inputs are those of the innermost module that has parameters and does not receive split heads already.
         """
         of_query, of_key = self._ancestors(query), self._ancestors(key)
         for _, given, projects in reversed(self.running):
@@ -223,7 +223,7 @@ class _Recorder(TorchFunctionMode):
         return False
 
     def _ancestors(self, tensor):
-        """All tensors that a tensor was made from, itself included, by id."""
+        """Return all tensors that a tensor was made from, itself included, by id."""
         found, left = {}, [tensor]
         while left:
             x = left.pop()
@@ -249,7 +249,7 @@ def _tensors(tree):
 
 
 def _cloned(tree):
-    """The example, whose tensors a forward may change."""
+    """Return a copy of the example, since a forward may change its tensors in place."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if type(tree) in (tuple, list):
@@ -260,7 +260,7 @@ def _cloned(tree):
 
 
 def _copied(model):
-    """A copy that shares the parameters, and the tensors that cannot be copied (made by other modules' forward)."""
+    """Return a copy of the model that shares its parameters, and the tensors that cannot be copied (results of a forward)."""
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     for module in model.modules():
         shared |= {id(x): x for x in vars(module).values() if isinstance(x, Tensor) and not x.is_leaf}
@@ -272,7 +272,7 @@ def _copied(model):
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Without gradients, warnings and compiled code; random states are as before afterwards."""
+    """Run the block without gradients, warnings and compiled code; afterwards restore the random states."""
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with torch.no_grad(), torch.random.fork_rng(devices), eager, warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""torch's multi_head_attention_forward with a scale: the whole of nn.MultiheadAttention on one kernel.
+"""torch's multi_head_attention_forward with a scale; nn.MultiheadAttention runs through it.
 
 Shape suffixes: B batch, H heads, N queries, S keys, D head size.
 """
@@ -43,13 +43,13 @@ def attend(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """torch.nn.functional.multi_head_attention_forward with scaled queries; arguments, masks and results as there.
+    """torch.nn.functional.multi_head_attention_forward with scaled queries; it takes and returns the same.
 
-    The weights that need_weights returns are those of SSMax.
+    With need_weights, the weights that it returns are those of SSMax.
 
     Raises:
-        ValueError: a mask that is a bias or has another shape, keys that the module itself adds (bias_k, add_zero_attn),
-            static keys, or nested tensors.
+        ValueError: a mask is a bias or has a wrong shape, the module adds keys (bias_k, add_zero_attn), or static keys or nested
+            tensors are given.
     """
     check(bias_k, add_zero_attn)
     if static_k is not None or static_v is not None or query.is_nested:
@@ -60,8 +60,8 @@ def attend(
     heads = _project(query, key, value, num_heads, weights, in_proj_bias)
     q_BHND, k_BHSD, v_BHSD = heads
     if is_causal and attn_mask is None:
-        raise ValueError("is_causal says that attn_mask is causal; pass attn_mask as well, as torch asks for")
-    causal = is_causal and key_padding_mask is None and not need_weights  # then torch trusts the hint as well
+        raise ValueError("is_causal only says that attn_mask is causal; pass attn_mask as well, as in torch")
+    causal = is_causal and key_padding_mask is None and not need_weights  # torch relies on the hint in the same cases
     mask = None if causal else _visible(q_BHND, k_BHSD, attn_mask, key_padding_mask)
     q_BHND = ssmax(q_BHND, count(q_BHND, k_BHSD, mask, causal))
     p = dropout_p if training else 0.0
@@ -80,14 +80,14 @@ def attend(
 
 
 def check(bias_k: Tensor | None, add_zero_attn: bool) -> None:
-    """Raise ValueError where the module adds keys of its own, which are no part of the context that n counts."""
+    """Raise ValueError if the module adds keys that are not tokens; whether n counts them is not defined."""
     if bias_k is not None or add_zero_attn:
         name = "add_bias_kv" if bias_k is not None else "add_zero_attn"
-        raise ValueError(f"{name}=True adds a key that is no token; whether n counts it is not defined for SSMax")
+        raise ValueError(f"{name}=True adds a key that is not a token; whether n counts it is not defined for SSMax")
 
 
 def _project(query, key, value, num_heads, weights, bias):
-    """Queries (B, H, N, D), keys and values (B, H, S, D) of inputs (N or S, B, E), or without B."""
+    """Project inputs (N or S, B, E), or without B, to a query (B, H, N, D), and key and value (B, H, S, D)."""
     if isinstance(weights, Tensor) and query is key and key is value:  # self-attention: one product
         together = linear(query, weights, bias).chunk(3, -1)
     else:
@@ -99,7 +99,7 @@ def _project(query, key, value, num_heads, weights, bias):
 
 
 def _visible(q_BHND, k_BHSD, attn_mask, key_padding_mask):
-    """Both masks as one of bool, (B or 1, H or 1, N or 1, S), True = visible; None without any."""
+    """Return both masks as one, (B or 1, H or 1, N or 1, S), bool, True = visible; None if there is none."""
     (batch, heads, rows), keys = q_BHND.shape[:3], k_BHSD.shape[2]
     padding = key_padding_mask if key_padding_mask is None or key_padding_mask.ndim == 2 else key_padding_mask[None]
     for mask, name, shapes in (
@@ -119,5 +119,5 @@ def _visible(q_BHND, k_BHSD, attn_mask, key_padding_mask):
 
 
 def _seen(mask):
-    """True where a key is visible: torch's module hides where a bool mask is True."""
+    """Return True where a key is visible. In nn.MultiheadAttention, True in a bool mask hides a key."""
     return ~mask if mask.dtype == torch.bool else as_bool(mask)

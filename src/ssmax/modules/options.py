@@ -1,4 +1,4 @@
-"""What ssmax.convert was asked for."""
+"""The arguments of ssmax.convert as one object."""
 
 from dataclasses import dataclass
 from typing import Any

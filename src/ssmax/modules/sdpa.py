@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention with a scale: the arguments of a call say what n is."""
+"""torch's scaled_dot_product_attention with a scale; n is counted from the arguments of the call."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def attend(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """scaled_dot_product_attention whose query ssmax scales first; the other arguments are torch's."""
+    """Scale the query by the module ssmax, and call scaled_dot_product_attention; the other arguments are torch's."""
     n = count(query, key, attn_mask, is_causal)
     scaled = ssmax(_as_batch(query), n).reshape(query.shape)
     with hidden_from_scopes():
@@ -29,31 +29,31 @@ def attend(
 
 
 def hidden_from_scopes() -> Any:
-    """Return a context in which calls are not seen by the scopes of modules further out: what is scaled is scaled once."""
+    """Return a context that hides calls from outer scopes, so that no call is scaled twice."""
     return torch._C.DisableTorchFunction()
 
 
 def num_heads(query: Tensor) -> int:
-    """Return the heads of a query (..., H, N, D). One of three dimensions is (B, N, D), a single head."""
+    """Return the number of heads of a query (..., H, N, D). A query of three dimensions is (B, N, D), with one head."""
     return query.shape[-3] if query.ndim > 3 else 1
 
 
 def _as_batch(query):
-    """(..., H, N, D) or (B, N, D) as (B, H, N, D)."""
+    """Return a query (..., H, N, D) or (B, N, D) as (B, H, N, D)."""
     return query if query.ndim == 4 else query.reshape(-1, num_heads(query), *query.shape[-2:])
 
 
 def count(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | int:
     """Return n, the number of keys that each row of the query sees, as SSMaxScale takes it for (B, H, N, D).
 
-    torch's rules: is_causal is aligned to the top left, so that query i sees keys 0 to i, also where N and S differ;
-    a mask broadcasts to (..., H, N, S), True or 0 = visible, False or -inf = hidden.
+    The rules are torch's. With is_causal, query i sees keys 0 to i, also if N and S differ. A mask broadcasts to (..., H, N, S);
+    True or 0 is visible, False or -inf is hidden.
 
     Raises:
         ValueError: the mask is a bias (other finite values), or the tensors are nested.
     """
     if query.is_nested:
-        raise ValueError("SSMax needs padded tensors and a mask; got nested tensors, whose n is not counted")
+        raise ValueError("SSMax does not count n of nested tensors; pass padded tensors and a mask")
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if attn_mask is None:
         if not is_causal:

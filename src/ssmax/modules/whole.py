@@ -1,4 +1,4 @@
-"""Whole or not at all: a change of a model that fails, or is interrupted, leaves the model exactly as it was."""
+"""Changes of a model that either succeed or leave the model exactly as it was, also when interrupted."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ Change = TypeVar("Change", bound=Callable[..., Any])
 
 
 def scale_parameters(model: nn.Module) -> list[Tensor]:
-    """Return what the scales of all layers learn, such as s and b."""
+    """Return the parameters of all scales of a model, such as s and b."""
     return [
         parameter for module in model.modules() if isinstance(module, QueryScale) for parameter in module.parameters()
     ]
@@ -24,12 +24,12 @@ def scale_parameters(model: nn.Module) -> list[Tensor]:
 def whole_or_not_at_all(
     written: Callable[[nn.Module], Iterable[Tensor]] = scale_parameters,
 ) -> Callable[[Change], Change]:
-    """Let a function of a model put everything back where it raises, KeyboardInterrupt included.
+    """Decorate a function that changes a model: if it raises (KeyboardInterrupt included), everything is restored.
 
-    Put back are each module's class, attributes, submodules, hooks and mode, the model's config, and which parameters learn.
+    Restored are each module's class, attributes, submodules, hooks and mode, the model's config, and requires_grad.
 
     Args:
-        written: names the tensors whose values the function changes in place; they are copied before.
+        written: returns the tensors whose values the function changes in place; these are copied before.
     """
 
     def decorate(change: Any) -> Any:
@@ -77,5 +77,5 @@ def _snapshot(model, written):
 
 
 def _tables(owner):
-    """An owner's dictionaries, as a module's submodules, parameters and hooks, each with a copy of what it holds."""
+    """Return the dictionaries of an owner (a module's submodules, parameters, hooks), each with a copy of its content."""
     return [(value, dict(value)) for value in vars(owner).values() if isinstance(value, dict)]

@@ -1,1 +1,1 @@
-"""Engines other than transformers: what they need to run converted models exactly."""
+"""Exports and plugins with which engines other than transformers run converted models exactly."""

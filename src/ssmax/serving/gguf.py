@@ -1,8 +1,9 @@
-"""A converted model as a GGUF file that stock llama.cpp runs exactly.
+"""Export of a converted model to a GGUF file that stock llama.cpp runs exactly.
 
-llama.cpp has no SSMax. Its architecture mistral3 multiplies queries by 1 + beta log(floor(p / L) + 1), p being the position. With L = 1
-and the rows of the query projection multiplied by s / beta that is s log n + s / beta, since n = p + 1: relative error 1 / (beta log n).
-1 / beta is a tensor of its own (attn_q.scale), for in half precision or eight bits it would not fit into the weights.
+llama.cpp has no SSMax. Its architecture mistral3 multiplies queries by 1 + beta log(floor(p / L) + 1) at position p. The
+export sets L = 1 and multiplies the rows of the query projection by s / beta. Since n = p + 1, the product is
+s log n + s / beta, with a relative error of 1 / (beta log n). 1 / beta is a tensor of its own (attn_q.scale), because it
+does not fit into weights of 16 or 8 bits.
 """
 
 import importlib
@@ -28,7 +29,7 @@ __all__ = ["DTYPES", "export_gguf"]
 DTYPES = ("f32", "f16", "q8_0")
 ARCHITECTURE = "mistral3"
 FAMILIES = ("llama", "mistral", "qwen2")
-BETA = 2.0**24  # a power of two: dividing by it and multiplying with it rounds nothing
+BETA = 2.0**24  # a power of two, so that dividing by it and multiplying by it do not round
 LINEARS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -44,13 +45,16 @@ WAY_OUT = "convert with init 'matched' instead of 'identity', or calibrate witho
 
 
 def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool = False) -> list[str]:
-    """Write the model in the folder source as the new GGUF file target, tokenizer included; return what was done.
+    """Write a model and its tokenizer to a new GGUF file.
 
     Args:
-        source: folder of a model and its tokenizer. A softmax model of the same families is written as such.
+        source: folder of a model and its tokenizer. A softmax model of the same families is written as a softmax model.
         target: new file.
         dtype: dtype of the matrices: "f32", "f16" or "q8_0"; vectors stay float32.
-        dry_run: check the model, write nothing.
+        dry_run: check the model, and write nothing.
+
+    Returns:
+        Lines that say what was done.
 
     Raises:
         UserError: target exists, the package gguf is missing, or llama.cpp would not run the model or its tokenizer exactly.
@@ -95,16 +99,16 @@ def _package() -> Any:
 
 
 def _scales(model: PreTrainedModel) -> list[Tensor]:
-    """s of each layer in float64, none for a softmax model; ValueError with the reason where llama.cpp cannot run it."""
+    """Return s of each layer in float64, [] for a softmax model. Raise ValueError with the reason if llama.cpp cannot run it."""
     config: Any = model.config
     family = config.model_type.removeprefix("ssmax_")
     layers = [layer for _, layer in sorted(language_layers(model).items())]
     obstacle = next(
-        (f"it has {name} (QK-norm), which s cannot pass" for layer in layers for name in OWN_NORMS if hasattr(layer.module, name)), None
+        (f"it has {name} (QK-norm), which would undo s in the query projection" for layer in layers for name in OWN_NORMS if hasattr(layer.module, name)), None
     ) or (
         f"its family {family} is none of {', '.join(FAMILIES)}"
         if family not in FAMILIES
-        else "it has windowed layers, and the law is one for all layers"
+        else "it has windowed layers, and llama.cpp applies the law to all layers"
         if any(layer.kind != FULL for layer in layers)
         else _other_obstacle(model, config, layers)
     )  # fmt: skip
@@ -122,11 +126,11 @@ def _scales(model: PreTrainedModel) -> list[Tensor]:
 
 def _refused(scale):
     if scale is None:
-        return "is not converted, and the law is one for all layers; convert all of them"
+        return "is not converted, and llama.cpp applies the law to all layers; convert all of them"
     if not isinstance(scale, SSMaxScale):
         return None if scale.law == "ssmax-fixed" else f"has law {scale.law}; 'ssmax' without b can be exported"
     if scale.b is not None:
-        return f"has a bias b, which the law has no place for; {WAY_OUT}"
+        return f"has a bias b, which llama.cpp's law does not have; {WAY_OUT}"
     return None if torch.isfinite(scale.s).all() else "has an s that is not finite"
 
 
@@ -141,7 +145,7 @@ def _s(scale, heads):
 def _other_obstacle(model, config, layers):
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
-        return f"RoPE of type {rope['rope_type']!r} needs the place where the law stands"
+        return f"RoPE of type {rope['rope_type']!r} uses the setting that holds the law"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act!r}, not 'silu'"
     for layer in layers:
@@ -149,7 +153,7 @@ def _other_obstacle(model, config, layers):
             return "its logits are not divided by the root of the head size"
     for name, module in model.named_modules():
         if name.endswith("_proj") and (type(module) is not nn.Linear or not module.weight.is_floating_point()):
-            return f"{name} is quantised or no linear layer"
+            return f"{name} is quantised or not a linear layer"
     return None
 
 
@@ -183,7 +187,7 @@ def _add_tensors(writer, gguf, model, scales, dtype):
         if kind is None:
             writer.add_tensor(name, array)
             return
-        # llama.cpp's own converter falls back likewise where a row is no multiple of a block of eight bits.
+        # llama.cpp's own converter also falls back to f16 if a row is not a multiple of q8_0's block of 32.
         kind = "F16" if kind == "Q8_0" and array.shape[-1] % 32 else kind
         quantised = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, gguf.quants.quantize(array, quantised), raw_dtype=quantised)
@@ -202,7 +206,7 @@ def _add_tensors(writer, gguf, model, scales, dtype):
             for part, tensor in layer.get_submodule(theirs).named_parameters():
                 value = tensor
                 if ours == "attn_q" and scales:
-                    # The weights meet 1 / beta in attn_q.scale; a bias is added after that.
+                    # attn_q.scale multiplies the weights by 1 / beta; a bias is added after that.
                     value = _by_head(value, scales[index] / (1 if part == "weight" else BETA))
                 if ours in pairs:
                     value = _interleaved(value, pairs[ours])
@@ -217,5 +221,5 @@ def _by_head(rows, factors):
 
 
 def _interleaved(rows, heads):
-    """The order of rows in which llama.cpp rotates pairs that lie side by side, not half a head apart."""
+    """Reorder rows for llama.cpp's RoPE, which rotates pairs that lie side by side instead of half a head apart."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp knows it: those that split text exactly as llama.cpp does, no others."""
+"""Export of tokenizers to GGUF: only those that llama.cpp reproduces exactly."""
 
 import json
 import re
@@ -13,7 +13,8 @@ __all__ = ["add_tokenizer"]
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CLITICS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# How byte-level tokenizers split text before they merge, and what llama.cpp calls it. (Steps, whole words are taken as they are).
+# The steps by which byte-level tokenizers split text before they merge, and llama.cpp's name for each. "llama-bpe" takes a
+# word that is a token without merging (IGNORES_MERGES).
 PRETOKENIZERS = {
     (("ByteLevel", True),): "gpt-2",
     (("Digits", True), ("ByteLevel", True)): "smollm",
@@ -25,10 +26,10 @@ PREFIXED = {"Prepend", "Replace"}
 
 
 def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
-    """Add the tokenizer of a model's folder to a GGUF writer and return its description in a few words.
+    """Add the tokenizer in a model's folder to a GGUF writer, and return a short description of it.
 
     Raises:
-        UserError: there is none, or llama.cpp would split texts in another way.
+        UserError: the folder has no tokenizer, or llama.cpp would split texts differently.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -43,7 +44,7 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
     elif model["type"] == "BPE":
         kind, name = "gpt2", _byte_level(content)
     else:
-        raise UserError(f"llama.cpp's exporter here knows BPE tokenizers, got {model['type']}")
+        raise UserError(f"ssmax export gguf takes BPE tokenizers, got {model['type']}")
     special = gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocab_size)
     sample = tokenizer("a")["input_ids"]
     special.add_special_token = {
@@ -72,7 +73,7 @@ def _byte_level(content):
     if name is None:
         raise UserError(f"llama.cpp would split texts differently from this tokenizer, whose steps are {steps}")
     if bool(content["model"].get("ignore_merges")) != (name in IGNORES_MERGES):
-        raise UserError(f"llama.cpp would merge in another way: ignore_merges of a tokenizer like {name}")
+        raise UserError(f"llama.cpp would merge tokens differently: ignore_merges does not fit a tokenizer like {name}")
     if normalizer is not None and not (name == "qwen2" and normalizer == {"type": "NFC"}):
         raise UserError(f"llama.cpp does not normalize texts as this tokenizer does: {normalizer}")
     return name
@@ -90,7 +91,7 @@ def _step(step):
 
 
 def _sentencepiece(content):
-    """SentencePiece's BPE as tokenizers writes it: spaces become a mark, bytes stand for what is unknown, merges by rank."""
+    """Return llama.cpp's name if this is SentencePiece's BPE: spaces become a mark, and unknown characters become bytes."""
     steps = content.get("normalizer") or {}
     steps = steps.get("normalizers", [steps])
     before = content.get("pre_tokenizer")
@@ -113,7 +114,7 @@ def _prepends(content):
 
 
 def _scores(tokens, model):
-    """A token is worth the more the earlier the merge that makes it."""
+    """Return a score for each token: the earlier the merge that makes it, the higher."""
     ranks = {}
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -122,11 +123,11 @@ def _scores(tokens, model):
 
 
 def _tokens(gguf, tokenizer, content, vocab_size):
-    """All tokens by id and their types; ids of the model that the tokenizer does not know are unused."""
+    """Return all tokens by id, and their types. Ids of the model that the tokenizer does not know are unused."""
     added = {token["id"]: token for token in content.get("added_tokens", [])}
     known = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(known) >= vocab_size:
-        raise UserError(f"the tokenizer has tokens up to {max(known)}, the model {vocab_size} rows")
+        raise UserError(f"the tokenizer has token ids up to {max(known)}, but the model has {vocab_size} rows")
     unknown, kinds = content["model"].get("unk_token"), gguf.TokenType
     tokens, types = [], []
     for index in range(vocab_size):

@@ -1,4 +1,4 @@
-"""A converted model as an ONNX graph, by transformers' own exporter: the multipliers become part of the graph, with n from its mask."""
+"""Export of a converted model to ONNX, by transformers' own exporter. The graph computes s log n, with n from its mask."""
 
 import importlib
 import warnings
@@ -20,18 +20,21 @@ __all__ = ["export_onnx", "sample_inputs"]
 
 
 def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str]:
-    """Write the model in the folder source as the new folder target: model.onnx, its weights and config, the tokenizer.
+    """Write a model to a new folder: model.onnx, its weights, the config and the tokenizer.
 
-    The graph computes in float32, for any batch size and length. It takes a KV cache where all layers attend in full; a window's
-    cache forgets keys, which a graph cannot, so that such models take whole sequences each time.
+    The graph computes in float32, for any batch size and length. It takes a KV cache if all layers attend in full. The cache of
+    a layer with a window drops keys, which a graph cannot do; such models take the whole sequence at each step.
 
     Args:
-        source: folder of a model and its tokenizer. A softmax model is written as such.
+        source: folder of a model and its tokenizer. A softmax model is written as a softmax model.
         target: new folder.
-        dry_run: load the model, write nothing.
+        dry_run: load the model, and write nothing.
+
+    Returns:
+        Lines that say what was done, with the names of the graph's inputs and outputs.
 
     Raises:
-        UserError: target exists, the packages or transformers' exporter are missing, or source holds no model.
+        UserError: target exists, a package or transformers' exporter is missing, or source holds no model.
         RunFailed: the exporter does not take this model.
     """
     if target.exists():
@@ -43,7 +46,7 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
         raise UserError(str(error)) from error
     inputs = sample_inputs(model)
     cached = (
-        "with a KV cache" if "past_key_values" in inputs else "without a KV cache (a layer has a cache of its own kind)"
+        "with a KV cache" if "past_key_values" in inputs else "without a KV cache (a layer's cache does not only grow)"
     )
     done = f"{type(model).__name__} in float32, {cached}"
     if dry_run:
@@ -51,7 +54,7 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
     exporter = _exporter()
     try:
         exported = _export(exporter, model, inputs)
-    except Exception as error:  # of torch.export, torch.onnx or onnxscript, which raise what they like
+    except Exception as error:  # torch.export, torch.onnx and onnxscript raise many kinds of errors
         reason = str(error).strip().splitlines() or [""]
         raise RunFailed(
             f"transformers' exporter does not take this model ({type(error).__name__}: {reason[0]})"
@@ -65,9 +68,9 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
 
 
 def sample_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Return inputs of a step after a cache, or of whole sequences where a layer's cache is not one that only grows.
+    """Return example inputs for the exporter: a step after a cache, or whole sequences if a layer's cache does not only grow.
 
-    No size is 1 or equal to another, since an exporter may take such sizes for fixed or for the same.
+    No size is 1 or equal to another, since an exporter may take such sizes for constants or for one size.
     """
     tokens = torch.arange(10).view(2, 5) % model.config.get_text_config().vocab_size
     with torch.no_grad():
@@ -93,7 +96,9 @@ def _exporter() -> Any:
     try:
         return importlib.import_module("transformers.exporters.exporter_onnx")
     except ImportError as error:
-        raise UserError(f"this version of transformers has no ONNX exporter ({error}); 5.23 has one") from error
+        raise UserError(
+            f"this version of transformers has no ONNX exporter ({error}); install 5.23 or newer"
+        ) from error
 
 
 def _export(exporter, model, inputs):

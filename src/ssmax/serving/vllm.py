@@ -1,10 +1,10 @@
-"""The plugin by which vLLM runs converted models, through its Transformers backend. vLLM calls register in each of its processes."""
+"""vLLM's plugin: it runs converted models through vLLM's Transformers backend. vLLM calls register in each of its processes."""
 
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Make vLLM know the converted families: their configs, their attention and their architectures."""
+    """Register the converted families with vLLM: their configs, their attention and their architectures."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
 

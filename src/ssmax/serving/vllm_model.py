@@ -1,4 +1,4 @@
-"""The class that vLLM makes of a converted model; imported by vLLM alone."""
+"""The class of a converted model in vLLM; only vLLM imports this file."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,21 +16,21 @@ __all__ = ["SSMaxForCausalLM"]
 
 
 class SSMaxForCausalLM(TransformersForCausalLM):
-    """A converted decoder; under tensor parallelism s and b are split as the heads are."""
+    """A converted decoder. Under tensor parallelism, s and b are split like the heads."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
-        # The config may have come pickled from another process; this lets the Auto classes know it.
+        # The config may come pickled from another process; this look-up registers it with the Auto classes.
         CONFIG_MAPPING[vllm_config.model_config.hf_config.model_type]
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         parts = vllm_config.parallel_config.tensor_parallel_size
         for module in self.model.modules() if parts > 1 else ():
             if isinstance(module, QueryAwareScale):
-                raise ValueError("law 'query-aware' has networks that heads share; run it with tensor_parallel_size=1")
+                raise ValueError("the networks of law 'query-aware' are shared by heads; set tensor_parallel_size=1")
             if isinstance(module, QueryScale):
                 _split(module, parts)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load as vLLM does; ValueError where a scale is missing, which vLLM does not notice in quantised checkpoints."""
+        """Load as vLLM does. Raise ValueError if a scale is missing, which vLLM does not notice in quantised checkpoints."""
         loaded = super().load_weights(weights)
         lost = sorted(name for name, _ in self.named_parameters() if ".ssmax." in name and name not in loaded)
         if lost:

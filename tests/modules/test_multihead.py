@@ -187,9 +187,7 @@ def test_subclasses():
     assert isinstance(model, Renamed)
     differs(model(x, x, x)[0], plain(x, x, x)[0])
     for kind in (Widened, ByHand):
-        with pytest.raises(
-            ValueError, match=rr"own forward.*pass example"
-        ):
+        with pytest.raises(ValueError, match=r"own forward.*pass example"):
             ssmax.convert(kind(WIDTH, HEADS), 0.5)
     with pytest.raises(ValueError, match="nothing to convert"):
         ssmax.convert(ByHand(WIDTH, HEADS).double(), 0.5, example=(x,))

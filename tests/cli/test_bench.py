@@ -160,7 +160,7 @@ def test_the_kernel_case_needs_a_gpu_and_is_left_out_where_it_is_not_named(tmp_p
     command.bench([], tmp_path, dry_run=True)
     assert "kernel" not in capsys.readouterr().out
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="needs a GPU.*--dry-run compiles"):
+        with pytest.raises(UserError, match=r"needs a GPU.*--dry-run compiles"):
             command.bench(["kernel"], tmp_path, dry_run=False)
 
 

@@ -136,7 +136,7 @@ def converted(model: Any, init: str | float = "matched", **options: Any) -> Iter
 
 
 def _transformers_model(model: Any) -> Any:
-    """The model itself, or the one that PEFT wraps, where it is a transformers model; else None."""
+    """Return the model itself, or the one that PEFT wraps, if it is a transformers model; else None."""
     loaded, peft = sys.modules.get("transformers.modeling_utils"), sys.modules.get("peft")
     if peft is not None and isinstance(model, peft.PeftModel):
         model = model.get_base_model()

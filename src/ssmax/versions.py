@@ -6,8 +6,8 @@ __all__ = ["INSTALL", "SUPPORTED", "TORCH_OF_TRANSFORMERS", "__version__", "requ
 
 __version__ = "0.1.0"
 
-# How to install this package with its extra NAME, wherever we say it. It is on no package index: whoever took its name there could
-# run code on the machines of those who follow us. To be changed when it is released.
+# How to install this package with its extra NAME, for messages. The package is on no package index yet, and somebody else could
+# publish code under its name there. Change this when it is released.
 INSTALL = "pip install '.[NAME]' in a clone of its repository"
 # Lowest, and the first that is not supported; pyproject.toml says the same.
 SUPPORTED = {"torch": ((2, 6), None), "transformers": ((5, 10), (6, 0))}
@@ -16,7 +16,7 @@ TORCH_OF_TRANSFORMERS = (2, 7)
 
 
 def require(package: str, version: str, lowest: tuple[int, int] | None = None) -> None:
-    """Raise ImportError, with the supported range, where a package's version is outside of it (or below a higher lowest)."""
+    """Raise ImportError if a package's version is not supported, or is below `lowest`. The error names the supported range."""
     least, above = SUPPORTED[package]
     lowest = least if lowest is None else lowest
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -156,8 +156,8 @@ def test_rows_that_are_no_text_are_named(tmp_path):
         ["A page."],
         [
             "rows without 'text': 2 (a.jsonl, line 1)",
-            "lines that are no JSON object: 2 (a.jsonl, line 4)",
-            "rows whose 'text' is no text: 2 (a.jsonl, line 5: numbers)",
+            "lines that are not JSON objects: 2 (a.jsonl, line 4)",
+            "rows whose 'text' is not text: 2 (a.jsonl, line 5: numbers)",
         ],
     )
 
@@ -176,7 +176,7 @@ def test_a_broken_line_costs_itself(broken, tmp_path, record):
         lines = LINES.decode().splitlines(keepends=True)
         lines.insert(at, broken + "\n")
         file = written(tmp_path, {"a.jsonl": "".join(lines)}) / "a.jsonl"
-        assert read(file) == (PAGES, [f"lines that are no JSON object: 1 (a.jsonl, line {at + 1})"])
+        assert read(file) == (PAGES, [f"lines that are not JSON objects: 1 (a.jsonl, line {at + 1})"])
     record("a broken line among rows", 3)
 
 
@@ -229,10 +229,10 @@ def test_csv_fields_hold_commas_quotes_and_lines(tmp_path):
     ("name", "content", "words"),
     [
         ("config.json", '{"hidden_size": 4, "model_type": "llama"}', "holds no rows; left out JSON files without rows: 1 (config.json)"),
-        ("a.json", '{"text": ', "cannot be read to their end: 1 (a.json, no JSON: Expecting value: line 1 column 10"),
-        ("a.jsonl", "[1]\n{", "no JSON"),
-        ("a.jsonl", json.dumps(ROWS[0], indent=1) * 2, "no JSON: Extra data: line 4 column 2"),
-        ("a.jsonl", "words\nwords\n", "lines that are no JSON object: 2 (a.jsonl, line 1)"),
+        ("a.json", '{"text": ', "cannot be read to their end: 1 (a.json, not JSON: Expecting value: line 1 column 10"),
+        ("a.jsonl", "[1]\n{", "not JSON"),
+        ("a.jsonl", json.dumps(ROWS[0], indent=1) * 2, "not JSON: Extra data: line 4 column 2"),
+        ("a.jsonl", "words\nwords\n", "lines that are not JSON objects: 2 (a.jsonl, line 1)"),
         ("chat.jsonl", '{"messages": [{"role": "user"}]}', "no column 'text', but messages (lists)"),
         ("chat.jsonl#messages", '{"messages": [{"role": "user"}]}', "the column 'messages' holds lists, not text"),
         ("a.jsonl", '{"text": {"a": 1}}', "the column 'text' holds objects, not text"),
@@ -240,7 +240,7 @@ def test_csv_fields_hold_commas_quotes_and_lines(tmp_path):
         ("a.csv", "text\n1\n2.5\n", "the column 'text' holds numbers, not text"),
         ("a.csv", "", "holds no rows"),
         ("a.parquet", parquet(text=[[1.0], [2.0]]), "the column 'text' holds lists, not text"),
-        ("a.parquet", parquet(text=[b"\x89PNG\0\xff"]), "the column 'text' holds bytes that are no text, not text"),
+        ("a.parquet", parquet(text=[b"\x89PNG\0\xff"]), "the column 'text' holds bytes that are not text, not text"),
         ("a.parquet", parquet(text=PAGES)[:-9], "cannot be read to their end: 1 (a.parquet, Parquet"),
         ("a.jsonl.gz", LINES, "cannot be read to their end: 1 (a.jsonl.gz, Not a gzipped file"),
         ("a.txt", "Gr\u00f6\u00dfe ".encode("latin-1") * 9, "files of another encoding than UTF-8: 1 (a.txt)"),
@@ -327,7 +327,7 @@ def test_a_saved_data_set_by_the_same_rules(tmp_path):
     assert texts == ["A page.", "Another."]
     assert named == [
         "rows without 'text': 1 (row 2)",
-        "rows whose 'text' is no text: 1 (row 3: bytes that are no text)",
+        "rows whose 'text' is not text: 1 (row 3: bytes that are not text)",
     ]
     datasets.Dataset.from_dict({"text": [[1], [2]]}).save_to_disk(tmp_path / "lists")
     with pytest.raises(UserError, match="the column 'text' holds lists, not text"):
@@ -421,10 +421,10 @@ def test_the_command_says_what_was_left_out_in_one_line_each(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
         "ssmax: corpus 'text': left out files beside the rows: 1 (LICENSE)",
-        "ssmax: corpus 'text': left out lines that are no JSON object: 1 (a.jsonl, line 41)",
+        "ssmax: corpus 'text': left out lines that are not JSON objects: 1 (a.jsonl, line 41)",
     ]
     [manifest] = (tmp_path / "cache").glob("*/manifest.json")
     assert [line.partition(":")[0] for line in json.loads(manifest.read_text())["left_out"]] == [
         "files beside the rows",
-        "lines that are no JSON object",
+        "lines that are not JSON objects",
     ]

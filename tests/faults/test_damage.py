@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_model_is_not_continued(models, capsys, record):
     shutil.rmtree(mine / "checkpoint-12")
     shutil.copytree(other / "checkpoint-12", mine / "checkpoint-12")
     assert checkpoints.newest(mine, checkpoints.owner(mine, RECIPE)) == mine / "checkpoint-8"
-    assert "checkpoint-12 is that of paper-c-0" in capsys.readouterr().err
+    assert "checkpoint-12 belongs to paper-c-0" in capsys.readouterr().err
     another = dataclasses.replace(RECIPE, learning_rate=1.0)
     assert checkpoints.newest(other, checkpoints.owner(other, another)) is None
     record("checkpoints swapped between models", 1)
@@ -128,7 +128,7 @@ def test_a_damaged_model_of_a_run_is_never_loaded(kind, models, record):
 def test_a_model_of_another_name_is_never_loaded(models, record):
     shutil.rmtree(models / "paper-a-0" / "pretrained")
     shutil.copytree(models / "paper-c-0" / "pretrained", models / "paper-a-0" / "pretrained")
-    with pytest.raises(UserError, match="is that of paper-c-0 pretrained"):
+    with pytest.raises(UserError, match="belongs to paper-c-0 pretrained"):
         training.load_stage(models / "paper-a-0" / "pretrained", RECIPE)
     record("saved models swapped", 1)
 
@@ -392,7 +392,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     check_folder(tmp_path / "old", "me")
     assert [p.name for p in sorted(tmp_path.rglob("*"))] == ["old", "b", "seal.json"]
     (tmp_path / "old" / "c").touch()
-    with pytest.raises(Damaged, match="c is not from here"):
+    with pytest.raises(Damaged, match="c is not listed"):
         check_folder(tmp_path / "old")
 
 

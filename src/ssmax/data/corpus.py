@@ -1,4 +1,4 @@
-"""Text to tokens: a training stream and held-out long texts in a folder, by a given tokenizer or one trained on the text."""
+"""Tokenises a corpus into a folder: training tokens and held-out long texts, by a given tokenizer or one trained on the text."""
 
 import hashlib
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class Corpus:
 
     Attributes:
         tokenizer: encodes text.
-        end: id of the end-of-text token, which is put before each document.
+        end: id of the end-of-text token, which precedes each document.
         train: (T,) integers, read by slices; documents one after another.
-        held_out: (K, L), texts that train does not contain.
+        held_out: (K, L) integers: K texts of L tokens that train does not contain.
     """
 
     tokenizer: Tokenizer
@@ -34,7 +34,7 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids a model must know."""
+        """Number of ids that a model must know."""
         return vocabulary(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -53,20 +53,20 @@ def prepare(
     tokens: int = 0,
     words: tuple[str, ...] = (),
 ) -> tuple[Path, str]:
-    """Tokenise a corpus into a folder of the cache, unless it is there; return folder and description.
+    """Tokenise a corpus into a folder of the cache, unless it is there already; return the folder and the corpus's name.
 
-    With a tokenizer the documents pass as a stream, see prepare_stream. Without one they are held in memory, a byte-pair
-    tokenizer is trained on them, and the folder's name is a hash of them and of how they were tokenised.
+    With a tokenizer, documents are read as a stream: see prepare_stream. Without one, they are held in memory and a byte-pair
+    tokenizer is trained on them. The folder's name is a hash of the text and of the way in which it was tokenised.
 
     Args:
         source: see ssmax.data.sources.Documents; or a folder that was prepared before.
-        limit_bytes: bytes of text held in memory.
+        limit_bytes: bytes of text to hold in memory, without a tokenizer.
         vocab_size: tokens of the trained tokenizer, without words.
-        held_out: (K, L), how many held-out texts of how many tokens.
+        held_out: (K, L), the number of held-out texts and their length in tokens.
         cache: folder for tokenised corpora.
-        tokenizer: a given one, see ssmax.data.tokenizer.load_tokenizer; empty: train one.
-        tokens: training tokens that are enough, with a given one.
-        words: whole tokens of the trained tokenizer.
+        tokenizer: see ssmax.data.tokenizer.load_tokenizer; empty: train one.
+        tokens: number of training tokens to prepare, with a tokenizer.
+        words: words that become single tokens of the trained tokenizer.
 
     Raises:
         UserError: the text is too short for what is asked, or the prepared folder does not fit.
@@ -81,7 +81,7 @@ def prepare(
 
 
 def load(folder: Path) -> Corpus:
-    """Load a tokenised corpus that prepare left in folder: held-out texts are read, training tokens mapped.
+    """Load a tokenised corpus from a folder that prepare wrote. Training tokens are mapped and read when they are sliced.
 
     Raises:
         UserError: a file is missing or of another size.
@@ -149,9 +149,9 @@ def _tokenised(texts, vocab_size, held_out, words):
 
 
 def _split(encoded, end, count, length):
-    """Cut count held-out texts of length tokens from as many documents as possible, a tenth of all tokens at most.
+    """Cut `count` held-out texts of `length` tokens from as many documents as possible, at most a tenth of all tokens.
 
-    Documents of a few times that length come first: a very long one would take much from the training for one text.
+    Documents of up to four times that length come first: a longer one would take more text from the training.
     """
     budget = sum(map(len, encoded)) // 10 + length
     long_enough = [i for i, ids in enumerate(encoded) if len(ids) >= length - 1]
@@ -168,7 +168,7 @@ def _split(encoded, end, count, length):
     if not held or not kept:
         longest = max(map(len, encoded))
         raise UserError(
-            f"the text is too short: held-out texts of {length} tokens are needed beside the training text, the longest "
-            f"document has {longest}; give a longer corpus, or lower --train-length"
+            f"the text is too short: held-out texts need documents of {length} tokens, and the longest has {longest}; "
+            "give a longer corpus, or lower --train-length"
         )
     return np.stack(held[:count]), kept

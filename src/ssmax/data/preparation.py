@@ -1,4 +1,4 @@
-"""A stream of documents to shards of tokens with a given tokenizer, in the memory of a batch; a kill costs one shard."""
+"""Tokenises a stream of documents into shards, with a given tokenizer and the memory of one batch. A kill loses one shard."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from ssmax.runs.progress import progress_bar
 __all__ = ["prepare_stream"]
 
 BATCH_BYTES = 2**22  # of text that is tokenised at once
-HELD_OUT_SHARE = 10  # one in so many long texts
+HELD_OUT_SHARE = 10  # one long text in so many is held out
 
 
 def prepare_stream(
@@ -30,18 +30,22 @@ def prepare_stream(
     cache: Path,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Path:
-    """Tokenise documents into a folder of the cache until it has enough training tokens or they end; return the folder.
+    """Tokenise documents into a folder of the cache, until there are enough training tokens or no more documents.
 
-    What cannot be read is left out, with a LeftOut warning. An interrupted preparation continues after its last whole shard and ends with the same shards. A text is held out
-    by its own hash, and every copy of it, so that nothing of it is trained on.
+    What cannot be read is left out, with a LeftOut warning. An interrupted preparation continues after its last complete shard
+    and ends with the same shards. The hash of a text decides whether it is held out, with all its copies, so that a held-out
+    text is never trained on.
 
     Args:
         source: see ssmax.data.sources.Documents.
         tokenizer: see ssmax.data.tokenizer.load_tokenizer.
-        tokens: training tokens that are enough.
-        held_out: (K, L), how many held-out texts of how many tokens at most.
+        tokens: number of training tokens that are enough.
+        held_out: (K, L), the largest number of held-out texts, and their length in tokens.
         cache: folder for tokenised corpora.
-        shard_tokens: tokens in each shard but the last.
+        shard_tokens: tokens in each shard except the last.
+
+    Returns:
+        The folder.
 
     Raises:
         UserError: a bad source or tokenizer, or no text that is long enough to be held out.
@@ -59,7 +63,7 @@ def prepare_stream(
             try:
                 _Preparation(stream, chosen, folder, manifest, tokens, held_out, shard_tokens).run()
             except UserError:
-                shutil.rmtree(folder)  # of no use to anybody
+                shutil.rmtree(folder)  # it cannot be continued
                 raise
     warn_left_out(manifest.source, manifest.left_out)
     return folder
@@ -71,7 +75,7 @@ def _described(chosen, folder):
 
 
 class _Preparation:
-    """One preparation, from where its manifest says."""
+    """One preparation, from the position in its manifest."""
 
     def __init__(
         self,
@@ -87,22 +91,22 @@ class _Preparation:
         self.target, (self.wanted, self.length) = target, held_out
         self.writer = ShardWriter(folder, manifest, shard_tokens)
         self.documents, self.done, self.skip = 0, 0, 0
-        self.seen = 0  # as done, and what was read beyond the target
+        self.seen = 0  # tokens done, and those read beyond the target
         self.held: list[np.ndarray] = []
         if manifest.resume is not None:
             self._restore(manifest.resume)
         self.copies = {_hash(text) for text in self.held}
-        tokenizer.core.encode_special_tokens = True  # what looks like an end of text inside a text is text
+        tokenizer.core.encode_special_tokens = True  # "<|endoftext|>" inside a text is encoded as text
 
     def _state(self) -> dict[str, Any]:
-        """Where the next batch begins."""
+        """Return the position at which the next batch begins."""
         return {"stream": self.stream.state(), "documents": self.documents, "tokens": self.done}
 
     def _restore(self, state):
         self.stream.restore(state["stream"])
         self.documents, self.done, self.skip = state["documents"], state["tokens"], state["written"]
         self.seen = self.done
-        self.held = list(np.load(self.folder / HELD_OUT))  # those of the batch as well: they are held out again
+        self.held = list(np.load(self.folder / HELD_OUT))  # also those of the repeated batch, which are held out again
 
     def run(self) -> None:
         """Write all shards and the finished manifest."""
@@ -119,16 +123,20 @@ class _Preparation:
             raise self.stream.without_text()
         if not self.held or not self.manifest.tokens:
             raise UserError(
-                f"the text is too short: of {self.documents:,} documents with {self.seen:,} tokens, one in {HELD_OUT_SHARE} of "
-                f"those of {self.length:,} tokens or more is held out, which left {len(self.held)} held-out texts and "
-                f"{self.manifest.tokens:,} training tokens; give more and longer texts, or lower --train-length or --length-factor"
+                f"the text is too short: {self.documents:,} documents with {self.seen:,} tokens gave {len(self.held)} held-out texts "
+                f"and {self.manifest.tokens:,} training tokens (one in {HELD_OUT_SHARE} texts of {self.length:,} tokens or more is "
+                "held out); give more and longer texts, or lower --train-length or --length-factor"
             )
         self._save(None)
         self.manifest.fingerprint = self.manifest.content_hash()
         self.manifest.write(self.folder)
 
     def _is_enough(self):
-        """A short training text looks on for held-out texts; a long one without any ends early, and as an error."""
+        """Return whether to stop reading.
+
+        After the training tokens, up to 1,000 held-out lengths are read to find more held-out texts. If so much text has shown
+        none, reading stops early, with an error.
+        """
         searched = self.seen >= 1000 * self.length
         if self.done < self.target:
             return searched and not self.held
@@ -163,7 +171,7 @@ class _Preparation:
         self.manifest.write(self.folder, held.astype(self.manifest.dtype))
 
     def _training_tokens(self, texts: list[str]) -> np.ndarray:
-        """Tokenise a batch and hold out what is to be held out; each document begins with the end-of-text token."""
+        """Tokenise a batch, take out held-out texts, and return the rest. Each document begins with the end-of-text token."""
         self.documents += len(texts)
         kept = [np.empty(0, self.manifest.dtype)]
         for encoding in self.tokenizer.core.encode_batch_fast(texts, add_special_tokens=False):
@@ -171,7 +179,7 @@ class _Preparation:
         return np.concatenate(kept)
 
     def _kept(self, ids: list[int]) -> Iterator[np.ndarray]:
-        """Yield what is trained on: a document in sections of a few times the held-out length, less those held out."""
+        """Yield the sections of a document that are not held out; a section is four times as long as a held-out text."""
         document, gap = np.array(ids, self.manifest.dtype), False
         for first in range(0, len(document), 4 * self.length):
             section = document[first : first + 4 * self.length]

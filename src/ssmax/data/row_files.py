@@ -1,4 +1,4 @@
-"""Rows of text in files: parquet, arrow, JSON, CSV, TSV, each also compressed; which column is the text; no torch."""
+"""Rows of text in files: parquet, arrow, JSON, CSV and TSV, also compressed; and which column is the text. No torch."""
 
 import csv
 import itertools
@@ -26,15 +26,15 @@ from ssmax.errors import UserError
 __all__ = ["LOOK", "SUFFIXES", "choose_column", "column_of_files", "is_rows", "text_of", "texts"]
 
 NAMED = ("text", "content")
-LOOK, LOOK_LONGEST = 1000, 100_000  # rows by which a column is chosen, and among which one is looked for
-# A field of a CSV file ends somewhere; a quote that is never closed must not take the rest of the file.
+LOOK, LOOK_LONGEST = 1000, 100_000  # rows by which the column is chosen; at most so many if none of them shows one
+# Limit of a field of a CSV file, so that a quote that is never closed does not take the rest of the file.
 LONGEST_FIELD = 2**24
-Say = Callable[..., None]  # kind of what was left out, where in the file, and how much
+Say = Callable[..., None]  # reports what was left out: its kind, its place in the file, and its number
 Row = dict[str, Any]
 
 
 def is_rows(path: Path) -> bool:
-    """Whether a file's name is that of a file of rows."""
+    """Return whether a file's name is that of a file of rows."""
     return _suffix(path) in READERS
 
 
@@ -58,13 +58,13 @@ def texts(path: Path, column: str, name: str, account: Account) -> Iterator[str]
 
 
 def text_of(value: Any, column: str, place: str, say: Callable[..., None]) -> str | None:
-    """Return the text of a value, or None where it is none."""
+    """Return a value as text, or None if it is not text, which is reported."""
     if value is None:
         say(f"rows without {column!r}", place)
         return None
     text = decoded(value) if isinstance(value, bytes) else value
     if not isinstance(text, str) or (isinstance(value, bytes) and "\0" in text):
-        say(f"rows whose {column!r} is no text", f"{place}: {_kind(value)}")
+        say(f"rows whose {column!r} is not text", f"{place}: {_kind(value)}")
         return None
     text, lost = cleaned(text)
     if lost:
@@ -73,16 +73,16 @@ def text_of(value: Any, column: str, place: str, say: Callable[..., None]) -> st
 
 
 def column_of_files(paths: list[Path], wanted: str | None, source: str, *, named: bool = False) -> str:
-    """Return the column of text in files of rows, by the first file that has one.
+    """Return the column of text in files of rows, from the first file that has one.
 
     Args:
         paths: paths of the files.
-        wanted: the column's name; None to look for it.
-        source: in messages.
-        named: take no column for its being the only one of text.
+        wanted: the column's name; None to look for one.
+        source: name of the corpus, for messages.
+        named: accept only columns named text or content, not a column that is the only one of text.
 
     Raises:
-        UserError: no file has such a column; about the first file that has rows.
+        UserError: no file has such a column. The message is about the first file that has rows.
     """
     first: UserError | None = None
     seen = Account()
@@ -105,10 +105,13 @@ def column_of_files(paths: list[Path], wanted: str | None, source: str, *, named
 def choose_column(
     rows: Iterator[Row], wanted: str | None, source: str, place: str = "", *, untyped: bool = False, named: bool = False
 ) -> str | None:
-    """Return the column of text: wanted, else text, else content, else the only one that holds text, by the first rows; None without rows.
+    """Return the column of text, by the first rows: wanted, else text, else content, else the only one that holds text.
+
+    Returns:
+        The column's name; None if there are no rows.
 
     Raises:
-        UserError: there is none, or it holds something else.
+        UserError: no such column, or it holds something other than text.
     """
     kinds: dict[str, set[str]] = defaultdict(set)
     count = 0
@@ -135,7 +138,7 @@ def choose_column(
 
 
 def _candidate(kinds: dict[str, set[str]], wanted: str | None, named: bool) -> str | None:
-    """The column to take of those that were seen, if there is one."""
+    """Return the column to use, among those seen so far, or None."""
     for name in (wanted,) if wanted else NAMED:
         if name in kinds:
             return name
@@ -144,11 +147,11 @@ def _candidate(kinds: dict[str, set[str]], wanted: str | None, named: bool) -> s
 
 
 def _kind(value: Any, untyped: bool = False) -> str:
-    """What a value is, in the plural; empty for a missing one."""
+    """Return the kind of a value as a plural noun; empty for a missing value."""
     if value is None or value == "":
         return ""
     if isinstance(value, bytes):
-        return "bytes that are no text" if "\0" in decoded(value) else "text"
+        return "bytes that are not text" if "\0" in decoded(value) else "text"
     if isinstance(value, str):
         return "numbers" if untyped and _is_number(value) else "text"
     kinds = ((bool, "truth values"), ((int, float), "numbers"), (list, "lists"), (dict, "objects"))
@@ -174,7 +177,7 @@ def _at(path: Path, place: str) -> str:
 
 
 def _read(path: Path, column: str | None, say: Say) -> Iterator[tuple[str, Row]]:
-    """Yield place and row of each row of a file."""
+    """Yield the place and the content of each row of a file."""
     import pyarrow as pa
 
     reader, binary = READERS[_suffix(path)]
@@ -208,7 +211,7 @@ def _arrow(path, column, say):
 
 
 def _source(path):
-    """A file that Arrow can go about in: where it lies, or unpacked."""
+    """Return a file that Arrow can seek in: mapped, or decompressed in memory."""
     import pyarrow as pa
 
     if path.suffix.lower() not in COMPRESSED:
@@ -249,7 +252,7 @@ def _csv(path, column, say):
 
 
 def _json(path, column, say):
-    """JSON lines, an array of rows, an object of them or one row, as the file's content shows."""
+    """Yield rows of JSON lines, an array of rows, an object with an array, or one row; the file's content shows which."""
     with opened_text(path, newline="\n") as file:
         first = list(itertools.islice((line for line in file if line.strip()), 2))
     if not first:
@@ -265,12 +268,12 @@ def _json(path, column, say):
         if isinstance(_parsed(first[-1]), dict):  # lines, of which the first is broken
             yield from _json_lines(path, say)
             return
-        raise Damage(f"no JSON: {error}") from error
+        raise Damage(f"not JSON: {error}") from error
     for number, row in enumerate(_rows_of(whole, column, say), 1):
         if isinstance(row, dict | str):
             yield f"row {number:,}", _as_row(row)
         else:
-            say("rows that are no objects", f"row {number:,}")
+            say("rows that are not objects", f"row {number:,}")
 
 
 def _json_lines(path, say):
@@ -282,11 +285,11 @@ def _json_lines(path, say):
             if isinstance(row, dict | str):
                 yield f"line {number:,}", _as_row(row)
             else:
-                say("lines that are no JSON object", f"line {number:,}")
+                say("lines that are not JSON objects", f"line {number:,}")
 
 
 def _goes_on(line):
-    """Whether a first line is an array, or begins an object that ends further down."""
+    """Return whether a first line is an array, or begins an object that ends on a later line."""
     line = line.strip()
     try:
         return isinstance(json.loads(line), list)
@@ -297,7 +300,7 @@ def _goes_on(line):
 
 
 def _rows_of(whole, column, say):
-    """The rows of a JSON file that holds an array, an object with an array, or one row."""
+    """Return the rows of a JSON file that holds an array, an object with an array, or one row."""
     if isinstance(whole, dict):
         if any(isinstance(whole.get(name), str) for name in ([column] if column else NAMED)):
             return [whole]

@@ -1,4 +1,4 @@
-"""Tokens on disk: shards of one size with a manifest, written whole, mapped and not loaded; no torch."""
+"""Tokens on disk: shards of equal size with a manifest. They are written whole, and mapped instead of loaded. No torch."""
 
 import fcntl
 import hashlib
@@ -38,18 +38,20 @@ MANIFEST, HELD_OUT = "manifest.json", "held-out.npy"
 
 @dataclass
 class Manifest:
-    """What a folder of shards holds.
+    """The content of a folder of shards.
 
     Attributes:
-        source: the corpus, in words.
+        source: name of the corpus.
         tokenizer: its name as given, end (id of the end-of-text token), vocabulary, and sha256 of its tokenizer.json.
         dtype: dtype of the shards, little-endian.
-        documents, bytes, tokens: documents and bytes read, training tokens written.
-        shards: name, tokens and sha256 of each.
-        held_out: texts, length, and sha256 of their file.
-        left_out: what was left out of the text, a line for each kind.
-        fingerprint: hash of all of this; empty while the preparation is not finished.
-        resume: where an unfinished preparation continues.
+        documents: number of documents read.
+        bytes: bytes of text read.
+        tokens: number of training tokens written.
+        shards: name, tokens and sha256 of each shard.
+        held_out: number of held-out texts, their length in tokens, and sha256 of their file.
+        left_out: what was left out of the text, one line for each kind.
+        fingerprint: hash of all tokens; empty until the preparation is finished.
+        resume: position at which an unfinished preparation continues.
     """
 
     source: str
@@ -67,7 +69,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
-        """Return the manifest of a folder, None where there is none, or raise UserError where it is damaged."""
+        """Return the manifest of a folder, or None if it has none. Raise UserError if the manifest is damaged."""
         path = folder / MANIFEST
         if not path.exists():
             return None
@@ -80,7 +82,7 @@ class Manifest:
         return found
 
     def write(self, folder: Path, held_out: np.ndarray | None = None) -> None:
-        """Write the manifest, after the held-out texts that it counts."""
+        """Write the manifest; if held_out is given, write these texts first."""
         if held_out is not None:
             content = io.BytesIO()
             np.save(content, held_out)
@@ -90,13 +92,13 @@ class Manifest:
         write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
     def content_hash(self) -> str:
-        """Return a hash of all tokens, from the shards' hashes."""
+        """Return a hash of all tokens, made from the hashes of the files."""
         parts = [self.tokenizer["sha256"], self.held_out["sha256"], *(shard["sha256"] for shard in self.shards)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 class ShardWriter:
-    """Writes tokens into the shard after those in the manifest. A shard gets its name once it is whole."""
+    """Writes tokens into the shard after those in the manifest. A shard gets its final name when it is complete."""
 
     def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.manifest, self.shard_tokens = folder, manifest, shard_tokens
@@ -112,7 +114,7 @@ class ShardWriter:
         return self.written == self.shard_tokens
 
     def add(self, tokens: np.ndarray) -> int:
-        """Append what the shard has room for, and return how many tokens that were."""
+        """Append as many tokens as the shard has room for, and return their number."""
         tokens = tokens[: self.shard_tokens - self.written]
         if self.file is None:
             self.file = open(self.folder / f".{self.name}.tmp", "wb")  # noqa: SIM115
@@ -123,7 +125,7 @@ class ShardWriter:
         return len(tokens)
 
     def finish_shard(self) -> None:
-        """Sync and name the shard, and enter it in the manifest, which the caller writes."""
+        """Sync the shard, give it its final name and add it to the manifest; the caller writes the manifest."""
         if self.file is None:
             return
         with self.file as file:
@@ -137,7 +139,7 @@ class ShardWriter:
 
 
 class Shards:
-    """The training tokens of a folder as one array: len and slices, (T,) integers; only what is sliced is read."""
+    """The training tokens of a folder as one array of (T,) integers. It has len and slices; only slices are read from disk."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.dtype = folder, manifest.dtype
@@ -161,29 +163,29 @@ class Shards:
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
 
-@lru_cache(maxsize=256)  # each holds a file open, and a process may hold a thousand
+@lru_cache(maxsize=256)  # each keeps a file open, and a process may open about a thousand
 def _mapped(path, dtype):
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_RANDOM)  # windows lie anywhere: reading ahead would read 64 times what is used
+    mapped.madvise(mmap.MADV_RANDOM)  # windows are at random places: reading ahead would read 64 times too much
     return np.frombuffer(mapped, dtype)
 
 
 def token_type(vocabulary: int) -> str:
-    """Return the narrowest of two types that hold ids below vocabulary."""
+    """Return the narrower of 16 and 32 bits that holds ids below vocabulary, as a numpy dtype."""
     return "<u2" if vocabulary <= 2**16 else "<u4"
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a preparation was begun in a folder; other data has a manifest.json as well."""
+    """Return whether a preparation was begun in a folder. (manifest.json alone may belong to other data.)"""
     return (folder / MANIFEST).is_file() and (folder / HELD_OUT).is_file()
 
 
 def check(folder: Path) -> Manifest:
-    """Return the manifest of a finished folder whose files are all there and as large as they should be; quick.
+    """Return the manifest of a finished folder, after a quick check that all files exist and have the right size.
 
     Raises:
-        UserError: naming the file that is missing or of another size, or the preparation is not finished.
+        UserError: a file is missing or has another size, or the preparation is not finished.
     """
     manifest = Manifest.read(folder)
     if manifest is None or not manifest.fingerprint:
@@ -200,10 +202,10 @@ def check(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, shown: bool = True) -> None:
-    """Read all files of a finished folder and compare their hashes with the manifest's.
+    """Read all files of a finished folder and compare their hashes with those of the manifest.
 
     Raises:
-        UserError: naming the file that differs.
+        UserError: a file is missing or differs.
     """
     manifest = check(folder)
     files = [(HELD_OUT, manifest.held_out["sha256"]), ("tokenizer/tokenizer.json", manifest.tokenizer["sha256"])]
@@ -228,7 +230,7 @@ def _damaged(path, what):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder that is being prepared; another process that wants it waits, and then finds it finished."""
+    """Hold the lock of a folder that is being prepared. Another process waits for it, and then finds the folder finished."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

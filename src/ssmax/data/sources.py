@@ -1,4 +1,4 @@
-"""Documents of a corpus: text files, rows on disk or on a hub, one source or several mixed by weight; no torch."""
+"""The documents of a corpus: text files, or rows on disk or on a hub; one source, or several mixed by weight. No torch."""
 
 import copy
 import functools
@@ -23,20 +23,20 @@ from ssmax.runs.progress import progress_bar
 __all__ = ["Documents", "documents", "warn_left_out"]
 
 SPELLING = "NAME[:SUBSET][#COLUMN][=WEIGHT], several with commas, such as books=0.3,org/web:en#body=0.7"
-# How files are read; where that changes, what was prepared before is another corpus.
+# Version of the way in which files are read. If that changes, corpora that were prepared before are not reused.
 READING = 2
-# Tests of the standard library repeat themselves and are not shipped with every Python.
+# Tests of the standard library are repetitive, and not every Python ships them.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-READERS = {"text", "arrow", "parquet", "json", "csv"}  # readers of datasets, whose names would read local files
-# Names that end so are meant as files; other dots are in names on a hub as well.
+READERS = {"text", "arrow", "parquet", "json", "csv"}  # names of readers of datasets, which are not data sets on a hub
+# Names with these endings are meant as files. Names on a hub may contain other dots.
 FILES = {".txt", ".md", ".py", *row_files.SUFFIXES, *COMPRESSED}
-# A text file of any size passes in pieces, each a document, where it need not be held whole.
+# A large text file is read in pieces of this size, each a document, if it need not be held whole.
 PIECE = 2**20
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One source of a mixture, as spelled."""
+    """One source of a mixture, as the user spelled it."""
 
     name: str
     subset: str | None
@@ -49,21 +49,21 @@ class _Part:
 
 
 class Documents:
-    """The documents of a corpus one after another; where it stands can be kept and restored.
+    """An iterator over the documents of a corpus, whose position can be saved and restored.
 
-    With several sources the next document is from the source that is furthest below its share of the text. Nothing is
-    random, and the shares hold at any point. The mixture ends with the first source that does. What cannot be read is
-    left out and counted; at the end a LeftOut warning of each kind says how much and where.
+    With several sources, the next document comes from the source that is furthest below its share of the text. Nothing is
+    random, and the shares hold at any point. The mixture ends when its first source ends. What cannot be read is left out
+    and counted; at the end, a LeftOut warning for each kind says how much and where.
 
     Args:
-        source: None for Python's own standard library without its tests; or SPELLING, each NAME a text file, a folder of
-            text files, a file of rows (see ssmax.data.row_files) or a folder with such, a folder that datasets' save_to_disk
-            left, or a data set on a hub. Without #COLUMN the text is the column text, content, or the only one that holds
-            text.
-        piece: characters of a text file that make a document; -1 for a whole file.
+        source: None for Python's own standard library without its tests; or SPELLING. Each NAME is a text file, a folder of
+            text files, a file of rows (see ssmax.data.row_files) or a folder of them, a folder that save_to_disk of datasets
+            wrote, or a data set on a hub. Without #COLUMN the text is the column text, content, or the only column that
+            holds text.
+        piece: characters of a text file in one document; -1 for a whole file.
 
     Raises:
-        UserError: nothing there, or nothing readable.
+        UserError: a source does not exist, or cannot be read.
     """
 
     def __init__(self, source: str | None, piece: int = PIECE):
@@ -80,12 +80,12 @@ class Documents:
         self.bytes_read = [0] * len(self.parts)
 
     def __iter__(self) -> Iterator[str]:
-        """Yield texts from where it stands; several iterations continue one another."""
+        """Yield texts from the present position. A later iteration continues where an earlier one stopped."""
         yield from self.read()
         warn_left_out(self.name, self.left_out())
 
     def read(self) -> Iterator[str]:
-        """Yield as iteration does, and leave it to the caller to say what was left out."""
+        """Yield texts like iteration, but without a warning; the caller reports left_out."""
         iterators = [iter(source) for source in self.sources]
         while True:
             behind = [read / part.weight for read, part in zip(self.bytes_read, self.parts, strict=True)]
@@ -101,7 +101,7 @@ class Documents:
         return [line for source in self.sources for line in source.account.lines()]
 
     def in_memory(self, limit_bytes: int) -> list[str]:
-        """Return the next documents, no more than limit_bytes of text, and say what was left out.
+        """Return the next documents, at most limit_bytes of text, and warn of what was left out.
 
         Raises:
             UserError: there is no text.
@@ -120,31 +120,31 @@ class Documents:
         return texts
 
     def without_text(self) -> UserError:
-        """Return the error for a corpus without text, and say why."""
+        """Return the error for a corpus without text, with the reason."""
         why = f"; left out {'; '.join(lines)}" if (lines := self.left_out()) else ""
         return UserError(
             f"corpus {self.name!r} holds no text{why}; give UTF-8 text files or a data set with a column 'text'"
         )
 
     def state(self) -> dict[str, Any]:
-        """Return the place after the last document, as a JSON value."""
+        """Return the position after the last document, as a JSON value."""
         return {"bytes": list(self.bytes_read), "sources": [copy.deepcopy(source.state()) for source in self.sources]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to where state was taken of the same sources."""
+        """Go to a position that state returned for the same sources."""
         self.bytes_read = list(state["bytes"])
         for source, at in zip(self.sources, copy.deepcopy(state["sources"]), strict=True):
             source.restore(at)
 
     def identity(self) -> list[Any]:
-        """Return what names these documents: the spelling, and for files each one's name, size and time of change."""
+        """Return what identifies these documents: the spelling, and the name, size and modification time of each file."""
         return [[part.name, part.subset, part.column, part.weight, _stamp(part)] for part in self.parts]
 
 
 def documents(source: str | None, limit_bytes: int) -> tuple[list[str], str]:
-    """Read whole documents into memory, no more than limit_bytes of text, and describe the source.
+    """Read whole documents into memory, at most limit_bytes of text, and return them with the source's name.
 
-    Arguments, warnings and errors as Documents.
+    Source, warnings and errors are those of Documents.
     """
     stream = Documents(source, piece=-1)
     return stream.in_memory(limit_bytes), stream.name
@@ -157,12 +157,12 @@ def warn_left_out(name: str, lines: list[str]) -> None:
 
 
 class _Files:
-    """Documents of files, each with its reader; its place is a file and a number of its documents."""
+    """Documents of files, each with its reader. The position is a file, and a number of documents in it."""
 
     def __init__(self, readers, account):
         self.readers, self.account = readers, account
         self.file, self.done = 0, 0
-        self.before = copy.deepcopy(account.found)  # the account before the present file, which is read again
+        self.before = copy.deepcopy(account.found)  # the account before the present file, which may be read again
 
     def __iter__(self):
         while self.file < len(self.readers):
@@ -199,7 +199,7 @@ class _Rows:
                 text = row_files.text_of(row[self.column], self.column, f"row {self.count:,}", self.account.add)
                 if text is not None and text.strip():
                     yield text
-        except Exception as error:  # readers and the hub's client raise various errors; the user needs one line
+        except Exception as error:  # readers and the hub's client raise many kinds of errors; the user needs one line
             failed = f"reading {self.part.name} failed: {reason(error)}"
             if may_pass(error):
                 raise RunFailed(f"{failed}; the same command continues") from error
@@ -229,7 +229,7 @@ def _parse(source):
 
 
 def _part(text):
-    """One source of a spelling, with weight 0 where none is given."""
+    """Return one source of a spelling, with weight 0 if none is given."""
     name, sign, given = text.strip().rpartition("=")
     weight = 0.0
     if not sign:
@@ -311,7 +311,7 @@ def _standard_library(root):
 
 
 def _stamp(part):
-    """Hash of the names, sizes and times of a local source's files; None for what is not here."""
+    """Return a hash of the names, sizes and times of a local source's files; None for a source that is not local."""
     path = part.path
     if not part.name or not path.exists():
         return None

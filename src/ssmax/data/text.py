@@ -1,4 +1,4 @@
-"""Bytes to text: encodings, files that are not text, and an account of what was left out. No torch."""
+"""Bytes to text: encodings, files that are not text, and a count of what was left out. No torch."""
 
 import bz2
 import codecs
@@ -28,10 +28,10 @@ __all__ = [
     "refusal",
 ]
 
-HEAD = 2**20  # characters by which a file is judged
-SHOWN = 3  # names in one line
+HEAD = 2**20  # characters at a file's beginning by which its kind is decided
+SHOWN = 3  # places shown in one line
 BAD_BYTES, UNREADABLE = "bytes that are not UTF-8", "files that cannot be read to their end"
-# In this order: UTF-32 begins as UTF-16 does.
+# UTF-32 comes before UTF-16, since its mark begins with that of UTF-16.
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -39,24 +39,24 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# A byte that cannot be decoded becomes a lone surrogate, which is no character and never stands in decoded text.
+# A byte that cannot be decoded becomes a lone surrogate, which never occurs in decoded text.
 BAD = re.compile("[\ud800-\udfff]")
 MARK = "ssmax-mark"
 codecs.register_error(MARK, lambda e: ("".join(chr(0xDC00 + byte) for byte in e.object[e.start : e.end]), e.end))  # pyrefly: ignore
 
 
 class Account:
-    """What was left out of a corpus: for each kind how much, and the first places.
+    """Counts what was left out of a corpus: for each kind the number, and the first places.
 
     Attributes:
-        found: [count, places] of each kind, as JSON can hold it.
+        found: [count, places] of each kind, a JSON value.
     """
 
     def __init__(self) -> None:
         self.found: dict[str, list[Any]] = {}
 
     def add(self, kind: str, place: str, count: int = 1) -> None:
-        """Count what was left out at a place."""
+        """Add what was left out at a place."""
         entry = self.found.setdefault(kind, [0, []])
         entry[0] += count
         if len(entry[1]) < SHOWN and place.partition(", ")[0] not in {known.partition(", ")[0] for known in entry[1]}:
@@ -71,12 +71,12 @@ class Account:
 
 
 class Damage(Exception):
-    """A file that cannot be read on, and why; running again does not help."""
+    """A file cannot be read any further, and reading it again does not help. The message is the reason."""
 
 
 @contextmanager
 def damage(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn what readers raise of a damaged or locked file, and errors of such kinds, into Damage."""
+    """Turn errors of readers about a damaged or locked file, and errors of the given kinds, into Damage."""
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, *kinds) as error:
@@ -101,13 +101,13 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zst
 
 
 def opened(path: Path) -> Any:
-    """Open a file for its bytes, unpacked."""
+    """Open a file for its bytes, decompressed."""
     return COMPRESSED.get(path.suffix.lower(), lambda p: open(p, "rb"))(path)
 
 
 @contextmanager
 def opened_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a file for its text: by its byte order mark, else as UTF-8; what cannot be decoded is marked, see cleaned."""
+    """Open a file as text: by its byte order mark, else as UTF-8. Bytes that cannot be decoded are marked; see cleaned."""
     with opened(path) as file:
         encoding = _encoding(file.peek(4)[:4])
         yield io.TextIOWrapper(file, encoding=encoding, errors=MARK, newline=newline)
@@ -118,15 +118,15 @@ def _encoding(head: bytes) -> str:
 
 
 def decoded(value: bytes) -> str:
-    """Return the text of bytes, by the rule of files."""
+    """Return the text of bytes, decoded like a file."""
     return value.decode(_encoding(value[:4]), errors=MARK)
 
 
 def cleaned(text: str) -> tuple[str, int]:
-    """Return text without what is no text, and how many bytes that were.
+    """Return text without the bytes that could not be decoded, and the number of bytes left out.
 
-    A line of which more than one byte in a hundred is bad is left out, as of another encoding; of other lines the bad
-    bytes alone are.
+    If more than one character in a hundred of a line is bad, the whole line is left out, since it has another encoding.
+    Of other lines only the bad bytes are left out.
     """
     if text.isascii() or BAD.search(text) is None:
         return text, 0
@@ -142,7 +142,7 @@ def cleaned(text: str) -> tuple[str, int]:
 
 
 def refusal(path: Path) -> str | None:
-    """Return what kind of file this is, where it is no text as a whole, by its beginning; None for text."""
+    """Return the kind of a file that is not text, by its beginning; None for text."""
     with opened_text(path) as file:
         head, wide = file.read(HEAD), file.encoding not in ("utf-8", "utf-8-sig")
     strange = len(BAD.findall(head)) + head.count("\0") + wide * head.count("\ufeff")
@@ -154,7 +154,7 @@ def refusal(path: Path) -> str | None:
 
 
 def pieces(path: Path, piece: int, name: str, account: Account) -> Iterator[str]:
-    """Yield a file's text in pieces of so many characters, each to the end of a line; -1 for all at once."""
+    """Yield a file's text in pieces of `piece` characters, each up to the end of a line; -1: the whole text at once."""
     try:
         with damage():
             yield from _pieces(path, piece, account, name)
@@ -178,7 +178,7 @@ def _pieces(path, piece, account, name):
 
 
 def _first_bad(path: Path) -> int:
-    """Return where the first byte lies that cannot be decoded."""
+    """Return the offset of the first byte that cannot be decoded."""
     read = 0
     with opened(path) as file:
         encoding = _encoding(file.peek(4)[:4]).removesuffix("-sig")

@@ -22,7 +22,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class GivenTokenizer:
-    """A tokenizer of transformers: files writes it, core makes ids, end is the id of its end-of-text token."""
+    """A tokenizer of transformers.
+
+    Attributes:
+        name: as the user gave it.
+        files: transformers' tokenizer, which writes its files.
+        core: the tokenizer that makes ids.
+        end: id of the end-of-text token.
+    """
 
     name: str
     files: Any
@@ -31,7 +38,7 @@ class GivenTokenizer:
 
     @property
     def sha256(self) -> str:
-        """Hash of what it computes, independent of file names."""
+        """Hash of the tokenizer itself, independent of file names."""
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()
 
 
@@ -39,21 +46,21 @@ def load_tokenizer(name: str, *, cached_only: bool = False) -> GivenTokenizer:
     """Load a tokenizer from a folder, a tokenizer.json, or a hub by its name.
 
     Args:
-        name: where it is.
-        cached_only: ask no hub.
+        name: a folder, a tokenizer.json, or a name on a hub.
+        cached_only: do not ask the hub; use its cache.
 
     Raises:
-        UserError: nothing there, no fast tokenizer, or none with an end-of-text token.
+        UserError: it does not exist, is not a fast tokenizer, or has no end-of-text token.
     """
     if not Path(name).expanduser().exists() and (not is_hub_name(name) or name.endswith(".json")):
         raise UserError(f"--tokenizer {name} does not exist; give a folder with a tokenizer.json, or a name on a hub")
     try:
         files = _load(name, cached_only)
-        core = Tokenizer.from_str(files.backend_tokenizer.to_str())  # a copy, which the wrapper does not change
-    except Exception as error:  # the hub's client and damaged files raise various errors; the user needs one line
+        core = Tokenizer.from_str(files.backend_tokenizer.to_str())  # a copy that transformers does not change
+    except Exception as error:  # the hub's client and damaged files raise many kinds of errors; the user needs one line
         raise UserError(
-            f"--tokenizer {name} is not a tokenizer here or on a hub that can be reached: {reason(error)}; give a folder with a "
-            "tokenizer.json"
+            f"--tokenizer {name} is not a tokenizer on this machine or on a hub that can be reached: {reason(error)}; give a "
+            "folder with a tokenizer.json"
         ) from error
     core.no_truncation()
     core.no_padding()
@@ -61,7 +68,7 @@ def load_tokenizer(name: str, *, cached_only: bool = False) -> GivenTokenizer:
         files.eos_token = END_OF_TEXT
     if files.eos_token is None:
         raise UserError(
-            f"--tokenizer {name} names no end-of-text token, which separates documents; give a folder whose "
+            f"--tokenizer {name} has no end-of-text token, which separates documents; give a folder whose "
             "tokenizer_config.json has an eos_token"
         )
     return GivenTokenizer(name, files, core, files.eos_token_id)
@@ -82,12 +89,12 @@ def _load(name, cached_only) -> Any:
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
-    """Return how many ids a model must know; ids may have gaps."""
+    """Return the number of ids that a model must know: the largest id and one, since ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, words: Sequence[str] = ()) -> Tokenizer:
-    """Train a byte-pair tokenizer in which each digit is a token, and add words that stay whole."""
+    """Train a byte-pair tokenizer in which each digit is a token, and add words as single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -105,5 +112,5 @@ def train_tokenizer(texts: list[str], vocab_size: int, words: Sequence[str] = ()
 
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Return a trained tokenizer as transformers saves and loads it."""
+    """Return a trained tokenizer as one of transformers, which can be saved and loaded."""
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)

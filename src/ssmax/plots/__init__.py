@@ -1,1 +1,1 @@
-"""What all reports share: choosing rows, drawing, and a page that opens offline. Loads no torch."""
+"""Shared by all reports: selecting rows, drawing, and HTML pages that open offline. No torch."""

@@ -1,4 +1,4 @@
-"""What all figures share: style, panels, titles, token axes, bands and heat maps."""
+"""Shared by all figures: style, panels, titles, token axes, bands and heat maps."""
 
 import textwrap
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def tokens(axis: Axes, ticks: Sequence[int], label: str) -> None:
 
 
 def legend(axis: Axes) -> None:
-    """Put a legend above the curves, with room made for it."""
+    """Put a legend above the curves, and make room for it."""
     models = len(axis.get_legend_handles_labels()[1])
     low, high = axis.get_ylim()
     axis.set_ylim(top=high + (high - low) * (0.12 + 0.05 * models))
@@ -55,13 +55,13 @@ def legend(axis: Axes) -> None:
 def band(
     axis: Axes, x: Sequence, line: Sequence, ends: tuple[Sequence, Sequence], colour: str, label: str, **style: Any
 ) -> None:
-    """Draw a line in a band from its lower to its upper ends."""
+    """Draw a line, and a band around it from the lower to the upper ends."""
     axis.plot(x, line, color=colour, label=label, ms=3, **style)
     axis.fill_between(x, *ends, color=colour, alpha=0.18, lw=0)
 
 
 def heat_map(axis: Axes, grid: np.ndarray, lengths: Sequence[int], depths: Sequence[float], name: str) -> None:
-    """Draw shares of right answers, depths down and context sizes across."""
+    """Draw the share of right answers, (depths, lengths), by depth (rows) and context length in tokens (columns)."""
     axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (y, x), value in np.ndenumerate(grid):
         axis.text(x, y, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=7)

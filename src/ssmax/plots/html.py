@@ -1,4 +1,4 @@
-"""A report as one page that opens offline, and the figures beside it; made again only if its rows changed."""
+"""A report as one HTML page that opens offline, with figures beside it. It is made again only if its rows changed."""
 
 import base64
 import hashlib
@@ -23,12 +23,12 @@ figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555
 
 
 def state_of(folder: Path) -> str:
-    """Return a hash of what a report is made from: the rows, and this version."""
+    """Return a hash of what a report is made from: the folder's rows and the version of ssmax."""
     return hashlib.sha256((folder / "rows.jsonl").read_bytes() + __version__.encode()).hexdigest()
 
 
 def is_made_from(page: Path, state: str) -> bool:
-    """Whether the page is there and was made from that state."""
+    """Return whether the page exists and was made from that state."""
     return page.exists() and state in page.read_text()
 
 
@@ -44,7 +44,7 @@ def save(figure: Any, folder: Path, name: str) -> bytes:
 
 
 def document(name: str, state: str, body: str) -> str:
-    """Return a page of the reports' style that needs no other file."""
+    """Return an HTML page in the style of the reports that needs no other file."""
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="made-from" content="{state}"><title>ssmax: {escaped(name)}</title><style>{STYLE}</style>
 {body}
@@ -62,5 +62,5 @@ def figures_html(images: Sequence[tuple[str, bytes]]) -> str:
 
 
 def escaped(value: Any) -> str:
-    """Return a value as text of HTML."""
+    """Return a value as escaped HTML text."""
     return html.escape(str(value), quote=True)

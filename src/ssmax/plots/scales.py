@@ -1,4 +1,4 @@
-"""s and b of each layer and head of a model, as an image."""
+"""A figure of s and b for each layer and head of a model."""
 
 import io
 import math
@@ -32,7 +32,7 @@ def scales(rows: Sequence[Row], kind: str) -> bytes:
             axis.set_yticks(range(0, len(layers), every), layers[::every])
             axis.set(title=f"{metric}: mean {np.nanmean(grid):.4f}", xlabel="head", ylabel="layer")
             axis.grid(False)
-        name = rows[0].variant.replace("$", r"\$")  # a folder's name is no formula
+        name = rows[0].variant.replace("$", r"\$")  # matplotlib would read $...$ in a folder's name as a formula
         title(figure, f"{name}: {' and '.join(metrics)} of each head")
         content = io.BytesIO()
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)

@@ -1,4 +1,4 @@
-"""Rows as small tables: filter by coordinates, group by seed, mean and spread."""
+"""Selecting rows: filter by coordinates, group by seed, mean and spread."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ __all__ = ["Spread", "by", "pick", "spread"]
 
 
 def pick(rows: Sequence[Row], metric: str, variant: str | None = None, **at: Any) -> list[Row]:
-    """Return the rows of a metric (and variant) whose coordinates equal at."""
+    """Return the rows of a metric (and a variant, if given) whose coordinates have the values in `at`."""
     return [
         row
         for row in rows
@@ -54,5 +54,5 @@ class Spread:
 
 
 def spread(per_seed: dict[Any, list[float]]) -> Spread:
-    """Return the spread of each seed's own mean."""
+    """Return the spread of the seeds' means."""
     return Spread(tuple(float(np.mean(values)) for values in per_seed.values()))

@@ -1,1 +1,1 @@
-"""What any long job needs: rows, files written whole, a folder that continues, signals, progress. Loads no torch."""
+"""Parts of any long job: rows, files that are written whole or not at all, a run's folder, signals, progress. No torch."""

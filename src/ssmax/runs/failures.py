@@ -1,4 +1,4 @@
-"""What went wrong, as one line for the user: errors of the user and failures of a run."""
+"""Turns errors into one line for the user: UserError for bad input, RunFailed for a run that failed."""
 
 import textwrap
 from collections.abc import Callable, Iterator
@@ -8,25 +8,25 @@ from ssmax.errors import RunFailed, UserError
 
 __all__ = ["failures", "is_full", "out_of_memory", "user_errors"]
 
-# As safetensors and torch.save word a full disk.
+# Words of safetensors and torch.save for a full disk.
 NO_SPACE = ("os error 28", "PytorchStreamWriter failed writing", "unexpected pos")
-# As torch words memory that has run out, on a CPU and an accelerator.
+# Words of torch for memory that has run out, on a CPU and on an accelerator.
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "No executable batch size")
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk is full."""
+    """Return whether an error says that a disk is full."""
     return any(sign in str(error) for sign in NO_SPACE)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
+    """Return whether an error says that memory ran out."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ValueError of the library, which names the argument, into a UserError."""
+    """Turn a ValueError raised in the block, which names the argument, into a UserError."""
     try:
         yield
     except ValueError as error:
@@ -35,15 +35,15 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def failures(where: str, explained: Callable[[Exception], Exception] = lambda error: error) -> Iterator[None]:
-    """Turn whatever goes wrong in a stage into one line: UserError or RunFailed.
+    """Turn any error in a stage into a UserError or RunFailed of one line.
 
     Args:
-        where: in front of the line.
-        explained: error -> what to tell of it, such as that another rank is its cause.
+        where: text before the line, such as the stage's name.
+        explained: returns the error to report for a caught one, such as the rank that caused it.
     """
     try:
         yield
-    except Exception as error:  # a worker's traceback helps nobody; what is finished is kept
+    except Exception as error:  # a worker's traceback does not help the user; finished stages are kept
         told = explained(error)
         if isinstance(told, (UserError, RunFailed)):
             raise type(told)(f"{where}{told}") from error

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, and read only as they were written. Leaf: no torch."""
+"""Files and folders that are written whole or not at all, and checked for changes when they are read. No torch."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ SEAL = "seal.json"
 
 
 def check_destination(path: Path, *, new: bool = False) -> None:
-    """Raise UserError if a path cannot be written, before the work whose result it will hold.
+    """Raise UserError if a path cannot be written. Call it before the work whose result the path will hold.
 
     Args:
         path: a file or folder; its parents need not exist.
-        new: it must not exist either.
+        new: raise also if the path exists.
     """
     if new and path.exists():
         raise UserError(f"{path} exists already; give a new {'file' if path.is_file() else 'folder'}")
@@ -41,7 +41,7 @@ def check_destination(path: Path, *, new: bool = False) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it: a reader sees the old file or the new one."""
+    """Write a file under a temporary name, sync it and rename it. A reader sees either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -57,11 +57,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def written_whole(folder: Path, owner: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder to write in; then sync all of it and rename it to folder, in place of an older one.
+    """Yield a temporary folder to write in. At the end sync it and rename it to folder, which replaces an older one.
 
     Args:
-        folder: to be written; nothing of it is left where the writing fails.
-        owner: seal it as the property of this owner, see check_folder.
+        folder: the folder to write. If the block raises, nothing is left of it.
+        owner: seal the folder with this owner's name; see check_folder.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,44 +80,44 @@ def written_whole(folder: Path, owner: str | None = None) -> Iterator[Path]:
 
 
 def seal_folder(folder: Path, owner: str) -> None:
-    """Sync all files of a folder, then write seal.json: whose they are, and the SHA-256 of each."""
+    """Sync all files of a folder, then write seal.json with the owner and the SHA-256 of each file."""
     _sync_all(folder)
     write_atomically(folder / SEAL, json.dumps({"owner": owner, "files": _hashes(folder)}, indent=1) + "\n")
 
 
 def check_folder(folder: Path, owner: str | None = None) -> None:
-    """Raise Damaged, naming the file, where a folder is not as it was sealed, or is not sealed, or not for this owner."""
+    """Raise Damaged, with the file's name, if a folder has changed since it was sealed, has no seal, or has another owner."""
     try:
         seal = json.loads((folder / SEAL).read_bytes())
         wanted, whose = dict(seal["files"]), seal["owner"]
     except FileNotFoundError:
-        raise Damaged(f"{folder} has no {SEAL}; it was not written to its end") from None
+        raise Damaged(f"{folder} has no {SEAL}; it was not written completely") from None
     except (ValueError, KeyError, TypeError):
         raise Damaged(f"{folder / SEAL} is damaged") from None
     if owner is not None and whose != owner:
-        raise Damaged(f"{folder} is that of {whose}, not of {owner}")
+        raise Damaged(f"{folder} belongs to {whose}, not to {owner}")
     found = _hashes(folder)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            state = "missing" if name not in found else "not from here" if name not in wanted else "damaged or changed"
-            raise Damaged(f"{folder / name} is {state}: {SEAL} beside it says otherwise")
+            state = "missing" if name not in found else "not listed" if name not in wanted else "damaged or changed"
+            raise Damaged(f"{folder / name} is {state}; it does not match {SEAL}")
 
 
 def write_checked(path: Path, content: str) -> None:
-    """Write a file, and its SHA-256 beside it as PATH.sha256, as sha256sum -c reads it."""
-    # The sum first: a file whose sum is older would count as damaged, a sum without its file is only rewritten.
+    """Write a file, and beside it PATH.sha256 with its SHA-256, which sha256sum -c can read."""
+    # The sum is written first: a sum without its file is harmless, but a file with an older sum would count as damaged.
     write_atomically(_sum_file(path), f"{hashlib.sha256(content.encode()).hexdigest()}  {path.name}\n")
     write_atomically(path, content)
 
 
 def check_file(path: Path) -> None:
-    """Raise Damaged where a file is not what its PATH.sha256 says; without such a file there is nothing to say."""
+    """Raise Damaged if a file does not match its PATH.sha256. Without PATH.sha256 nothing is checked."""
     try:
         wanted = _sum_file(path).read_bytes()
     except FileNotFoundError:
         return
     if wanted != f"{sha256(path)}  {path.name}\n".encode():
-        raise Damaged(f"{path} is damaged: {_sum_file(path).name} beside it says otherwise; delete it to make it anew")
+        raise Damaged(f"{path} is damaged: it does not match {_sum_file(path).name}; delete it to make it again")
 
 
 def sha256(path: Path) -> str:

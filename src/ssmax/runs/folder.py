@@ -1,4 +1,4 @@
-"""The folder of a run: which configuration it belongs to, which stages are done, and who works in it. Loads no torch."""
+"""The folder of a run: its configuration, its finished stages, and a lock for the process that works in it. No torch."""
 
 import dataclasses
 import fcntl
@@ -20,18 +20,18 @@ __all__ = ["RunFolder", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that numbers depend on, which no run mixes."""
+    """Return the versions of the packages that numbers depend on. A run does not mix versions."""
     return {"ssmax": __version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one recipe on one corpus.
+    """The folder of one recipe on one corpus. A stage is done once its file of rows exists.
 
     Attributes:
-        folder: where it lies.
-        recipe: what it holds; a frozen dataclass with jobs, stages(job), once (stages that belong to no job) and later
-            (values of fields that older versions did not have).
+        folder: its path.
+        recipe: a frozen dataclass with jobs, stages(job), once (stages that belong to no job) and later (values for fields
+            that older versions did not have).
         corpus: --corpus of the command line.
     """
 
@@ -41,7 +41,7 @@ class RunFolder:
 
     @property
     def rows_file(self) -> Path:
-        """All rows of the finished run."""
+        """The file of all rows of the finished run."""
         return self.folder / "rows.jsonl"
 
     @property
@@ -53,24 +53,24 @@ class RunFolder:
         ]
 
     def stage_file(self, name: str) -> Path:
-        """Rows of one stage; the file exists once the stage is done."""
+        """Return the file of rows of one stage; it exists once the stage is done."""
         return self.folder / "stages" / f"{name}.jsonl"
 
     def todo(self, job: Any) -> list[str]:
-        """Stages of a job that are not done, in their order."""
+        """Return the stages of a job that are not done, in their order. A continued run starts with the first of them."""
         return [stage for stage in self.recipe.stages(job) if not self.stage_file(f"{job.name}.{stage}").exists()]
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all stages are done and all rows are written."""
         return is_whole(self.rows_file) and all(self.stage_file(name).exists() for name in self.stages)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the folder's lock, which the system releases however this process ends.
+        """Hold the folder's lock inside the block. The system releases it when this process ends, also by a kill.
 
         Raises:
-            UserError: it belongs to another configuration, or another process works in it.
+            UserError: the folder belongs to another configuration, or another process works in it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as lock:
@@ -79,18 +79,18 @@ class RunFolder:
             except BlockingIOError:
                 raise UserError(f"another process runs in {self.folder}; wait for it, or give another --out") from None
             self._check(fingerprint=None)
-            for half_written in list(self.folder.rglob(".*.tmp")):  # by a run that was killed
-                # One may lie in another, which went before it.
+            for half_written in list(self.folder.rglob(".*.tmp")):  # left by a run that was killed
+                # missing_ok: it may lie in a folder of this list that is removed already.
                 shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink(missing_ok=True)
             yield
 
     @property
     def claimed(self) -> bool:
-        """Whether it belongs to a configuration already."""
+        """Whether the folder belongs to a configuration already."""
         return self._file.exists()
 
     def claim(self, fingerprint: str) -> None:
-        """Write down the configuration with the hash of its corpus, or raise UserError where another one is kept."""
+        """Write the configuration and the hash of its corpus, or raise UserError if the folder belongs to another one."""
         if not self._check(fingerprint):
             settings = self._settings() | {"corpus_fingerprint": fingerprint}
             write_atomically(self._file, json.dumps(settings, indent=1) + "\n")
@@ -104,7 +104,7 @@ class RunFolder:
         return {"recipe": recipe, "corpus": self.corpus, "versions": versions()}
 
     def _check(self, fingerprint):
-        """Compare with the kept configuration; return whether there is one."""
+        """Compare with the folder's configuration, and return whether it has one."""
         if not self._file.exists():
             return False
         try:
@@ -130,11 +130,11 @@ class RunFolder:
                 f"{self.folder} holds a run of another configuration ({', '.join(changed[:3])}); "
                 "give another --out, or delete that folder"
             )
-        if not is_whole(self.rows_file):  # which is written last; later nothing can be mixed
+        if not is_whole(self.rows_file):  # written last: a finished run cannot mix versions any more
             for name, version in settings["versions"].items():
                 if made_with.get(name, version) != version:
                     raise UserError(
-                        f"{self.folder} was begun with {name} {made_with[name]}, this is {version}; go on with that "
+                        f"{self.folder} was begun with {name} {made_with[name]}, this is {version}; continue with that "
                         "version, or give another --out"
                     )
         return True

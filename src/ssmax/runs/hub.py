@@ -1,4 +1,4 @@
-"""Names on a hub: which names it could have, what its client does without a network, and which failures may pass."""
+"""Names on a hub: which names are possible, how its client behaves without a network, and which errors are temporary."""
 
 import re
 import socket
@@ -14,14 +14,14 @@ CLIENTS = {"aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "request
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a hub could have this name. A mistyped path cannot be one, and is reported without a search."""
+    """Return whether a hub could have this name. If not, it is a mistyped path, which is reported without asking the hub."""
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None or re.search(r"--|\.\.", name):
         return False
-    return "/" not in name or not Path(name).parent.is_dir()  # of a folder that is here, a file is meant
+    return "/" not in name or not Path(name).parent.is_dir()  # in an existing folder, a file is meant
 
 
 def cached_only_offline() -> None:
-    """Restrict the hub's client to its cache if there is no network. It would retry for a minute otherwise."""
+    """Restrict the hub's client to its cache if there is no network. Otherwise it would retry for a minute."""
     from huggingface_hub import constants
 
     if urllib.request.getproxies():
@@ -33,7 +33,7 @@ def cached_only_offline() -> None:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error came from the network, so that the same command may succeed later."""
+    """Return whether an error came from the network, so that the same command may succeed later."""
     return any(
         isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.partition(".")[0] in CLIENTS
         for cause in _causes(error)

@@ -10,15 +10,15 @@ __all__ = ["progress_bar"]
 def progress_bar(
     total: int, description: str, shown: bool = True, *, unit: str = "", initial: int = 0, delay: float = 0
 ) -> tqdm:
-    """Return a bar that shows the time left, and with a unit how much of it is done; a log file gets few lines.
+    """Return a progress bar that shows the time left. In a log file it writes few lines.
 
     Args:
         total: amount of work.
-        description: what is done.
-        shown: False for a bar that is not there.
-        unit: unit of total, shown beside the bar.
-        initial: how much an earlier process did.
-        delay: seconds before it appears; what ends sooner shows none.
+        description: text before the bar.
+        shown: False: show no bar.
+        unit: unit of total. With a unit, the amount that is done is shown too.
+        initial: amount that an earlier process did.
+        delay: seconds before the bar appears; shorter work shows none.
     """
     counted = "{n_fmt}/{total_fmt}" + f" {unit}, " if unit else ""
     return tqdm(

@@ -1,4 +1,4 @@
-"""Where a number comes from: recipe, text, commit, versions and machine, in every row."""
+"""The provenance in every row: recipe, corpus, commit, versions and machine."""
 
 import dataclasses
 import os
@@ -25,16 +25,16 @@ def stamped(rows: Sequence[Row], provenance: dict[str, Any]) -> list[Row]:
 
 
 class Meter:
-    """What a stage takes in this process: seconds of the clock and of the processor, and the process's peak memory so far.
+    """Measures a stage in this process: wall seconds, processor seconds, and the process's peak memory so far.
 
-    A stage that continues from a checkpoint counts from there.
+    A stage that continues from a checkpoint is measured from there.
     """
 
     def __init__(self):
         self.clock, self.processor = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, Any]:
-        """Return what was taken since this meter was made, for the provenance of rows."""
+        """Return seconds, processor_seconds and peak_mib since this meter was made, for the provenance of rows."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "seconds": round(time.perf_counter() - self.clock, 1),
@@ -44,7 +44,13 @@ class Meter:
 
 
 def provenance_of(recipe: Any, corpus: str, gpu: str | None) -> dict[str, Any]:
-    """Return what rows of a recipe (or of other settings with a name) on a corpus carry; gpu is the name of this machine's."""
+    """Return the provenance of a run's rows.
+
+    Args:
+        recipe: a recipe, or other settings with a name.
+        corpus: description of the corpus.
+        gpu: name of this machine's GPU, or None.
+    """
     return {
         "recipe": recipe.name,
         "corpus": corpus,
@@ -56,7 +62,7 @@ def provenance_of(recipe: Any, corpus: str, gpu: str | None) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that this package lies in, with + where it was changed; None outside one."""
+    """Return the commit of the checkout that holds this package, with + if src has changes; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(

@@ -1,4 +1,4 @@
-"""Rows: one measured number each, with its provenance. One JSON object for each line. Loads no torch."""
+"""Rows: each is one measured number with its provenance, and one JSON object a line in a file. No torch."""
 
 import json
 import math
@@ -42,8 +42,8 @@ def write_rows(path: Path, rows: Iterable[Row], *, checked: bool = False) -> Non
 
     Args:
         path: the file.
-        rows: what it will hold.
-        checked: write the file's checksum beside it, which read_rows compares.
+        rows: all rows of the file.
+        checked: write the file's checksum beside it, which read_rows checks.
 
     Raises:
         ValueError: a value that is not finite.
@@ -51,26 +51,32 @@ def write_rows(path: Path, rows: Iterable[Row], *, checked: bool = False) -> Non
     rows = list(rows)
     for row in rows:
         if not math.isfinite(row.value):
-            raise ValueError(f"{row.metric} of {row.variant} at {row.at} is {row.value}, which no row holds")
+            raise ValueError(
+                f"{row.metric} of {row.variant} at {row.at} is {row.value}; a row holds finite numbers only"
+            )
     text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
     if not (is_whole(path) and path.read_text() == text):
         (write_checked if checked else write_atomically)(path, text)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read rows; a file that is not what was written, or a line that is no row, raises Damaged (a ValueError)."""
+    """Read a file of rows.
+
+    Raises:
+        Damaged: the file does not match its checksum, or a line is not a row. It is a ValueError.
+    """
     check_file(path)
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             rows.append(_row(json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise Damaged(f"{path}, line {number}, is not a row ({error}); delete the file to measure anew") from error
+            raise Damaged(f"{path}, line {number}, is not a row ({error}); delete the file to measure again") from error
     return rows
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of rows is there, as it was written."""
+    """Return whether a file of rows exists and matches its checksum."""
     try:
         check_file(path)
     except (Damaged, FileNotFoundError):

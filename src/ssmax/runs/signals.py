@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a training first saves a checkpoint at the end of its step; everything else stops where it is."""
+"""SIGTERM and Ctrl-C: a training first saves a checkpoint at the end of its step; everything else stops at once."""
 
 import signal
 import time
@@ -9,7 +9,7 @@ from ssmax.errors import Stopped
 
 __all__ = ["asked_to_stop", "check", "deferred", "install"]
 
-# torchrun passes on the Ctrl-C that its ranks got from the terminal as well: one wish, not two.
+# Seconds in which two signals count as one: ranks get Ctrl-C from the terminal, and once more from torchrun.
 SAME_WISH = 2.0
 
 _deferred = False
@@ -17,7 +17,7 @@ _asked: tuple[int, float] | None = None
 
 
 def install(*, deferred: bool = False) -> None:
-    """Let SIGTERM and Ctrl-C raise Stopped, or with deferred only be remembered, for check and asked_to_stop."""
+    """Let SIGTERM and Ctrl-C raise Stopped. With deferred they are only remembered, for check and asked_to_stop."""
     global _deferred
     _deferred = deferred
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -26,7 +26,7 @@ def install(*, deferred: bool = False) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only remember a signal inside, for whoever asks; a second one stops at once."""
+    """Only remember a signal inside the block, for check and asked_to_stop. A second signal stops at once."""
     global _deferred
     before, _deferred = _deferred, True
     try:
@@ -36,12 +36,12 @@ def deferred() -> Iterator[None]:
 
 
 def asked_to_stop() -> bool:
-    """Whether a signal came that did not stop anything yet."""
+    """Return whether a signal has come."""
     return _asked is not None
 
 
 def check() -> None:
-    """Raise Stopped where a signal came."""
+    """Raise Stopped if a signal has come."""
     if _asked is not None:
         raise Stopped(_asked[0])
 

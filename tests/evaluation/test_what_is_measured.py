@@ -36,9 +36,9 @@ MODELS = {
     "BertForMaskedLM": (lambda: BertForMaskedLM(BertConfig(vocab_size=99, **SHAPE)), "is not causal"),
     "BertForSequenceClassification": (
         lambda: BertForSequenceClassification(BertConfig(vocab_size=99, **SHAPE)),
-        f"gives no logits for each token{ONLY}",
+        f"does not return logits for each token{ONLY}",
     ),
-    "LlamaModel": (lambda: LlamaModel(tiny_config("llama")), f"gives no logits for each token{ONLY}"),
+    "LlamaModel": (lambda: LlamaModel(tiny_config("llama")), f"does not return logits for each token{ONLY}"),
     "BartModel": (
         lambda: AutoModel.from_config(AutoConfig.for_model("bart", vocab_size=99, **BART)),
         f"is an encoder-decoder model{ONLY}",
@@ -47,8 +47,8 @@ MODELS = {
         lambda: AutoModel.from_config(AutoConfig.for_model("vit", image_size=16, patch_size=8, **SHAPE)),
         f"reads pixel_values, not tokens{ONLY}",
     ),
-    "GPT": (GPT, f"is no model of transformers{ONLY}"),
-    "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(32, 4), f"is no model of transformers{ONLY}"),
+    "GPT": (GPT, f"is not a model of transformers{ONLY}"),
+    "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(32, 4), f"is not a model of transformers{ONLY}"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Measurements of long context on any causal Hugging Face model: a model goes in, numbers come out."""
+"""Measurements at long context of any causal Hugging Face model: loss by position, retrieval, sharpness of attention."""
 
 from ssmax.evaluation.attention import Sharpness, attention_sharpness, needle_scores
 from ssmax.evaluation.position_loss import Bin, binned, log_edges, loss_by_position

@@ -1,4 +1,4 @@
-"""Attention weights of the few queries that matter, never an N x N matrix (the paper's Fig. 7 and 8)."""
+"""Attention weights of single queries, without an N x N matrix (the paper's Figures 7 and 8)."""
 
 import itertools
 import math
@@ -41,13 +41,13 @@ def needle_scores(model: PreTrainedModel, token_ids: Tensor, span: tuple[int, in
         chunk: positions in each forward pass. Fewer need less memory.
 
     Returns:
-        (layers, heads), float32, each in [0, 1]. A layer without attention weights (a state space, a convolution) has no row; a
-        warning names it.
+        (layers, heads), float32, each in [0, 1]. A layer without attention weights (a state space model, a convolution) has no
+        row; a warning names it.
 
     Raises:
-        ValueError: token_ids are not one sequence of at least 2 tokens, span is not inside it, a layer's attention weights are
-            not available, or the number of heads differs by layer.
-        FloatingPointError: weights that are NaN.
+        ValueError: token_ids are not one sequence of at least 2 tokens, span is not inside it, the attention weights of a layer
+            are not available, or the number of heads differs by layer.
+        FloatingPointError: weights are NaN.
 
     Example:
         >>> scores = ssmax.evaluation.needle_scores(model, token_ids, span=(100, 112))
@@ -104,8 +104,8 @@ def attention_sharpness(
         One Sharpness for each n.
 
     Raises:
-        ValueError: token_ids are not one sequence, lengths do not ascend from 3 to T, or as needle_scores.
-        FloatingPointError: weights that are NaN.
+        ValueError: token_ids are not one sequence, lengths do not ascend from 3 to T, or a reason of needle_scores.
+        FloatingPointError: weights are NaN.
 
     Example:
         >>> [found.largest.mean() for found in ssmax.evaluation.attention_sharpness(model, token_ids, [64, 1024])]
@@ -120,7 +120,7 @@ def attention_sharpness(
 def sharpness_by_layer(
     model: PreTrainedModel, token_ids: Tensor, lengths: Sequence[int], *, chunk: int = CHUNK
 ) -> list[tuple[int, dict[int, tuple[Tensor, ...]]]]:
-    """As attention_sharpness; for each n and layer, the four measures, (heads,) each: heads may differ by layer."""
+    """Like attention_sharpness, but return for each n and layer the four measures, (heads,) each. Heads may differ by layer."""
     token_ids = _one_sequence(token_ids)
     lengths = list(lengths)
     if not lengths or lengths != sorted(set(lengths)) or lengths[0] < 3 or lengths[-1] > token_ids.shape[1]:
@@ -144,7 +144,7 @@ def sharpness_by_layer(
 
 
 def _sharpness(n, weights):
-    # A layer with a window no longer holds the first token once it holds fewer keys than there are tokens.
+    # A layer with a window has dropped the first token if it holds fewer keys than n.
     behind = weights[:, 1:] / weights[:, 1:].sum(-1, keepdim=True) if weights.shape[1] == n else weights
     return tuple(f(x) for x in (weights, behind) for f in (_entropy, _largest))
 
@@ -158,10 +158,10 @@ def _largest(weights):
 
 
 def attend(reader: Reader, memory: Memory, token_ids: Tensor, length: int) -> tuple[Tensor, Weights]:
-    """Read tokens (B, T) after memory; return their logits (B, T, V) and what the first of them attends to.
+    """Read tokens (B, T) after memory; return their logits (B, T, V) and the attention weights of the first of them.
 
-    That one is the last of length tokens, and it alone runs on eager attention, whose weights can be read: families give
-    other logits when they are asked for their weights (Falcon forgets its mask). A cache holds all tokens afterwards.
+    The first is the last of `length` tokens. Only it runs on eager attention, whose weights can be read: some families give other
+    logits when they return weights (Falcon ignores its mask). Afterwards a cache holds all tokens.
     """
     if isinstance(memory, Tensor) and not (length > 1 and reader.steps):
         return _whole(reader, torch.cat([memory, token_ids], 1), length)
@@ -172,17 +172,17 @@ def attend(reader: Reader, memory: Memory, token_ids: Tensor, length: int) -> tu
 
 
 def _whole(reader, token_ids, length):
-    """One forward for the logits, another for the weights, which must agree."""
+    """Run one forward for the logits and another for the weights. If their logits differ, refuse the weights."""
     kept = token_ids.shape[1] - length + 1
     logits = reader.call(token_ids, reader.fresh_if_needed(), logits_to_keep=kept).logits[:, -kept:]
     again, weights = _recorded(reader, token_ids[:, :length], reader.fresh_if_needed(), length - 1, length)
     if relative_error(again, logits[:, :1]) > tolerance(logits.dtype):
-        weights.refuse(f"{type(reader.model).__name__} gives other logits when it is asked for its attention weights")
+        weights.refuse(f"{type(reader.model).__name__} gives other logits when it returns its attention weights")
     return logits, weights
 
 
 def _recorded(reader, token_ids, cache, row, length):
-    """Pass tokens; return logits and weights of the last."""
+    """Run tokens through the model; return the logits and the attention weights of the last."""
     with recorded(reader.model, row, length) as weights:
         output = reader.call(token_ids, cache, output_attentions=True, logits_to_keep=1)
         weights.add(output)
@@ -190,7 +190,7 @@ def _recorded(reader, token_ids, cache, row, length):
 
 
 def span_scores(layers: Mapping[int, Tensor], spans: Sequence[tuple[int, int]], length: int) -> list[dict[int, Tensor]]:
-    """Return each row's weight on its span, (heads,) by layer; a layer with a window holds the last keys of length."""
+    """Return each row's weight on its span, (heads,) by layer. A layer with a window holds only the last of `length` keys."""
     whole = {layer: pad(weights, (length - weights.shape[-1], 0)) for layer, weights in layers.items()}
     return [
         {layer: weights[row, :, slice(*span)].sum(-1) for layer, weights in whole.items()}
@@ -199,18 +199,18 @@ def span_scores(layers: Mapping[int, Tensor], spans: Sequence[tuple[int, int]], 
 
 
 def stacked(by_layer: Mapping[int, Tensor]) -> Tensor:
-    """Return (layers, heads) of what each layer has, (heads,).
+    """Stack the values of all layers, (heads,) each, to (layers, heads).
 
     Raises:
-        ValueError: heads differ by layer.
+        ValueError: the number of heads differs by layer.
     """
     if not by_layer:
         return torch.zeros(0, 0)
     heads = {layer: len(of) for layer, of in by_layer.items()}
     if len(set(heads.values())) > 1:
         raise ValueError(
-            f"heads differ by layer ({', '.join(f'layer {layer}: {count}' for layer, count in heads.items())}), which no tensor "
-            "(layers, heads) holds; the rows of ssmax evaluate do"
+            f"heads differ by layer ({', '.join(f'layer {layer}: {count}' for layer, count in heads.items())}), so they do not fit a "
+            "tensor (layers, heads); ssmax evaluate writes them as rows"
         )
     return torch.stack(list(by_layer.values()))
 

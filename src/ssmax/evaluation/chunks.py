@@ -8,20 +8,20 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["CausalBehindCache"]
 
-# Fewer queries gain nothing: their rectangle of keys is hardly larger than what they see.
+# With fewer queries there is nothing to gain: the mask hides few of their keys.
 FEWEST = 128
 
 
 class CausalBehindCache(TorchFunctionMode):
-    """Let scaled_dot_product_attention on a CPU read only what a causal mask leaves of T new and S - T earlier keys.
+    """Inside the block, scaled_dot_product_attention on a CPU computes a chunk after a cache without a mask.
 
-    The kernel has a causal form only for equally many queries and keys; after a cache, a T x S mask makes it compute every
-    pair. Here the earlier keys are read without a mask and the new ones causally, and the two outputs are joined by the
-    log-sum-exp of their logits: softmax over both.
+    The kernel has a causal form only for equal numbers of queries and keys. After a cache it needs a T x S mask, and computes
+    every pair. Here T queries attend to the S - T earlier keys without a mask, and to the T new keys causally. The two outputs
+    are merged by the log-sum-exp of their logits, which gives the softmax over all keys.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the one function, where its mask is that of a causal chunk."""
+        """Replace scaled_dot_product_attention if its mask is that of a causal chunk."""
         call = func if func is not scaled_dot_product_attention else _attend
         return call(*args, **(kwargs or {}))
 

@@ -10,7 +10,7 @@ __all__ = ["eval_mode"]
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and back into its own mode afterwards."""
+    """Put every module into eval mode inside the block, and restore its mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -16,7 +16,7 @@ from ssmax.evaluation.reading import Reader
 
 __all__ = ["Bin", "binned", "log_edges", "loss_by_position"]
 
-# Rows of logits that exist at once: of 50,000 words they take 50 MB.
+# Rows of logits that exist at once: 50 MB for a vocabulary of 50,000.
 LOGIT_ROWS = 256
 # 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -82,7 +82,7 @@ def _losses(reader, rows, wanted, cache):
 def _cross_entropy(logits_BTV, wanted_BT):
     if logits_BTV.shape[:2] != wanted_BT.shape:
         raise ValueError(
-            f"the model gave logits {tuple(logits_BTV.shape)} for tokens {tuple(wanted_BT.shape)}, not one row each"
+            f"the model gave logits {tuple(logits_BTV.shape)} for tokens {tuple(wanted_BT.shape)}, not one row for each"
         )
     return cross_entropy(logits_BTV.float().transpose(1, 2), wanted_BT, reduction="none")
 

@@ -1,4 +1,4 @@
-"""Prompts that share a prefix, prefilled once: contexts of a needle grid, questions about one context."""
+"""Reads the shared prefixes of prompts once, such as contexts of a needle grid and questions about one context."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ __all__ = ["Node", "prefill", "prefix_tree", "size"]
 
 @dataclass(frozen=True)
 class Node:
-    """A stretch of tokens that some prompts share.
+    """A part of the tree of prefixes: tokens that some prompts share.
 
     Attributes:
-        prompt: one of the prompts that hold it.
+        prompt: index of one of these prompts.
         start: its first position.
         stop: its last position + 1.
-        ends: the prompts that end here.
-        children: the stretches that follow, the one with most tokens last.
+        ends: indices of the prompts that end here.
+        children: the parts that follow; the one with the most tokens is last.
     """
 
     prompt: int
@@ -36,7 +36,7 @@ def prefix_tree(prompts: Sequence[Tensor]) -> Node:
     """Return the tree of shared prefixes.
 
     Args:
-        prompts: (B, T_i) token ids each; two prompts share a position where all B rows do.
+        prompts: (B, T_i) token ids each. Two prompts share a position if all B rows do.
     """
     return _node([prompt.cpu() for prompt in prompts], list(range(len(prompts))), 0)
 
@@ -58,7 +58,7 @@ def _node(prompts, members, start):
 
 
 def size(node: Node) -> int:
-    """Return the tokens of a tree, which is what its prefill costs for each row of a batch."""
+    """Return the number of tokens of a tree: the cost of its prefill for each row of a batch."""
     return node.stop - node.start + sum(map(size, node.children))
 
 
@@ -72,10 +72,10 @@ def prefill(
     reader: Reader | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[int, Memory]]:
-    """Yield each prompt's index and a memory that holds it, in the order of the tree; the caller may extend it.
+    """Yield each prompt's index and what the model has read of it (Memory), in the order of the tree; the caller may extend it.
 
-    Memory: a few caches of the longest prompt, one for each branching above the present prompt. Where the model goes on from
-    no cache exactly, memories are the prompts themselves: nothing is shared then.
+    At most a few caches of the longest prompt exist at once, one for each branching above the present prompt. If the model does
+    not continue exactly from a cache, the memory is the prompt itself and nothing is shared.
     """
     reader = reader or Reader(model, max(prompts, key=lambda prompt: prompt.shape[1]), chunk)
     yield from _walk(reader, prompts, tree, reader.empty(len(prompts[0])), progress or (lambda tokens: None))

@@ -1,4 +1,4 @@
-"""How a model reads a long text in pieces. It is tried on the model itself, so that an ignored argument is noticed."""
+"""Reads long texts through a model in pieces. Each way of reading is first tried on the model, so that errors are noticed."""
 
 import copy
 import inspect
@@ -17,31 +17,31 @@ from ssmax.hf.visibility import forward_scope
 
 __all__ = ["Memory", "Reader", "branch", "check_reads_text", "is_transformers", "relative_error", "tolerance"]
 
-# What a model has read: a cache, if it continues from one exactly; otherwise the tokens, which are read again.
+# What a model has read so far: a cache, if it continues from one exactly; otherwise the tokens, to be read again.
 Memory = Cache | Tensor
 
-# The pieces in which a sample is read: short and long ones, single tokens among them, since families treat them apart.
+# Lengths of the pieces in which a sample is read. Single tokens are among them, since some families treat them differently.
 PIECES = (4, 2, 1, 3, 9, 1, 2, 5, 1, 6, 2, 1, 3, 8)
 ONLY = "only causal language models of transformers can be measured and calibrated"
-# By which name a family takes a cache of transformers.
+# The argument by which a family takes a cache of transformers.
 CACHES = ("past_key_values", "cache_params")
-# A sharing of layers that only ever replace their tensors is safe.
+# Caches can share layers of these kinds, which only replace their tensors and never write into them.
 SHARED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def is_transformers(model: PreTrainedModel) -> bool:
-    """Whether the model's forward is transformers' own; of code from elsewhere nothing is known."""
+    """Return whether the model's forward is transformers' own code. Nothing is known about other code."""
     return inspect.unwrap(type(model).forward).__module__.partition(".")[0] == "transformers"
 
 
 def check_reads_text(model: nn.Module) -> None:
-    """Raise ValueError where a model is not one of transformers that reads a text of tokens from left to right.
+    """Raise ValueError if a model is not a transformers model that reads tokens from left to right.
 
-    Encoders are found out when they read: what they compute of a token depends on later ones.
+    Encoders are not recognised here, but when they read: their result for a token depends on later tokens.
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
-        raise ValueError(f"{name} is no model of transformers; {ONLY}")
+        raise ValueError(f"{name} is not a model of transformers; {ONLY}")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; {ONLY}")
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
@@ -49,28 +49,28 @@ def check_reads_text(model: nn.Module) -> None:
 
 
 class Reader:
-    """A model in eval mode, and what was found out about it on the first tokens of a text.
+    """A model in eval mode, with the ways in which it can read a text. They are tried on the first tokens of the text.
 
-    What counts is the effect: a cache is used where a text in pieces has the states of the whole text. Families
-    swallow arguments that they do not know (Mamba's cache is no past_key_values), or lose a part of
-    their state between two pieces (the convolutions of Mamba and Jamba). Such a model reads a text whole.
+    A cache is used only if a text in pieces gives the same states as the whole text. Some families ignore arguments that they
+    do not know (Mamba does not take past_key_values), or lose a part of their state between two pieces (the convolutions of
+    Mamba and Jamba). Such a model reads a text at once.
 
     Attributes:
         model: the model.
-        backbone: the module whose last_hidden_state the model's own forward turns into logits; None where there is none such,
-            and for code that is not transformers'.
+        backbone: the module whose last_hidden_state the model's own forward turns into logits. None if there is no such module,
+            and for code that is not transformers' own.
     """
 
     def __init__(self, model: PreTrainedModel, token_ids: Tensor, chunk: int):
-        """Look at the model.
+        """Try the model.
 
         Args:
             model: a causal language model of transformers, in eval mode.
-            token_ids: (B, T) of the text that it will read; the first few of the first row are used.
-            chunk: positions per forward pass.
+            token_ids: (B, T) of the text that it will read. The first tokens of the first row are used for the trial.
+            chunk: positions in each forward pass.
 
         Raises:
-            ValueError: the model is no causal language model of transformers.
+            ValueError: the model is not a causal language model of transformers.
         """
         check_reads_text(model)
         self.model, self.chunk = model, chunk
@@ -83,18 +83,18 @@ class Reader:
 
     @cached_property
     def pieces(self) -> bool:
-        """Whether a text in pieces, one after another into a cache, is the text as a whole."""
+        """Whether a text in pieces, read one after another into a cache, gives the states of the whole text."""
         sizes = [min(size, self.chunk) for size in PIECES for _ in range(-(-size // min(size, self.chunk)))]
         return self._continues(sizes)
 
     @cached_property
     def steps(self) -> bool:
-        """Whether a text read at once and then token by token gives what the whole text gives."""
+        """Whether a text that is read at once and then continued token by token gives the states of the whole text."""
         return self.pieces or self._continues([max(1, self._sample.shape[1] - 3), *[1] * sum(PIECES)])
 
     @cached_property
     def _names(self) -> list[str]:
-        """By which names a cache may be given, the one in use first."""
+        """Names of the arguments by which a cache may be given; the one in use is first."""
         named = [name for name in CACHES if name in self._arguments]
         return named or ([] if is_transformers(self.model) or "kwargs" not in self._arguments else list(CACHES[:1]))
 
@@ -133,7 +133,7 @@ class Reader:
         self.backbone, output = found[0]
         try:
             again = self.logits(output, output.last_hidden_state)
-        except Exception:  # a head that asks more of its backbone than states
+        except Exception:  # the head needs more than the backbone's states
             again = None
         if again is None or again.shape != logits.shape or relative_error(again, logits) > tolerance(logits.dtype):
             self.backbone = None
@@ -141,11 +141,11 @@ class Reader:
         return output.last_hidden_state
 
     def _refuse_two_ways(self, alone, within):
-        # Thrice the tolerance: a wrong alarm would refuse a model, where elsewhere it only costs time.
+        # Three times the tolerance: a false alarm refuses a model here, and only costs time elsewhere.
         if relative_error(alone, within) > 3 * tolerance(alone.dtype):
             raise ValueError(
-                f"{type(self.model).__name__} is not causal: what it computes of a token depends on later ones, so that its "
-                "loss and answers would be those of a model that has seen them (a BERT needs is_decoder=True in its config)"
+                f"{type(self.model).__name__} is not causal: its result for a token depends on later tokens, so its loss and "
+                "answers would use tokens that it has to predict (a BERT needs is_decoder=True in its config)"
             )
 
     def fresh_cache(self) -> Cache:
@@ -153,7 +153,7 @@ class Reader:
         return DynamicCache(config=self.model.config)
 
     def fresh_if_needed(self) -> Cache | None:
-        """Return the cache for a text that is read at once: none, but code from elsewhere may count on one."""
+        """Return the cache for a text that is read at once: None, or an empty one for code that may rely on it."""
         return None if is_transformers(self.model) or not self._names else self.fresh_cache()
 
     def _states(self, token_ids, cache):
@@ -163,18 +163,18 @@ class Reader:
     def _logits(self, output):
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
-            raise ValueError(f"{type(self.model).__name__} gives no logits for each token; {ONLY}")
+            raise ValueError(f"{type(self.model).__name__} does not return logits for each token; {ONLY}")
         return logits
 
     def run(self, token_ids: Tensor, cache: Cache | None = None) -> Any:
-        """Append tokens (B, T) to the cache, if there is one; return the output of the backbone, or of the model without one."""
+        """Run tokens (B, T), append them to the cache if there is one, and return the output of the backbone (or of the model)."""
         if self.backbone is None:
             return self.call(token_ids, cache)
         with forward_scope(), CausalBehindCache():
             return self.backbone(input_ids=token_ids, **self._given(cache))
 
     def call(self, token_ids: Tensor, cache: Cache | None = None, **options: Any) -> Any:
-        """Run the whole model, with its head; options that it does not name are left out, and count as not taken."""
+        """Run the whole model, with its head. Options that its forward does not name are left out."""
         named = inspect.signature(self.model.forward).parameters
         options = {
             name: value
@@ -189,16 +189,16 @@ class Reader:
         return given | ({"use_cache": cache is not None} if {"use_cache", "kwargs"} & self._arguments else {})
 
     def logits(self, output: Any, states_BTD: Tensor) -> Tensor:
-        """Return the logits of some states of the backbone's output, computed by the rest of the model itself."""
+        """Return the logits of states (B, T, D) of the backbone's output, computed by the rest of the model."""
         with _answering(self.backbone, output, states_BTD):
             return self.model(input_ids=self._sample[:, :1], use_cache=False).logits
 
     def empty(self, rows: int) -> Memory:
-        """Return the memory of a model that has read nothing."""
+        """Return the Memory of a model that has read nothing."""
         return self.fresh_cache() if self.pieces else self._sample.new_zeros(rows, 0)
 
     def read(self, memory: Memory, token_ids: Tensor, progress: Callable[[int], Any] = lambda _: None) -> Memory:
-        """Return the memory after (B, T) further tokens; T may be 0."""
+        """Return the Memory after (B, T) further tokens; T may be 0."""
         if isinstance(memory, Tensor):
             progress(token_ids.numel())
             return torch.cat([memory, token_ids], 1)
@@ -211,14 +211,14 @@ class Reader:
         self.run(rows, cache) if self.backbone is not None else self.call(rows, cache, logits_to_keep=1)
 
     def prefilled(self, token_ids: Tensor) -> Cache:
-        """Return a cache that holds a text that was read at once."""
+        """Read a text at once, and return the cache that holds it."""
         cache = self.fresh_cache()
         self._feed(token_ids, cache)
         return cache
 
 
 def branch(memory: Memory) -> Memory:
-    """Return a memory that grows apart from this one."""
+    """Return a copy of a Memory that can be extended without changing the original."""
     if isinstance(memory, Tensor):
         return memory
     grown = copy.copy(memory)
@@ -227,15 +227,15 @@ def branch(memory: Memory) -> Memory:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative error that counts as rounding of many layers: far above eps and far below a lost memory.
+    """Return the relative error up to which two results count as equal: far above rounding, far below a lost state.
 
-    Families compute some of their steps in float32 whatever their dtype.
+    It is at least that of float32, since some families compute some steps in float32 for any dtype.
     """
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.6
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Return the mean over positions of the relative error; experts that change at a tie, by rounding, are few positions."""
+    """Return the mean over positions of the relative error, so that a few positions whose experts differ by rounding count little."""
     got, want = got.double(), want.double()
     same = (got == want) | (got.isnan() & want.isnan())
     gap = torch.where(same, 0.0, got - want).norm(dim=-1)
@@ -253,7 +253,7 @@ def _cut(sizes, total):
 
 @contextmanager
 def _plain_kernels(model: PreTrainedModel) -> Iterator[None]:
-    """Spare FlexAttention a compilation for each length of a sample."""
+    """Inside the block, use eager attention instead of FlexAttention, which would compile for each length of a sample."""
     if model.config._attn_implementation != "flex_attention":
         yield
         return
@@ -266,7 +266,7 @@ def _plain_kernels(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _outermost(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
-    """Yield a list of the modules that the model's own forward calls, each with its output."""
+    """Yield a list that receives each module that the model's own forward calls, with its output."""
     calls: list[tuple[nn.Module, Any]] = []
     depth = 0
 
@@ -293,7 +293,7 @@ def _outermost(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
 
 @contextmanager
 def _answering(backbone: Any, output: Any, states: Tensor) -> Iterator[None]:
-    """Replace the backbone's output by given states, so that the rest of the model runs slice by slice."""
+    """Inside the block, the backbone returns the given states, so that the rest of the model can run slice by slice."""
     answer = copy.copy(output)
     answer.last_hidden_state = states
     before = vars(backbone).get("forward")

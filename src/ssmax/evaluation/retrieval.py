@@ -1,4 +1,4 @@
-"""Answers of a model to retrieval tasks: exact match, first digit and needle scores (the paper's Figures 6 to 8)."""
+"""A model's answers to retrieval tasks: exact match, first digit and needle scores (the paper's Figures 6 to 8)."""
 
 import warnings
 from collections import defaultdict
@@ -29,7 +29,7 @@ class RetrievalTrial:
         correct: whether the whole answer was right.
         first_digit: whether the answer was right up to the token of its first digit.
         by_layer: needle score of each head, (heads,) by the layer's index. Empty if the model has no attention weights.
-        problem: why there are no scores, if the model has attention.
+        problem: if the model has attention but no scores, the reason; else None.
     """
 
     correct: bool
@@ -39,20 +39,20 @@ class RetrievalTrial:
 
     @property
     def scores(self) -> Tensor:
-        """The needle scores, (layers, heads); ValueError where heads differ by layer."""
+        """The needle scores, (layers, heads). Raises ValueError if the number of heads differs by layer."""
         return stacked(self.by_layer)
 
 
 def retrieve(model: PreTrainedModel, examples: Sequence[NeedleExample], *, chunk: int = CHUNK) -> list[RetrievalTrial]:
-    """Return the results of examples whose prompts and answers have one length; greedy decoding, exact match.
+    """Return the results of examples of equal length. An answer is right if greedy decoding gives exactly its tokens.
 
     Args:
         model: a causal language model of transformers.
-        examples: the examples, which pass as one batch.
+        examples: at least one; they run as one batch.
         chunk: positions in each forward pass. Fewer need less memory.
 
     Raises:
-        ValueError: the examples differ in length, or there is none.
+        ValueError: the lengths of the prompts or of the answers differ, or there is no example.
     """
     if len({(len(example.prompt), len(example.answer)) for example in examples}) != 1:
         raise ValueError("retrieve needs at least one example, and all of one prompt and answer length")
@@ -67,9 +67,9 @@ def retrieve_grid(
     chunk: int = CHUNK,
     progress: Callable[[int], Any] | None = None,
 ) -> list[dict[Any, RetrievalTrial]]:
-    """Return the result of each cell of each trial; greedy decoding, exact match.
+    """Return the result of each cell of each trial. An answer is right if greedy decoding gives exactly its tokens.
 
-    The prefix that prompts of a trial share is read once. Trials whose prompts have the same lengths pass as one batch.
+    A prefix that prompts of a trial share is read once. Trials whose prompts have the same lengths run as one batch.
 
     Args:
         model: a causal language model of transformers.
@@ -94,7 +94,7 @@ def retrieve_grid(
         reader = Reader(model, torch.tensor([longest]), chunk)
         for members, examples, prompts, tree in _batches(trials):
             prompts = [prompt.to(model.device) for prompt in prompts]
-            # The last token of a prompt is left to _answer, which reads its attention.
+            # _answer reads the last token of a prompt, with its attention weights.
             before = [prompt[:, :-1] for prompt in prompts]
             for cell, memory in prefill(model, before, tree, chunk=chunk, reader=reader, progress=progress):
                 name = list(examples)[cell]
@@ -106,12 +106,12 @@ def retrieve_grid(
 
 
 def grid_tokens(trials: Sequence[Mapping[Any, NeedleExample]]) -> int:
-    """Return how many tokens retrieve_grid prefills."""
+    """Return the number of tokens that retrieve_grid prefills."""
     return sum(len(members) * size(tree) for members, _, _, tree in _batches(trials))
 
 
 def _batches(trials) -> list[tuple[list[int], dict[Any, list[NeedleExample]], list[Tensor], Node]]:
-    """Trials whose prompts and answers have the same lengths; each cell's examples, prompts, and the tree of prefixes."""
+    """Group trials whose prompts and answers have the same lengths; return members, examples and prompts of each cell, tree."""
     groups = defaultdict(list)
     for index, trial in enumerate(trials):
         groups[tuple((len(x.prompt), len(x.answer)) for x in trial.values())].append(index)
@@ -125,7 +125,7 @@ def _batches(trials) -> list[tuple[list[int], dict[Any, list[NeedleExample]], li
 
 def _answer(reader, prompts, memory, examples):
     answers = torch.tensor([example.answer for example in examples], device=prompts.device)
-    # Feeding the true answer and comparing each next choice is exact match of greedy decoding, in one pass.
+    # One pass over the true answer: greedy decoding gives the same tokens exactly if each next choice is right.
     logits, weights = attend(reader, memory, torch.cat([prompts[:, -1:], answers[:, :-1]], 1), prompts.shape[1])
     if logits.isnan().any():
         raise FloatingPointError(f"{type(reader.model).__name__} gives logits that are not numbers (nan)")

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 __all__ = ["ROPE_TYPES", "rope_scaling", "rope_theta"]
 
-# proportional is a kind of partial RoPE, which a model is trained with.
+# "proportional" is left out: it is a kind of partial RoPE with which a model is trained.
 ROPE_TYPES = tuple(sorted(set(ROPE_INIT_FUNCTIONS) - {"proportional"}))
 FULL = "full_attention"
 
@@ -26,7 +26,7 @@ def rope_theta(model: nn.Module, factor: float) -> Iterator[None]:
         factor: a positive number.
 
     Raises:
-        ValueError: the model has no RoPE of transformers' kind, or factor is not positive.
+        ValueError: the model has no RoPE of transformers, or factor is not positive.
 
     Example:
         >>> with ssmax.evaluation.rope_theta(model, 50):
@@ -52,7 +52,7 @@ def rope_scaling(model: nn.Module, parameters: Mapping[str, Any] | None) -> Iter
             defaults to the config's max_position_embeddings. None changes nothing.
 
     Raises:
-        ValueError: the model has no RoPE of transformers' kind, or the parameters are incomplete.
+        ValueError: the model has no RoPE of transformers, or the parameters are incomplete.
 
     Example:
         >>> with ssmax.evaluation.rope_scaling(model, {"rope_type": "yarn", "factor": 4}):
@@ -71,14 +71,14 @@ def rope_scaling(model: nn.Module, parameters: Mapping[str, Any] | None) -> Iter
 
 @contextmanager
 def _changed(model, change) -> Iterator[None]:
-    """Replace every rotary module by one whose config's rope_parameters are changed, and put it back afterwards."""
+    """Inside the block, replace every rotary module by one with changed rope_parameters."""
     replaced = []
     for name, module in list(model.named_modules()):
         if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)):
             parent, _, child = name.rpartition(".")
             replaced.append((model.get_submodule(parent), child, module, _made_anew(module, change)))
     if not replaced:
-        raise ValueError(f"{type(model).__name__} has no RoPE of transformers' kind; leave theta and scaling alone")
+        raise ValueError(f"{type(model).__name__} has no RoPE of transformers; leave theta and scaling alone")
     try:
         for parent, child, _, changed in replaced:
             setattr(parent, child, changed)
@@ -91,7 +91,7 @@ def _changed(model, change) -> Iterator[None]:
 def _made_anew(rotary, change):
     rope = getattr(getattr(rotary, "config", None), "rope_parameters", None)
     if not rope:
-        raise ValueError(f"{type(rotary).__name__} is no RoPE of transformers' kind; leave theta and scaling alone")
+        raise ValueError(f"{type(rotary).__name__} is not a RoPE of transformers; leave theta and scaling alone")
     config = copy.deepcopy(rotary.config)
     by_kind = FULL in rope
     config.rope_parameters = {**rope, FULL: change(rope[FULL])} if by_kind else change(rope)

@@ -1,4 +1,4 @@
-"""A model goes in, rows come out: what ssmax evaluate measures, one function each."""
+"""The measurements of ssmax evaluate and ssmax reproduce as rows, one function each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,11 +17,11 @@ from ssmax.runs.rows import Row
 
 __all__ = ["attention_rows", "draw_trials", "loss_rows", "retrieval_rows"]
 
-# Tokens of the longest prompts that pass at once; fewer where memory does not allow it.
+# Tokens in a batch of the longest prompts; fewer if memory does not suffice.
 BATCH_TOKENS = 32_768
 QUANTILES = (0.1, 0.5, 0.9)
 
-# What sharpness_by_layer gives, in its order.
+# The measures of sharpness_by_layer, in its order.
 MEASURED = [(metric, sink) for sink in ("with", "without") for metric in ("attention_entropy", "largest_weight")]
 
 Progress = Callable[[int], Any]
@@ -36,9 +36,9 @@ def loss_rows(
     chunk: int = 1024,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Return loss_by_position of documents (T,) of one length, in log-spaced bins.
+    """Return rows of loss_by_position (nats per token) for documents (T,) of equal length, in log-spaced bins.
 
-    A row's place holds position (the bin's last), from (its first) and, with several documents, low and high: the 95 %
+    A row's `at` holds position (the bin's last), from (its first) and, with several documents, low and high: the 95 %
     confidence interval of the mean over documents (Student's t).
     """
     losses = [loss_by_position(model, ids[None], chunk=chunk, progress=progress).cpu() for ids in documents]
@@ -59,7 +59,7 @@ def loss_rows(
 def draw_trials(
     task: NeedleTask | ABCDigits, lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int
 ) -> list[dict]:
-    """Draw the trials of a grid; the same for every model that has the same tokens."""
+    """Draw the trials of a grid. They depend only on the tokens and the seed, so that models share them."""
     cells = depth_grid(lengths, depths)
     return [task.grid(cells, np.random.default_rng([seed, trial])) for trial in range(trials)]
 
@@ -73,10 +73,10 @@ def retrieval_rows(
     chunk: int = 1024,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Return accuracy of each cell (length, depth), exact and of the first digit, and the needle scores of one cell.
+    """Return rows of the accuracy of each cell (length, depth), exact and of the first digit, and of one cell's needle scores.
 
-    needle_score (each head, mean over trials) and top_needle_score (each trial's highest) are those of the longest
-    contexts at the depth nearest to the middle.
+    needle_score (of each head, mean over trials) and top_needle_score (the highest of each trial) are measured at the
+    longest context and the depth nearest to the middle.
     """
     longest = max(length for length, _ in trials[0])
     found: list[Mapping[Any, RetrievalTrial]] = []
@@ -127,10 +127,11 @@ def attention_rows(
     chunk: int = 1024,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Return how sharply the heads attend after n tokens of documents (T,), n = 64, 128, ... and T.
+    """Return rows that say how sharply the heads attend after n tokens of documents (T,), for n = 64, 128, ... and T.
 
-    attention_entropy (relative to log n) and largest_weight, with and without the first token ("sink": "with" or
-    "without"): each head's mean over documents, and of these the mean and quantiles over all heads ("heads").
+    The metrics are attention_entropy (divided by log n) and largest_weight, with and without the first token ("sink": "with"
+    or "without"). Each head's mean over documents is taken; the rows hold the mean and quantiles of these over all heads
+    ("heads").
     """
     longest = len(documents[0])
     lengths = sorted({2**k for k in range(6, 40) if 2**k < longest} | {longest})

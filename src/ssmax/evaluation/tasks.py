@@ -10,7 +10,7 @@ import numpy as np
 __all__ = ["CITIES", "NEEDLE_WORDS", "ABCDigits", "NeedleExample", "NeedleTask", "PromptForm", "depth_grid"]
 
 CITIES = ("Tokyo", "Paris", "London", "Berlin", "Madrid", "Rome", "Cairo", "Lima", "Oslo", "Delhi")
-# A tokenizer of few words keeps these whole: the sentence would have more tokens than a small window has room for.
+# A tokenizer with a small vocabulary keeps these whole; otherwise the sentence would not fit into a small window.
 NEEDLE_WORDS = ("The", " special", " magic", " number", " is:", *(f" {x}" for x in (*CITIES, *range(10))))
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -41,9 +41,9 @@ class PromptForm:
 
     Attributes:
         head: token ids before the context: the tokenizer's first tokens, and the opening of a chat.
-        opening: the opening of a chat as text, whose tokens head holds; "" for a base model.
-        tail: text of a chat between the question and the reply. None for a base model, which gets no question and continues
-            the text.
+        opening: the opening of a chat as text, whose tokens are in head; "" for a base model.
+        tail: text of a chat between the question and the reply. None for a base model, which continues the text without a
+            question.
     """
 
     head: tuple[int, ...] = ()
@@ -55,8 +55,8 @@ class PromptForm:
         """Return the form for a tokenizer: "base", or "chat" by its chat template.
 
         Raises:
-            ValueError: "chat", and the tokenizer has no chat template, or one that changes the message; or the
-                tokenizer cannot write a plain word.
+            ValueError: the tokenizer has no chat template, or one that changes the message ("chat"); or it encodes a word
+                differently next to special tokens ("base").
         """
         if style == "base":
             with_special, bare = (tokenizer("a", add_special_tokens=x)["input_ids"] for x in (True, False))
@@ -76,7 +76,7 @@ class PromptForm:
         return cls(tuple(tokenizer(opening, add_special_tokens=False)["input_ids"]), opening, tail)
 
     def ending(self, question: str, lead: str) -> str:
-        """Return what follows the context: a chat asks the question and begins the reply with lead; a base model reads lead."""
+        """Return the text after the context: in a chat the question and then lead, which begins the reply; else only lead."""
         return lead if self.tail is None else f"\n\n{question}{self.tail}" + lead.lstrip("\n")
 
     def encoded(self, encode: Encode, text: str) -> list[int]:
@@ -84,8 +84,8 @@ class PromptForm:
         return encode(self.opening + text) if self.opening else [*self.head, *encode(text)]
 
 
-# A tokenizer may treat the start of a text as it treats no other place (SentencePiece puts a space there), and join
-# two pieces into one token. So a piece is never encoded alone, but after one of these words.
+# A tokenizer may treat the start of a text specially (SentencePiece adds a space), and may join two pieces into one token.
+# Therefore a piece is never encoded alone, but after one of these words.
 BEFORE = ("x", ".", "text.", "1")
 
 
@@ -96,21 +96,21 @@ def _inside(encode: Encode, text: str) -> list[int]:
         if alone and joint[: len(alone)] == alone:
             return joint[len(alone) :]
     raise ValueError(
-        f"the tokenizer joins {text[:20]!r} with any text before it into one token, so that the needle has no tokens of its own"
+        f"the tokenizer joins {text[:20]!r} with the text before it into one token, so the needle has no tokens of its own"
     )
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A prompt's end and its answer, cut from the tokens of one text: what a user's prompt and its continuation are.
+    """The end of a prompt and its answer, cut from the tokens of one text.
 
-    Where the prompt's last characters share a token with the answer's first, that token is the answer's; so is one that the
-    answer's last digit shares with what follows, since a model that goes on with the text says that one.
+    A token that holds the end of the prompt and the beginning of the answer belongs to the answer. So does a token that holds
+    the answer's last digit and the text after it, since a model that continues the text gives this token.
 
     Attributes:
         prompt: tokens before the answer.
-        answer: its tokens.
-        first: how many of them there are up to and with the first digit.
+        answer: tokens of the answer.
+        first: number of the answer's tokens up to its first digit, included.
     """
 
     prompt: list[int]
@@ -119,9 +119,9 @@ class _Asked:
 
     @classmethod
     def of(cls, encode: Encode, prompt: str, space: str, number: str, stop: str) -> "_Asked":
-        """Cut prompt + space + number + stop, where the answer is space + number."""
+        """Encode prompt + space + number + stop, and cut it before the answer, which is space + number."""
         whole = encode(f"{prompt}{space}{number}{stop}")
-        # The same text with every digit another: what differs holds digits.
+        # The same text with all digits changed: tokens that differ hold digits.
         other = encode(f"{prompt}{space}{number.translate(OTHER_DIGITS)}{stop}")
         first, stop_at = _shared(whole, other), len(whole) - _shared(whole[::-1], other[::-1])
         start = min(first, _shared(whole, encode(prompt)))
@@ -136,13 +136,13 @@ OTHER_DIGITS = str.maketrans("0123456789", "5678901234")
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two sequences begin with alike."""
+    """Return the number of tokens that two sequences share at their beginning."""
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     return sum(1 for _ in alike)
 
 
 def depth_grid(lengths: Sequence[int], depths: Sequence[float]) -> list[Cell]:
-    """Return all cells of a grid."""
+    """Return all cells (length, depth) of a grid."""
     return list(itertools.product(lengths, depths))
 
 
@@ -155,7 +155,7 @@ class NeedleTask:
         haystack: (T,) token ids of the text.
         digits: digits of the number (the paper: 7).
         distractors: number of needles for other cities, at random depths, that are not asked for.
-        several: put a needle for another city at each depth of the grid, and ask for each in turn.
+        several: put a needle for a different city at each depth of the grid, and ask for each in turn.
         form: how the prompt is made.
 
     Example:
@@ -172,7 +172,7 @@ class NeedleTask:
 
     @property
     def shortest(self) -> int:
-        """Length of an example without any text around the needle; the longest of some, where digits share tokens."""
+        """Tokens of an example without text around the needle; the longest of a sample, since digits may share tokens."""
         numbers = np.random.default_rng(0).integers(0, 10, (16, self.digits))
         return max(self._parts(city, "".join(map(str, n))).size for city in CITIES for n in numbers)
 
@@ -183,20 +183,20 @@ class NeedleTask:
         return _Parts(_inside(self.encode, f"{lead} {number}.\n"), asked)
 
     def example(self, length: int, depth: float, rng: np.random.Generator) -> NeedleExample:
-        """Draw an example whose prompt and answer have length tokens, the needle at depth in [0, 1] of the text.
+        """Draw an example whose prompt and answer have length tokens together, with the needle at depth in [0, 1] of the text.
 
         Raises:
-            ValueError: no room for needle, question and answer, or a haystack shorter than the text needed.
+            ValueError: no room for needle, question and answer, or the haystack is too short.
         """
         return self.grid([(length, depth)], rng)[length, depth]
 
     def grid(self, cells: Sequence[Cell], rng: np.random.Generator) -> dict[Cell, NeedleExample]:
-        """Draw one trial: an example for each (length, depth), all of the same text, cities and numbers.
+        """Draw one trial: an example for each (length, depth), with the same text, cities and numbers.
 
-        Contexts of one trial share long prefixes: they begin at the same place of the text.
+        Contexts of one trial share long prefixes, since they begin at the same place of the text.
 
         Raises:
-            ValueError: as example, or more needles than cities.
+            ValueError: as in example, or there are more needles than cities.
         """
         depths = sorted({depth for _, depth in cells})
         extra = len(depths) - 1 if self.several else self.distractors
@@ -207,7 +207,7 @@ class NeedleTask:
         longest = max(length for length, _ in cells)
         needs = self._parts(CITIES[first_city], numbers[0]).size
         start = int(rng.integers(0, max(1, len(self.haystack) - (longest - needs) + 1)))
-        # Drawn last: a single needle's examples do not depend on what other tasks draw.
+        # Drawn last, so that the examples of a single needle do not depend on distractors.
         others = [c for c in rng.permutation(len(CITIES)).tolist() if c != first_city][:extra] if extra else []
         numbers += [self._number(rng) for _ in others]
         parts = [self._parts(CITIES[c], n) for c, n in zip([first_city, *others], numbers, strict=True)]
@@ -224,8 +224,8 @@ class NeedleTask:
         return "".join(str(digit) for digit in rng.integers(0, 10, self.digits))
 
     def _place(self, length, depths, parts, asked, start):
-        """The context with every needle at its depth, and the question for one of them."""
-        # One room for all questions about a context, so that it is the same context.
+        """Return the context with every needle at its depth, and the question for one of them."""
+        # All questions about a context leave the same room for text, so that the context is the same.
         needles = sum(len(part.needle) for part in parts)
         room = (
             length
@@ -266,10 +266,10 @@ class _Parts:
 
 @dataclass(frozen=True)
 class ABCDigits:
-    """26 letters, each with a number of 6 digits, as lines "A=482910". One letter is asked for, and occurs once.
+    """Lines such as "A=482910", one number of 6 digits for each of 26 letters. The letter that is asked for occurs once.
 
-    Lines of the other 25 letters fill the context in random order. No language is needed, so that base models answer without
-    fine-tuning.
+    Lines of the other 25 letters fill the context in random order. The task needs no language, so base models can answer it
+    without fine-tuning.
 
     Attributes:
         encode: text -> token ids, without special tokens.
@@ -286,7 +286,7 @@ class ABCDigits:
     form: PromptForm = PromptForm()
 
     def grid(self, cells: Sequence[Cell], rng: np.random.Generator) -> dict[Cell, NeedleExample]:
-        """Draw one trial: an example for each (length, depth) of at most length tokens, with the same lines.
+        """Draw one trial: an example of at most length tokens for each (length, depth), with the same lines.
 
         Raises:
             ValueError: no room for a line, the question and the answer.
@@ -307,7 +307,7 @@ class ABCDigits:
             if length < fixed:
                 raise ValueError(f"an example of {length} tokens needs {fixed} for one line, question and answer")
             count = int(np.searchsorted(total, length - fixed, side="right"))
-            # Lines take no more tokens together than apart, in any tokenizer known; what is promised is checked.
+            # In all known tokenizers, lines take no more tokens together than one by one; this checks it.
             for kept in range(count, -1, -1):
                 at = round(depth * kept)
                 before, after = ("".join(others[i] for i in part) for part in (order[:at], order[at:kept]))
@@ -318,7 +318,7 @@ class ABCDigits:
         return found
 
     def _example(self, before: str, needle: str, after: str, ending: str, number: str) -> NeedleExample:
-        """The tokens of one text, and where the needle stands in them."""
+        """Return an example made from the tokens of one text, with the place of the needle."""
 
         def encode(text):
             return self.form.encoded(self.encode, text)

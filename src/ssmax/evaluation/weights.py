@@ -1,4 +1,4 @@
-"""The attention weights of one query in every layer, by the layer's own index, or why they are not available."""
+"""The attention weights of one query in every layer, by the layer's index, or the reason why they are not available."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 
 
 class Weights:
-    """What one query attends to.
+    """The attention weights of one query.
 
     Attributes:
-        layers: (B, heads, keys up to the query) by layer index; a layer with a window holds its last keys.
+        layers: (B, heads, keys up to the query) by layer index; a layer with a window holds only its last keys.
         without: layers that ran and have no attention weights.
-        problem: why the weights of a layer with attention cannot be had, or None.
+        problem: the reason why weights of a layer with attention are not available, or None.
     """
 
     def __init__(self, model: PreTrainedModel, row: int, length: int):
-        """Record the last query, at row of the tokens that are passed, which sees length tokens."""
+        """Record the query at index row of the tokens in a forward; it sees length tokens."""
         self.model, self.row, self.length = model, row, length
         self.layers: dict[int, Tensor] = {}
         self.without: list[int] = []
@@ -37,16 +37,16 @@ class Weights:
         ] = []  # the layer that was running, its module, its weights
 
     def enter(self, stack: str, layer: int) -> None:
-        """Say that a layer of a list of layers runs from now on."""
+        """Note that a layer of a list of layers begins to run."""
         self._ran.append((stack, layer))
 
     def keep(self, module: Any, weights: Any) -> None:
-        """Keep what a kernel of transformers' interface has returned."""
+        """Keep the weights that an attention function of transformers returned."""
         if isinstance(weights, Tensor) and weights.ndim == 4 and self._ran:
             self._found.append((self._ran[-1], module, weights[:, :, self.row].float()))
 
     def add(self, output: Any) -> None:
-        """Put what was found under the layers' indices, with what the model itself has returned."""
+        """Assign the recorded weights, and those that the model returned itself, to the layers' indices."""
         stacks = {stack for (stack, _), _, _ in self._found}
         indices = [layer for (_, layer), _, _ in self._found]
         if len(set(indices)) < len(indices):
@@ -60,7 +60,7 @@ class Weights:
             indices = [int(layer) for layer in own]
         found = {i: (module, weights) for i, (_, module, weights) in zip(indices, self._found, strict=True)}
         returned = list(getattr(output, "attentions", None) or ())
-        # Other lists of modules may be numbered too; the layers are those that attend, or as many as have returned something.
+        # Other lists of modules may be numbered too. The layers are the list that attends, or one with as many as were returned.
         if not stacks:
             stacks = {stack for stack, _ in self._ran if len({i for s, i in self._ran if s == stack}) == len(returned)}
         ran = sorted({layer for stack, layer in self._ran if stack in stacks} | set(found))
@@ -86,18 +86,16 @@ class Weights:
             raise FloatingPointError(f"the attention weights of layer {layer} are not numbers (nan)")
         keys = weights.shape[-1]
         if keys > self.length or (keys < self.length and not self._is_windowed(layer, module)):
-            self.problem = (
-                f"layer {layer} attends to {keys} keys where {self.length} tokens were read: its keys are no tokens"
-            )
+            self.problem = f"layer {layer} attends to {keys} keys after {self.length} tokens: its keys are not tokens"
         elif (weights < 0).any() or (weights.sum(-1) > 1.01).any():
             self.problem = (
-                f"the attention weights of layer {layer} are no softmax: they are negative, or sum to more than 1"
+                f"the attention weights of layer {layer} are not a softmax: they are negative, or sum to more than 1"
             )
         else:
             self.layers[layer] = weights
 
     def refuse(self, problem: str) -> None:
-        """Say why there are no weights."""
+        """Drop all weights, with the reason."""
         self.problem, self.layers = problem, {}
 
     def _is_windowed(self, layer, module):
@@ -108,7 +106,7 @@ class Weights:
         return bool(getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None))
 
     def raise_problem(self) -> None:
-        """Raise ValueError where weights are missing that the model should have."""
+        """Raise ValueError if the model has attention and its weights are not available."""
         if self.problem or not self.layers:
             raise ValueError(
                 f"attention cannot be measured: {self.problem or f'{type(self.model).__name__} has no attention weights'}"
@@ -126,12 +124,12 @@ class Weights:
 
 @contextmanager
 def recorded(model: PreTrainedModel, row: int, length: int) -> Iterator[Weights]:
-    """Run the model on eager attention and record the weights of the last query.
+    """Inside the block, run the model on eager attention and record the weights of one query.
 
     Args:
         model: the model.
-        row: its index among the tokens that are passed.
-        length: tokens that it sees.
+        row: the query's index among the tokens of the forward.
+        length: number of tokens that it sees.
     """
     weights = Weights(model, row, length)
     handles = [module.register_forward_pre_hook(_entering(weights, *where)) for where, module in _numbered(model)]
@@ -161,7 +159,7 @@ def recorded(model: PreTrainedModel, row: int, length: int) -> Iterator[Weights]
 def _choose(model, implementation):
     if is_transformers(model):
         model.set_attn_implementation(implementation)
-    else:  # transformers does nothing then, and its layers read the config
+    else:  # set_attn_implementation does nothing for such a class, but its layers read the config
         model.config._attn_implementation = implementation
 
 
@@ -170,7 +168,7 @@ def _entering(weights, stack, layer):
 
 
 def _numbered(model: nn.Module) -> list[tuple[tuple[str, int], nn.Module]]:
-    """Modules that are numbered in their parent and lie in no other such one: the layers, with their numbers."""
+    """Return the layers with their list and number: modules whose name is a number, and that lie in no other such module."""
     found = []
     for name, module in model.named_modules(remove_duplicate=False):
         *above, last = name.split(".")

@@ -1,4 +1,4 @@
-"""Checkpoints inside a training: one counts only once it is sealed, with its owner and the hash of each file."""
+"""Checkpoints inside a training. A checkpoint counts only when it is sealed, with its owner and the hash of each file."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ __all__ = ["copy", "newest", "owner", "seal"]
 
 
 def owner(folder: Path, recipe: Any) -> str:
-    """Return the owner of a model's subfolder: that model, stage, and run of that recipe.
+    """Return the owner of a stage's folder of checkpoints: the model, the stage, and a hash of the recipe.
 
     Args:
         folder: MODEL/STAGE.
-        recipe: the settings, a dataclass. Fields that older versions did not have, as recipe.later holds them, count only where
-            they differ from what these versions did.
+        recipe: the settings, a dataclass. Fields in recipe.later, which older versions did not have, count only if they differ
+            from what those versions did.
     """
     told = {name: value for name, value in asdict(recipe).items() if recipe.later.get(name, ...) != value}
     settings = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
@@ -31,7 +31,7 @@ def owner(folder: Path, recipe: Any) -> str:
 
 
 def seal(checkpoint: Path, whose: str) -> None:
-    """Sync and seal a checkpoint once all ranks have written their share of it."""
+    """Sync and seal a checkpoint after all ranks have written their part."""
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -49,11 +49,11 @@ def copy(checkpoint: Path, folder: Path, whose: str) -> None:
 
 
 def newest(folder: Path, whose: str) -> Path | None:
-    """Return the newest whole checkpoint of an owner in folder, the same on all ranks, and remove what is none.
+    """Return the newest complete checkpoint of an owner in a folder, the same on all ranks. Remove incomplete and damaged ones.
 
     Args:
         folder: folder of one training.
-        whose: the owner that seal was told, so that a checkpoint of another model or run is not continued.
+        whose: the owner that was given to seal, so that no checkpoint of another model or run is continued.
     """
     state = PartialState()
     if state.is_main_process:
@@ -61,7 +61,7 @@ def newest(folder: Path, whose: str) -> Path | None:
             try:
                 check_folder(checkpoint, whose)
             except Damaged as error:
-                if (checkpoint / SEAL).exists():  # without one the run was killed in its midst, which is no news
+                if (checkpoint / SEAL).exists():  # without a seal the run was killed while saving: nothing to report
                     tqdm.write(f"ssmax: {error}; it is not continued", file=sys.stderr)
                 shutil.rmtree(checkpoint)
     state.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""What a training reads, as a function of the seed alone: windows of a stream of tokens, examples of a task."""
+"""Data sets of a training, in an order that depends only on the seed: windows of a token stream, and examples of a task."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +13,19 @@ __all__ = ["Examples", "Windows"]
 
 
 class Windows(Dataset):
-    """The training stream cut into windows, in an order that depends on the seed alone: all once, then all again.
+    """The training stream cut into windows. All windows come once, then all again in another order; the seed sets the orders.
 
-    The order of one pass is held, 4 bytes a window (1.5 GiB for the paper's 410 million), and drawn when it is reached.
-    It is a plain permutation: windows of a document never meet in a step but by chance, however the text is sorted.
+    The order of one pass is in memory, 4 bytes for each window (1.5 GiB for the paper's 410 million). It is drawn when the
+    pass begins. It is a random permutation, so that windows of one document meet in a step only by chance.
 
     Args:
-        tokens: (T,) with len and slices, such as ssmax.data.shards.Shards.
+        tokens: (T,) integers with len and slices, such as ssmax.data.shards.Shards.
         length: tokens of a window.
-        count: windows that are asked for.
+        count: number of windows to return.
         seed: seed of the order.
+
+    Raises:
+        UserError: tokens has less than one window, or more than 2^32.
     """
 
     def __init__(self, tokens: Any, length: int, count: int, seed: int):
@@ -49,7 +52,7 @@ class Windows(Dataset):
         return {"input_ids": window, "labels": window}
 
     def _draw(self, epoch):
-        """Go to the order of a pass; the generator runs on from pass to pass."""
+        """Draw the order of a pass. The generator continues from pass to pass."""
         if epoch < self.epoch or self.epoch < 0:
             self.rng, self.epoch = np.random.default_rng(self.seed), -1
         while self.epoch < epoch:
@@ -59,10 +62,10 @@ class Windows(Dataset):
 
 
 class Examples(Dataset):
-    """Examples of a task up to a longest length, longer ones as the training goes on; loss on the answer.
+    """Examples of a task, which grow longer during the training. The loss is that of the answer only.
 
     Args:
-        draw: (length, generator) -> an example with prompt and answer of length tokens together.
+        draw: (length, generator) -> an example whose prompt and answer have length tokens together.
         shortest: length of the shortest example.
         longest: tokens of the longest example.
         batch_size: examples of a step.
@@ -95,7 +98,7 @@ class Examples(Dataset):
         step = index // self.batch_size
         grown = min(1.0, 0.15 + 2 * step / self.steps)
         longest = self.shortest + int((self.longest - self.shortest) * grown)
-        # One length for a batch, one example for an index: nothing depends on who asks, or in which order.
+        # The length depends on the batch and the example on the index alone, so that neither depends on ranks or order.
         length = int(np.random.default_rng([self.seed, step]).integers(self.shortest, longest + 1))
         example = self.draw(length, np.random.default_rng([self.seed, step, index]))
         tokens = torch.tensor(example.prompt + example.answer)

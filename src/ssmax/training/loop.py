@@ -1,4 +1,4 @@
-"""The training loop, by transformers' Trainer, on any number of ranks: optimizer, checkpoints, signals, numbers that are not finite."""
+"""The training loop, by transformers' Trainer, on any number of ranks: optimizer, checkpoints, signals, and a check for NaN."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ class Spec:
         checkpoint_steps: steps between two checkpoints; 0 for none.
         seed: the Trainer's seed.
         owner: owner of the checkpoints, see checkpoints.owner.
-        branch: where another training continues from a step of this one; None for nowhere.
+        branch: a step of this training from which another training continues, or None.
     """
 
     steps: int
@@ -64,7 +64,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Branch:
-    """A checkpoint that is left for another training, which continues from it.
+    """A checkpoint that is written for another training, which continues from it.
 
     Attributes:
         step: the step after which it is written.
@@ -79,10 +79,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a training runs, which does not change what it computes.
+    """How a training runs. This does not change what it computes.
 
     Attributes:
-        shard: shard weights and optimizer over the ranks (FSDP2); otherwise each holds all (DDP).
+        shard: shard weights and optimizer over the ranks (FSDP2); otherwise each rank holds all of them (DDP).
         report_to: a tracker of transformers' Trainer, such as "tensorboard" or "wandb".
     """
 
@@ -92,7 +92,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained model, whole, on the CPU or this rank's device, and (step, mean loss since the last entry)."""
+    """The result of a training.
+
+    Attributes:
+        model: the trained model with all its weights, on the CPU or on this rank's device.
+        losses: (step, mean loss since the last entry), in nats per token.
+    """
 
     model: PreTrainedModel
     losses: list[tuple[float, float]]
@@ -107,21 +112,21 @@ def train(
     setup: Setup = Setup(),
     before_step: Callable[[nn.Module, int], Any] = lambda model, step: None,
 ) -> Trained:
-    """Train a model; checkpoints lie in folder, and the newest whole one there is continued.
+    """Train a model. The training continues from the newest complete checkpoint in folder, if there is one.
 
     Args:
-        model: changed in place, or its copies where it is sharded.
+        model: the model, trained in place; if it is sharded, a copy is trained.
         data: a data set of spec.steps times spec.batch_size items, read in order.
         spec: what is computed.
         folder: folder of the checkpoints.
-        progress: told the tokens of each step.
+        progress: called after each step with its number of tokens.
         setup: how it runs.
-        before_step: called with the model and the number of finished steps.
+        before_step: called before each step with the model and the number of finished steps.
 
     Raises:
         UserError: the ranks cannot share the batch.
-        RunFailed: a number that is not finite.
-        Stopped: by a signal, once a checkpoint is written.
+        RunFailed: a number is not finite.
+        Stopped: a signal came; a checkpoint is written first.
     """
     sharded = setup.shard and world_size() > 1
     more: dict[str, Any] = {"fsdp": True, "fsdp_config": FSDP} if sharded else {}
@@ -154,7 +159,7 @@ def train(
         callbacks=[watch],
     )
     trainer.spec, watch.trainer = spec, trainer
-    # The Trainer prints its log as dictionaries; progress and rows say it better.
+    # Remove the callback that prints the Trainer's log as dictionaries; the progress bar and the rows hold the same.
     trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
     newest = checkpoints.newest(folder, spec.owner)
     watch.resumed = newest
@@ -177,7 +182,7 @@ FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_
 
 
 def batch_arguments(batch_size: int, device_batch_size: int) -> dict[str, Any]:
-    """Return per-device size and accumulation so that a step sees batch_size windows on any number of ranks.
+    """Return the Trainer's arguments with which a step sees batch_size items on any number of ranks.
 
     Raises:
         UserError: the ranks cannot share the batch evenly.
@@ -191,13 +196,13 @@ def batch_arguments(batch_size: int, device_batch_size: int) -> dict[str, Any]:
 
 
 class _InOrder(Trainer):
-    """The Trainer with the data in order, the paper's parameter groups, and a look at each step's numbers."""
+    """The Trainer with the data in order, the paper's parameter groups, and a check that each step's numbers are finite."""
 
     spec: Spec
 
     @property
     def weights(self) -> Any:
-        """The model, without what wraps it."""
+        """The model without its wrappers."""
         return self.model
 
     def _get_train_sampler(self, train_dataset=None):
@@ -205,7 +210,7 @@ class _InOrder(Trainer):
         return SequentialSampler(data)
 
     def create_accelerator_and_postprocess(self):
-        """Accelerate shards on accelerators alone and ignores the wish on CPUs, where FSDP2 works as well."""
+        """accelerate shards on accelerators only. For CPUs, where FSDP2 works too, it is told that they are GPUs."""
         state = PartialState._shared_state
         kind = state.get("distributed_type")
         if self.args.fsdp and kind == DistributedType.MULTI_CPU:
@@ -223,12 +228,12 @@ class _InOrder(Trainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Keep the batch for a diagnosis."""
+        """Keep the batch, to find the module of a number that is not finite."""
         self.batch = inputs
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """Project onto the vocabulary only from the first token that is learned: of a task's example that is the answer."""
+        """Compute logits only from the first token with a label, which is the answer in an example of a task."""
         labels = inputs["labels"]
         first = int(labels.ne(-100).any(0).int().argmax())
         if first > 1:
@@ -237,7 +242,7 @@ class _InOrder(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _clip_grad_norm(self, model):
-        """Stop before a step that is not finite: a NaN anywhere before, loss included, ends in the gradients' norm."""
+        """Stop before a step that is not finite. A NaN in the loss or in any gradient makes the gradients' norm NaN."""
         norm: Any = super()._clip_grad_norm(model)
         if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
             with self.compute_loss_context_manager():
@@ -246,7 +251,7 @@ class _InOrder(Trainer):
         return norm
 
     def _save_checkpoint(self, model, trial):
-        """As the Trainer does, with the losses since the last log entry, which it forgets."""
+        """Save like the Trainer, with the losses since the last log entry, which the Trainer does not save."""
         nonfinite.check_weights(self.weights, self.state.global_step)
         super()._save_checkpoint(model, trial)
         since = [float(self._tr_loss), self._globalstep_last_logged]
@@ -258,7 +263,7 @@ ADVICE = "lower --learning-rate or raise --warmup-steps with another --out. Fini
 
 
 class _Watch(TrainerCallback):
-    """Progress, what a caller does before a step, the wish to stop, and the seal of a whole checkpoint."""
+    """Progress, the caller's before_step, stopping after a signal, and the seal of a complete checkpoint."""
 
     trainer: Any
     resumed: Path | None = None
@@ -269,7 +274,7 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.progress(state.global_step * self.spec.step_tokens)
-        if self.resumed is not None:  # the mean over ranks: they may have been another number
+        if self.resumed is not None:  # the mean over ranks, whose number may have been different
             kept = [json.loads(path.read_text()) for path in self.resumed.glob("loss-*.json")]
             self.trainer._tr_loss += sum(loss for loss, _ in kept) / len(kept)
             self.trainer._globalstep_last_logged = kept[0][1]

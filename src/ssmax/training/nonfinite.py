@@ -1,4 +1,4 @@
-"""Numbers that are not finite: which weight, which module, which gradient was the first."""
+"""Numbers that are not finite: find the first weight, module or gradient that has one."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,14 +12,14 @@ __all__ = ["check_weights", "first_not_finite"]
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """Raise RunFailed, naming the weight, where one is not finite."""
+    """Raise RunFailed with the weight's name if a weight is not finite."""
     name = _bad_weight(model)
     if name is not None:
         raise RunFailed(f"step {step}: weight {name} is not finite; the checkpoint before it is kept")
 
 
 def first_not_finite(model: nn.Module, batch: Mapping[str, Any]) -> str:
-    """Run a batch once more and say where the first number is not finite: a weight, an output, the loss or a gradient."""
+    """Run a batch again, and return where the first number is not finite: in a weight, an output, the loss or a gradient."""
     weight = _bad_weight(model)
     if weight is not None:
         return f"weight {weight} is not finite"
@@ -55,7 +55,7 @@ def first_not_finite(model: nn.Module, batch: Mapping[str, Any]) -> str:
 
 def _bad_weight(model):
     for name, parameter in model.named_parameters():
-        own: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a sharded one
+        own: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # this rank's shard
         if not own.isfinite().all():
             return name
     return None

@@ -1,4 +1,4 @@
-"""The ranks of a distributed run: how they join, agree before anything is written, and say which of them is missing."""
+"""The ranks of a distributed run: they join, compare their settings before anything is written, and name a missing rank."""
 
 import os
 import time
@@ -15,12 +15,12 @@ from ssmax.runs import signals
 
 __all__ = ["agree", "any_of", "explained", "gpu_name", "join", "leave", "world_size"]
 
-# How long a rank that failed waits for the word of the others.
+# How long a rank that failed waits for the messages of the others.
 LAST_WORDS = timedelta(seconds=5)
 
 
 def join(timeout: timedelta) -> PartialState:
-    """Join the other ranks that torchrun started. A rank that waits longer than timeout for another one fails."""
+    """Join the other ranks that torchrun started. A rank that waits for another one longer than timeout fails."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
 
 
@@ -30,12 +30,12 @@ def world_size() -> int:
 
 
 def gpu_name() -> str | None:
-    """Return the name of this process's GPU, None without one."""
+    """Return the name of this process's GPU, or None if it has none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def leave() -> None:
-    """Wait for the other ranks and part from them: who exits inside of a group may be aborted by the group's own threads."""
+    """Wait for the other ranks and leave the group. The group's threads may abort a process that exits without leaving."""
     state = PartialState()
     if state.num_processes > 1:
         state.wait_for_everyone()
@@ -43,7 +43,7 @@ def leave() -> None:
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Raise UserError on every rank, naming the ranks, where they do not have the same facts."""
+    """Raise UserError on every rank if the ranks do not have the same facts. The message names the rank and the fact."""
     state = PartialState()
     if state.num_processes == 1:
         return
@@ -58,7 +58,7 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set on any rank; all ranks must ask together."""
+    """Return whether the flag is set on any rank. All ranks must call this together."""
     state = PartialState()
     if state.num_processes == 1:
         return flag
@@ -68,16 +68,16 @@ def any_of(flag: bool) -> bool:
 
 
 def explained(error: Exception) -> Exception:
-    """Return what to tell of an error: where other ranks gave no sign of life or failed first, that it is because of them."""
+    """Return the error to report: if other ranks failed first or do not answer, an error that names them."""
     state = PartialState()
     if state.num_processes == 1:
         return error
     own = isinstance(error, (UserError, RunFailed, OSError))
     others = [rank for rank in range(state.num_processes) if rank != state.process_index]
     try:
-        with signals.deferred():  # torchrun asks the ranks to end as soon as one of them is gone
+        with signals.deferred():  # torchrun stops all ranks as soon as one of them is gone
             words = _last_words(state.process_index, str(error) if own else "", () if own else others)
-    except RuntimeError:  # the store was on a machine that is gone
+    except RuntimeError:  # the machine that held the store is gone
         return error
     if own:
         return error
@@ -93,7 +93,7 @@ def explained(error: Exception) -> Exception:
 
 
 def _last_words(rank, word, others):
-    """Leave a word for the other ranks, and wait a moment for theirs."""
+    """Leave a message for the other ranks in torchrun's store, and wait a moment for theirs."""
     store = distributed.distributed_c10d._get_default_store()
     store.set(f"ssmax/{rank}", word)
     words: dict[int, str] = {}

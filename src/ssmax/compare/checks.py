@@ -22,13 +22,13 @@ BEYOND = 3
 
 
 def check_fit(config: PreTrainedConfig, tokenizer: Any, needs: Mapping[str, Needs]) -> None:
-    """Compare tokenizer and what the stages ask with the shapes of the model that config describes.
+    """Compare the tokenizer and the stages' needs with the shapes of the model that config describes.
 
     Raises:
-        UserError: contexts beyond a table of positions, or tokens beyond the vocabulary.
+        UserError: a context is longer than the model's table of positions, or a token lies beyond its vocabulary.
     """
     model = _shape_of(config)
-    if model is None:  # a family that is not built without weights; its first forward will say
+    if model is None:  # the family cannot be built without weights; check_model's forward finds problems later
         return
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     # Special tokens that were added to a tokenizer (padding) do no harm until one is used.
@@ -36,7 +36,7 @@ def check_fit(config: PreTrainedConfig, tokenizer: Any, needs: Mapping[str, Need
     largest = max(*(need.largest for need in needs.values()), *(set(tokenizer.get_vocab().values()) - special))
     if vocabulary is not None and largest >= vocabulary:
         raise UserError(
-            f"the tokenizer has token {largest}, and the model's vocabulary ends at {vocabulary - 1} ({vocabulary} tokens): they "
+            f"the tokenizer has token {largest}, but the model's vocabulary ends at {vocabulary - 1} ({vocabulary} tokens): they "
             "do not belong together; save the model's own tokenizer into its folder"
         )
     positions = _positions(model, config)
@@ -57,7 +57,7 @@ def _shape_of(config) -> PreTrainedModel | None:
 
 
 def _positions(model: PreTrainedModel, config: PreTrainedConfig) -> int | None:
-    """Return how many positions the model has tables for; None where it computes them (RoPE, ALiBi, none at all)."""
+    """Return the number of positions in the model's tables; None if it has no table (RoPE, ALiBi, no positions)."""
     known = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if known is None:
         return None
@@ -79,16 +79,16 @@ def _positions(model: PreTrainedModel, config: PreTrainedConfig) -> int | None:
 
 @torch.inference_mode()
 def check_model(model: PreTrainedModel, material: Material, attention: bool, chunk: int) -> None:
-    """Pass the first tokens of the texts.
+    """Run the first tokens of the texts through the model.
 
     Args:
         model: the model, on its device.
         material: the tokens of its texts.
-        attention: whether its attention weights are asked for.
-        chunk: positions per forward pass.
+        attention: whether its attention weights are needed.
+        chunk: positions in each forward pass.
 
     Raises:
-        UserError: its forward fails, sees later tokens, gives numbers that are none, or no attention weights.
+        UserError: the forward fails, uses later tokens or gives NaN, or attention weights are needed and not available.
     """
     ids = torch.tensor([material.sample(SAMPLE)], device=model.device)
     try:
@@ -116,13 +116,13 @@ def check_model(model: PreTrainedModel, material: Material, attention: bool, chu
 
 @contextmanager
 def told_of_numbers(model: PreTrainedModel) -> Iterator[None]:
-    """Say where numbers that are none come from: from a weight, or from the dtype."""
+    """Turn a FloatingPointError into a UserError that names the cause: a weight, or the dtype."""
     try:
         yield
     except FloatingPointError as error:
         bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
         cause = (
-            f"its weight {bad} holds numbers that are not finite; save the model anew"
+            f"its weight {bad} holds numbers that are not finite; save the model again"
             if bad
             else f"its weights are finite, so they overflow in {model.dtype}; give --dtype float32"
         )

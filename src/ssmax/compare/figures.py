@@ -1,4 +1,4 @@
-"""Figures of ssmax evaluate: every model in its own colour, in the order in which the models were given."""
+"""Figures of ssmax evaluate. Each model has its own colour, in the order in which the user gave the models."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from ssmax.runs.rows import Row
 
 __all__ = ["FIGURES"]
 
-# Safe for colour-blind readers (Okabe and Ito); further models repeat them, dashed.
+# Safe for colour-blind readers (Okabe and Ito). Further models repeat the colours with dashed lines.
 PALETTE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
@@ -44,7 +44,7 @@ def _loss(rows, models):
         values += [row.value for row in losses]
     longest = max(row.at["position"] for row in pick(rows, "loss_by_position"))
     tokens(axis, _powers(longest), "position in the text (tokens)")
-    # With few documents the bands reach far: the curves set the scale.
+    # With few documents the bands are wide, so the axis follows the curves.
     axis.set(ylabel="loss (nats per token)", ylim=(min(values) - 0.5, max(values) + 0.5))
     legend(axis)
     title(figure, f"Loss around position {longest:,}: {', '.join(ends)}")
@@ -126,13 +126,13 @@ def _powers(longest):
     return [2**k for k in range(3, 40) if 2**k <= longest]
 
 
-# name -> (the metric without which it cannot be drawn, caption, how)
+# name -> (the metric that the figure needs, caption, function that draws it)
 FIGURES: dict[str, tuple[str, str, Callable[[Sequence[Row], Sequence[str]], Figure]]] = {
     "loss": ("loss_by_position", "Loss at each position; band: 95 % confidence over documents.", _loss),
     "retrieval": ("retrieval_accuracy", "Share of numbers found, by context size and depth of the needle.", _retrieval),
     "needle_scores": (
         "needle_score",
-        "Needle score of each head: its attention on the needle's tokens from the query that emits the first answer token, "
+        "Needle score of each head: its attention on the needle's tokens from the query that predicts the first token of the answer, "
         "mean over trials, sorted.",
         _needle_scores,
     ),

@@ -1,4 +1,4 @@
-"""The report of ssmax evaluate: several models side by side, as tables, figures and one page; from rows alone."""
+"""The report of ssmax evaluate, made from rows alone: tables, figures and one page that show models side by side."""
 
 import itertools
 import json
@@ -20,7 +20,14 @@ __all__ = ["Table", "build", "tables", "tables_json", "tables_text"]
 
 @dataclass(frozen=True)
 class Table:
-    """Models down, coordinates across; cells are numbers, None where not measured."""
+    """A table with a line for each model and a column for each coordinate.
+
+    Attributes:
+        title: the caption.
+        columns: names of the coordinates.
+        lines: for each model its name and its numbers; None where nothing was measured.
+        spec: format of a number.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -48,12 +55,12 @@ def build(folder: Path) -> list[Table]:
 
 
 def models_of(rows: Sequence[Row]) -> list[str]:
-    """Return the models in the order in which they were given, which is that of their colours."""
+    """Return the models in the order in which the user gave them; this is also the order of their colours."""
     return list(dict.fromkeys(row.variant for row in rows))
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Return every table that the rows can fill."""
+    """Return all tables for which there are rows."""
     models = models_of(rows)
     found = [_loss(rows, models)] if pick(rows, "loss_by_position") else []
     for task in dict.fromkeys(row.at["task"] for row in pick(rows, "retrieval_accuracy")):
@@ -88,7 +95,7 @@ def _table(name: str, models, rows: Sequence[Row], coordinate: str, spec: str, r
 
 
 def _loss(rows, models):
-    """Means over octaves: bins are half of one."""
+    """Return the table of losses by octave of position; a row's bin is half an octave."""
     losses = pick(rows, "loss_by_position")
     longest = max(row.at["position"] for row in losses)
     edges = [0, *sorted({2**k for k in range(8, 40) if 2**k < longest} | {longest})]
@@ -151,7 +158,7 @@ def _page(rows, kept, found, images, state):
 <p class="sub">{escaped(", ".join(models_of(rows)))}. {len(rows):,} measured rows in rows.jsonl.</p>
 <h2>Tables</h2>{html_tables}
 <h2>Figures</h2>{figures_html(images)}
-<h2>How it was done</h2><ul>{"".join(f"<li>{escaped(line)}</li>" for line in _method(settings))}</ul>
+<h2>How it was measured</h2><ul>{"".join(f"<li>{escaped(line)}</li>" for line in _method(settings))}</ul>
 <p>{escaped(facts)}</p>
 <details><summary>All settings</summary><pre>{escaped(json.dumps(kept, indent=1))}</pre></details>"""
     return document("evaluate", state, body)
@@ -162,13 +169,14 @@ def _method(s):
     lines = [
         f"{rope}, for all models.",
         f"Loss and attention: up to {s['documents']} documents of {s['length']:,} tokens each. Bands are 95 % confidence intervals of the "
-        "mean over documents (Student's t). Models with other tokenizers have other tokens, and their losses cannot be compared.",
-        "Entropy is divided by the log of the number of keys: 1 is uniform attention. The first token often takes attention that no key "
-        "deserves; without it the weights are renormalised.",
+        "mean over documents (Student's t). Losses of models with different tokenizers cannot be compared, since their tokens differ.",
+        "Entropy is divided by the log of the number of keys: 1 is uniform attention. The first token often takes attention that no other "
+        "key needs (a sink); “without the first token” leaves it out and renormalises the other weights.",
         f"Retrieval: {s['trials']} trials for each context size and depth, the same for models of one tokenizer; greedy decoding; the "
         f"prompt is for {'chat' if s['prompt'] == 'chat' else 'base'} models. One needle: “The special magic Tokyo number is: 8106422.” in the text. "
-        f"Distractors: {s['distractors']} needles of other cities. Letters with digits: lines “A=482910”, the asked one once.",
-        "Needle score: one head's attention on the needle's tokens from the query that emits the first answer token.",
+        f"Distractors: {s['distractors']} needles for other cities. Letters with digits: lines such as “A=482910”; the line that is asked "
+        "for occurs once.",
+        "Needle score: the attention of one head on the needle's tokens, from the query that predicts the first token of the answer.",
     ]
     if s["finetune_steps"]:
         lines.append(

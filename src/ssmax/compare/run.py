@@ -1,4 +1,4 @@
-"""Run the stages of all models, one after another, and continue where an earlier run stopped."""
+"""Runs the stages of all models of ssmax evaluate, one after another. A stopped run continues with its first missing stage."""
 
 import dataclasses
 import hashlib
@@ -30,16 +30,16 @@ __all__ = ["Machine", "evaluate", "filled_in", "plan"]
 
 TEXT_LIMIT = 64 * 2**20  # bytes of text that are read
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*", "*.model", "*.tiktoken")
-SIZES = 5  # of contexts, in equal steps, where the user names none
+SIZES = 5  # number of context sizes, in equal steps, if the user names none
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """How it runs, which does not change what is measured.
+    """How an evaluation runs. This does not change what it measures.
 
     Attributes:
-        device: "cpu", "cuda", "mps", or "auto" for the best that is there.
-        chunk: positions per forward pass.
+        device: "cpu", "cuda", "mps", or "auto" for the best that is available.
+        chunk: positions in each forward pass.
     """
 
     device: str = "auto"
@@ -66,10 +66,10 @@ class Machine:
 
 
 def filled_in(settings: Settings) -> Settings:
-    """Return the settings with length and sizes, where the user gave none, from the models' configs.
+    """Return the settings with length and sizes from the models' configs, if the user gave none.
 
     Raises:
-        UserError: a model cannot be loaded, or no config says how long its context is.
+        UserError: a model cannot be loaded, or no config holds a context length.
     """
     quiet()
     length = settings.length
@@ -77,7 +77,7 @@ def filled_in(settings: Settings) -> Settings:
         known = [_context(contender) for contender in settings.jobs]
         length = min((n for n in known if n), default=0)
         if not length:
-            raise UserError("no model's config says how long its context is; give --length")
+            raise UserError("no model's config holds a context length; give --length")
     steps = tuple(length * k // SIZES for k in range(1, SIZES + 1))
     return dataclasses.replace(settings, length=length, sizes=settings.sizes or steps)
 
@@ -88,7 +88,7 @@ def _context(contender):
 
 
 def plan(settings: Settings, source: str | None) -> list[str]:
-    """Return lines that say what would be done, from texts, tokenizers and configs alone."""
+    """Return lines that say what would be done, from texts, tokenizers and configs, without loading a model."""
     quiet()
     texts, description = _texts(source, settings)
     lines = [f"text: {description}, {len(texts):,} documents"]
@@ -102,22 +102,22 @@ def plan(settings: Settings, source: str | None) -> list[str]:
 
 
 def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Machine) -> None:
-    """Measure every model to the end: run.rows_file holds every row.
+    """Measure every model, and write all rows to run.rows_file.
 
     Args:
-        settings: what to measure, filled in.
+        settings: what to measure, as filled_in returns it.
         source: the texts, see ssmax.data.sources.documents.
         run: the folder, opened by this process.
-        machine: how.
+        machine: how it runs.
 
     Raises:
-        UserError: bad models or texts, models that cannot be measured so, or a folder that belongs to another configuration.
-        RunFailed: a stage failed, or memory ran out; all finished ones are kept.
+        UserError: a bad model or text, a model that cannot be measured, or a folder that belongs to another configuration.
+        RunFailed: a stage failed, or memory ran out; finished stages are kept.
     """
     quiet()
     texts, description = _texts(source, settings)
     provenance = provenance_of(settings, description, gpu_name()) | {"device": str(machine.torch_device)}
-    # All that can be known without weights is known of all models before the first is loaded.
+    # Everything that can be checked without weights is checked for all models before the first is loaded.
     jobs = [(contender, todo) for contender in settings.jobs if (todo := run.todo(contender))]
     prepared = [_prepared(contender, todo, settings, texts, machine) for contender, todo in jobs]
     run.claim(_fingerprint(texts, settings))
@@ -129,7 +129,7 @@ def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Ma
 def _prepared(
     contender: Contender, stages: list[str], settings: Settings, texts: list[str], machine: Machine
 ) -> tuple[Material, dict[str, Needs]]:
-    """The model's tokens and what each stage asks, checked against its folder's config."""
+    """Return the model's tokens and the needs of each stage, checked against the model's config."""
     with failures(f"{contender.name}: "), _for_people(machine):
         config = load_config(contender.source)
         check_causal(contender.source, config)
@@ -177,13 +177,13 @@ def _check_tuned(folder: Path, settings: Settings) -> None:
     except Damaged as error:
         name = folder.parent.name
         raise UserError(
-            f"{error}; delete models/{name} and stages/{name}.finetune.* in the run's folder to fine-tune that model anew"
+            f"{error}; delete models/{name} and stages/{name}.finetune.* in the run's folder to fine-tune that model again"
         ) from error
 
 
 @contextmanager
 def _for_people(machine: Machine) -> Iterator[None]:
-    """Turn bad values into the user's errors, and say what needs less memory where that has run out."""
+    """Turn ValueError into UserError; if memory ran out, raise RunFailed with advice."""
     try:
         with user_errors():
             yield
@@ -194,7 +194,7 @@ def _for_people(machine: Machine) -> Iterator[None]:
             raise
         raise RunFailed(
             f"memory ran out; give a smaller --chunk (now {machine.chunk}), a shorter --length or smaller --sizes; finished "
-            "stages are kept, and another --chunk continues them"
+            "stages are kept, and a run with another --chunk continues after them"
         ) from error
 
 
@@ -220,7 +220,7 @@ def _texts(source: str | None, settings: Settings) -> tuple[list[str], str]:
 
 
 def _fingerprint(texts: list[str], settings: Settings) -> str:
-    """A hash of the texts and of each model's files, by size and time: a folder never mixes two models of one name."""
+    """Return a hash of the texts, and of the sizes and times of each model's files, so that models of one name never mix."""
     digest = hashlib.sha256("\0".join(texts).encode())
     for contender in settings.jobs:
         for path in sorted(Path(contender.source).glob("*")):

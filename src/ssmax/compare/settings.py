@@ -1,4 +1,4 @@
-"""What ssmax evaluate measures; the command line is made from the fields. Loads no torch."""
+"""Settings of ssmax evaluate. Its options on the command line are made from these fields. No torch."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -42,10 +42,10 @@ class Settings:
     """One evaluation. Every field but name, models and lengths is an option of the command line.
 
     Raises:
-        UserError: a field that makes no sense, or two that do not fit.
+        UserError: a field is out of its range, or two fields contradict each other.
     """
 
-    once: ClassVar[tuple[str, ...]] = ()  # a run folder's stages that belong to no model
+    once: ClassVar[tuple[str, ...]] = ()  # stages of a run's folder that belong to no model
     later: ClassVar[dict[str, Any]] = {}
 
     name: str
@@ -115,7 +115,7 @@ class Settings:
 
     @property
     def jobs(self) -> list[Contender]:
-        """The models under short names: their folders' names, as far as these differ."""
+        """The models with short names: the names of their folders if these differ, otherwise their whole paths."""
         paths = [Path(model) for model in self.models]
         short = [path.name or model for path, model in zip(paths, self.models, strict=True)]
         names = (
@@ -124,7 +124,7 @@ class Settings:
         return [Contender(name, model) for name, model in zip(names, self.models, strict=True)]
 
     def stages(self, job: Contender) -> list[str]:
-        """What is done with a model, in this order."""
+        """Return the stages of a model, in their order."""
         named: list[str] = [measure for measure in ("loss", "attention") if measure in self.measures]
         if "retrieval" in self.measures:
             named += ["finetune"] * bool(self.finetune_steps) + list(self.tasks)

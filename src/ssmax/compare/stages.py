@@ -1,4 +1,4 @@
-"""The stages of an evaluation: each reads the model's tokens of the same texts and returns its rows."""
+"""The stages of an evaluation: each measures a model on the same texts, in the model's tokens, and returns rows."""
 
 import dataclasses
 import shutil
@@ -27,7 +27,7 @@ from ssmax.training import checkpoints
 
 __all__ = ["Material", "Needs", "finetune", "finetuned_owner", "run_stage", "stage_needs"]
 
-# How much text a trial may begin in, in lengths of the longest context.
+# Length of the text around the needles, in lengths of the longest context.
 HAYSTACK_LENGTHS = 8
 
 
@@ -36,9 +36,9 @@ class Material:
     """The texts in one model's tokens.
 
     Attributes:
-        settings: what is measured, length and sizes filled in.
-        texts: documents, in the order in which they are taken.
-        tokenizer: the model's.
+        settings: what is measured, as filled_in returns it.
+        texts: documents, in the order in which they are used.
+        tokenizer: the model's tokenizer.
     """
 
     settings: Settings
@@ -51,10 +51,10 @@ class Material:
 
     @cached_property
     def documents(self) -> list[Tensor]:
-        """The first texts that are long enough, cut to the length."""
+        """The first texts that have at least settings.length tokens, cut to that length, (length,) each."""
         length, found, longest = self.settings.length, [], 0
         for text in self.texts:
-            if len(text) < length:  # a token has at least a character, in text that is worth reading
+            if len(text) < length:  # too short: a token has at least one character in ordinary text
                 continue
             ids = self.tokenizer(text, verbose=False)["input_ids"]
             longest = max(longest, len(ids))
@@ -72,7 +72,7 @@ class Material:
 
     @cached_property
     def haystack(self) -> np.ndarray:
-        """Text around the needles."""
+        """Tokens of the text around the needles, (T,)."""
         wanted, found = HAYSTACK_LENGTHS * max(self.settings.sizes), []
         for text in self.texts:
             found += self.encode(text)
@@ -85,7 +85,7 @@ class Material:
         return next(ids for text in self.texts if len(ids := self.encode(text)) > 1)[:count]
 
     def task(self, name: str) -> Any:
-        """Return the task of a name, in the model's tokens."""
+        """Return a task by its name, in the model's tokens."""
         return TASKS[name].make(self, PromptForm.of(self.tokenizer, self.settings.prompt))
 
     def trials(self, name: str) -> list[dict]:
@@ -96,12 +96,12 @@ class Material:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage asks of a model, from the tokens alone.
+    """What a stage needs of a model, known from the tokens alone.
 
     Attributes:
-        tokens: the work, for the progress bar.
+        tokens: number of tokens that it reads, for the progress bar.
         longest: tokens of its longest context.
-        options: what says how long that is.
+        options: the option that sets this length.
         largest: largest token id.
     """
 
@@ -112,7 +112,7 @@ class Needs:
 
 
 def stage_needs(stage: str, material: Material) -> Needs:
-    """Return what a stage asks of a model; UserError or ValueError where the texts do not give it."""
+    """Return what a stage needs of a model. Raise UserError or ValueError if the texts do not suffice."""
     s = material.settings
     if stage in ("loss", "attention"):
         documents = material.documents
@@ -133,7 +133,7 @@ def run_stage(
     chunk: int,
     progress: Callable[[int], Any],
 ) -> list[Row]:
-    """Measure a model and return the rows."""
+    """Run one stage that measures a model, and return its rows."""
     s = material.settings
     place: dict[str, Any] = {"theta_factor": s.theta_factor}
     if s.rope:
@@ -149,7 +149,7 @@ def run_stage(
 def finetune(
     variant: str, model: PreTrainedModel, material: Material, folder: Path, progress: Callable[[int], Any]
 ) -> list[Row]:
-    """Fine-tune a model on the first task as in the paper's Table 3 and save it as folder; return its training loss."""
+    """Fine-tune a model on the first task as in the paper's Table 3, save it in folder, and return rows of its training loss."""
     s, task = material.settings, material.task(material.settings.tasks[0])
     recipe = _recipe(s)
 
@@ -171,7 +171,7 @@ def finetune(
 
 
 def finetuned_owner(folder: Path, settings: Settings) -> str:
-    """Return the owner of a fine-tuned model's folder: that model with these settings of fine-tuning."""
+    """Return the owner of a fine-tuned model's folder: the model with these settings of fine-tuning."""
     return checkpoints.owner(folder, _recipe(settings))
 
 

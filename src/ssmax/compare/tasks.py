@@ -1,4 +1,4 @@
-"""The retrieval tasks of ssmax evaluate, one entry each. Loads no torch."""
+"""The retrieval tasks of ssmax evaluate, one entry each. No torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ class Task:
     """A retrieval task.
 
     Attributes:
-        title: in reports.
-        help: on the command line.
-        make: (material of one model, prompt form) -> an object with grid(cells, rng), as ssmax.evaluation.NeedleTask has.
+        title: its name in reports.
+        help: its text on the command line.
+        make: (ssmax.compare.stages.Material of one model, prompt form) -> an object with grid(cells, rng), like
+            ssmax.evaluation.NeedleTask.
     """
 
     title: str

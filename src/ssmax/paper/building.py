@@ -1,4 +1,4 @@
-"""Builds the models that ssmax.paper.models lists: a new model of a form, its variant's scales put in."""
+"""Builds the models that ssmax.paper.models lists: a new model of a form, with the scales of its variant."""
 
 import torch
 import transformers
@@ -17,29 +17,29 @@ __all__ = ["LearnedLaw", "SwitchedScale", "build_model", "put_learned_law", "put
 
 
 class SwitchedScale(SSMaxScale):
-    """The scale of (f): Softmax until it is turned on; s is in the optimizer from the start and gets no gradient."""
+    """The scale of (f). Until it is turned on it computes Softmax; s is in the optimizer, but its gradient is zero."""
 
     def __init__(self, num_heads: int, s: float):
         super().__init__(num_heads, s)
         self.register_buffer("on", torch.tensor(False), persistent=False)
 
     def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
-        """Return the scaled query, or the query as it is."""
+        """Return the scaled query; before the switch, the query itself."""
         return torch.where(self.on, super().forward(query, n, log_n), query)
 
 
 class LearnedLaw(nn.Module):
-    """The scale of Figure 2: s p_n + b, one p for each n shared by all layers and heads; it starts as Softmax.
+    """The scale of Figure 2: s p_n + b. There is one p for each n, shared by all layers and heads. It starts as Softmax.
 
     Args:
-        num_heads: query heads, H; s = 1 and b = 0 for each at the start.
-        p: (N,), for n = 1 to N; owned by the model.
+        num_heads: query heads, H. Each starts with s = 1 and b = 0.
+        p: (N,), for n = 1 to N; a parameter of the model.
     """
 
     def __init__(self, num_heads: int, p: nn.Parameter):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(num_heads)), nn.Parameter(torch.zeros(num_heads))
-        self.shared = (p,)  # not a parameter of each layer: checkpoints hold it once
+        self.shared = (p,)  # in a tuple, so that it is not a parameter of each layer and checkpoints hold it once
 
     def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
         """Return the scaled query in query's dtype."""
@@ -48,7 +48,7 @@ class LearnedLaw(nn.Module):
 
 
 def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: int, end: int = 0) -> PreTrainedModel:
-    """Return a new model of the paper's shape; all variants of a seed have the same weights. A text ends with the id end."""
+    """Return a new model of the recipe's size. All variants of a seed have the same weights; end is the end-of-text id."""
     family, rope = FORMS[form].family, {"rope_type": "default", "rope_theta": recipe.rope_theta, **FORMS[form].rope}
     config = getattr(transformers, f"{family}Config")(
         vocab_size=vocab_size,
@@ -97,7 +97,7 @@ def switch_at(recipe: Recipe) -> int:
 
 
 def turn_on(model: nn.Module, on: bool) -> None:
-    """Let (f) compute SSMax from now on, or Softmax; other models have nothing to turn."""
+    """Let (f) compute SSMax from now on, or Softmax. Other models do not change."""
     for module in model.modules():
         if isinstance(module, SwitchedScale):
             module.on.fill_(on)

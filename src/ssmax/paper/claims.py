@@ -1,4 +1,4 @@
-"""The registered claims, each with what was measured here, its interval and a verdict."""
+"""Judges the registered claims: each gets what was measured, an interval and a verdict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,19 +24,19 @@ __all__ = [
 
 HOLDS, HOLDS_NOT, OPEN = "holds", "does not hold", "open"
 RULE = (
-    "A verdict compares models of the same seed, which share initial weights and data: the difference is taken seed by seed, "
-    "and its 95 % interval is Student's t over the seeds. A claim holds where the whole interval lies on its side of zero, and "
-    "does not hold where the whole interval lies on the other side; otherwise it is open, and the number of seeds is given that "
-    "would decide it if mean and deviation stayed as they are. d is the mean difference in standard deviations over seeds. "
-    "Where losses of single texts were kept, a bootstrap over texts says in how many seeds the difference also leaves zero when "
-    "the texts are drawn anew. The claims were registered before the run (paper/registered.py), none was chosen by its outcome; "
-    "with so many of them one in forty would seem to hold by chance."
+    "A verdict compares models of the same seed, which share initial weights and data. The difference is taken for each seed, "
+    "and the 95 % interval of its mean is Student's t over the seeds. A claim holds if the whole interval lies on the claimed side "
+    "of zero. It does not hold if the whole interval lies on the other side. Otherwise it is open; then the table gives the number "
+    "of seeds that would decide it if mean and deviation stayed the same. d is the mean difference in standard deviations over "
+    "seeds. If losses of single texts were kept, a bootstrap draws the texts again and counts the seeds in which the difference "
+    "stays away from zero. The claims were registered before the run (paper/registered.py); none was chosen by its outcome. Of "
+    "forty claims without any effect, about one would seem to hold by chance."
 )
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One line of the claims table; figure is the paper's number, or "counting"."""
+    """One line of the claims table; figure is the paper's number, or a word such as "counting"."""
 
     figure: int | str
     claim: str
@@ -54,7 +54,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Headline:
-    """One thing that the abstract claims, in plain words, with the claim that it is judged by."""
+    """One claim of the paper's abstract in plain words, with the registered claim that judges it."""
 
     title: str
     words: str
@@ -62,7 +62,7 @@ class Headline:
 
 
 def judged(registered: Sequence[Registered], rows: Sequence[Row], train_length: int) -> list[Claim]:
-    """Return the registered claims that the rows can speak of, one for each form."""
+    """Judge the registered claims that the rows cover, once for each form."""
     found = []
     for claim in registered:
         for form in forms([row for row in rows if row.variant in NAMES]):
@@ -73,7 +73,7 @@ def judged(registered: Sequence[Registered], rows: Sequence[Row], train_length: 
 
 
 def headlines(found: Sequence[Claim]) -> list[Headline]:
-    """Return what the abstract claims, line by line, judged in the paper's form where that was run, otherwise in the first."""
+    """Return the claims of the abstract, judged in the paper's form if it was run, otherwise in the first form."""
     lines = []
     for line in ABSTRACT:
         claim = next((claim for claim in found if claim.name == line.claim), None)
@@ -85,7 +85,7 @@ def headlines(found: Sequence[Claim]) -> list[Headline]:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """Judge differences, one for each seed, that the claim says are positive: the 95 % interval has to leave zero."""
+    """Return the verdict on differences, one for each seed, that the claim says are positive, by their 95 % interval."""
     paired = Paired(tuple(differences))
     low, high = paired.interval
     return HOLDS if low > 0 else HOLDS_NOT if high < 0 else OPEN
@@ -99,7 +99,7 @@ def _judged(registered: Registered, rows, form, train_length, values: Values) ->
     }
     unit, models = UNITS.get(registered.measure, ""), registered.models
     seeds = [seed for seed in values[models[0]] if all(seed in values[model] for model in models)]
-    # The differences are those of the claim: positive where a seed bears it out.
+    # A difference is positive if a seed agrees with the claim.
     if registered.judge == "nearer":
         gaps = [[abs(values[models[0]][seed] - values[other][seed]) for seed in seeds] for other in models[1:]]
         differences = [far - near for near, far in zip(*gaps, strict=True)]
@@ -108,7 +108,7 @@ def _judged(registered: Registered, rows, form, train_length, values: Values) ->
         means, shown = (near.mean, far.mean) if seeds else (float("nan"),) * 2, 1
     else:
         x, y = (Spread(tuple(values[model][seed] for seed in seeds)) for model in models)
-        shown = -1 if registered.judge == "lower" else 1  # the sign that the difference is printed with
+        shown = -1 if registered.judge == "lower" else 1  # sign with which the difference is printed
         differences = [shown * (a - b) for a, b in zip(x.values, y.values, strict=True)]
         measured = f"{NAMES[models[1]]} {y:.3f}, {NAMES[models[0]]} {x:.3f}{unit}" if seeds else "nothing to compare"
         means = (x.mean, y.mean) if seeds else (float("nan"),) * 2
@@ -132,7 +132,7 @@ def _judged(registered: Registered, rows, form, train_length, values: Values) ->
 
 
 def interval_words(paired: Paired) -> str:
-    """Return difference, interval, seeds, effect and, where zero lies inside, the seeds that would decide it."""
+    """Return as text: difference, interval, seeds, effect and, if the interval holds zero, the seeds that would decide it."""
     count = f"{paired.seeds} seed{'s' * (paired.seeds > 1)}"
     if paired.seeds < 2:
         return f"difference {paired.mean:+.3f} ({count}: no interval)"
@@ -148,7 +148,7 @@ def interval_words(paired: Paired) -> str:
 
 
 def _over_texts(rows, form, train_length, models, seeds):
-    """In how many seeds the difference leaves zero on the claim's side when the texts are drawn anew."""
+    """Return as text in how many seeds a bootstrap over texts keeps the difference on the claimed side of zero."""
     intervals = []
     for seed in seeds:
         x, y = (far_texts(rows, form, model, seed, train_length) for model in models)

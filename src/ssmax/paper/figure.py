@@ -1,4 +1,4 @@
-"""A figure of the paper as one object: what it needs, how it is drawn, and what it claims."""
+"""A figure of the paper as one object: the metric it needs, its caption, how it is drawn, and its claims."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ __all__ = ["Figure"]
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure. A file in paper/figures/ that has one as FIGURE is a part of every report.
+    """One figure. Every report shows the FIGURE of each file in paper/figures/ if it has rows of its metric.
 
     Attributes:
         name: the paper's number, or a word.
-        metric: the metric without which it cannot be drawn.
-        caption: in the report.
+        metric: the metric that it needs.
+        caption: its caption in the report.
         draw: (rows, training length) -> a figure of matplotlib.
-        claims: what was registered before the run, judged seed by seed.
-        judge: (rows, training length) -> claims that are judged in another way.
+        claims: registered claims, which are judged by paired differences over seeds.
+        judge: (rows, training length) -> further claims, which are judged in another way.
     """
 
     name: int | str

@@ -1,4 +1,4 @@
-"""Figures 1 and 3 from the formula alone."""
+"""Rows of Figures 1 and 3, computed from the formula without a model."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What the registered claims compare: one value for each model and seed of a form, from its rows."""
+"""The measures that registered claims compare: from rows, one value for each model and seed of a form."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ssmax.runs.rows import Row
 
 __all__ = ["FORM_NAMES", "MEASURES", "NAMES", "UNITS", "Values", "far_texts", "forms", "learned", "raised", "variants"]
 
-# What is compared, in the words of every figure and table.
+# Names of models and forms in figures and tables.
 NAMES = {variant.letter: variant.title for variant in VARIANTS.values() if variant.measured}
 FORM_NAMES = {form.name: form.title for form in FORMS.values()}
 
@@ -76,16 +76,16 @@ def _rise(rows, form, train_length):
 
 
 def learned(rows: Sequence[Row], form: str, train_length: int) -> dict[str, dict[int, bool]]:
-    """Return for each model and seed whether it learned to retrieve, at its training length under its trained theta.
+    """Return for each model and seed whether it learned to retrieve: at the training length, under its trained theta.
 
-    Models for which that was not measured are left out.
+    Models without this measurement are left out.
     """
     found = _means(rows, "retrieval_accuracy", form, lambda row: row.at["length"] == train_length, theta_factor=1)
     return {model: {seed: value >= LEARNED for seed, value in seeds.items()} for model, seeds in found.items()}
 
 
 def _retrieval(rows, form, train_length, chosen):
-    """Values of the models that learned the task; of all models if that was not measured."""
+    """Return the values of the models that learned the task; of all models if it was not measured whether they did."""
     able = learned(rows, form, train_length)
     found = _means(rows, "retrieval_accuracy", form, chosen, theta_factor=raised(rows, "retrieval_accuracy"))
     return {
@@ -103,14 +103,14 @@ def _far_needles(rows, form, train_length):
 
 
 def _exponent(rows, form, train_length):
-    """The exponent of log n: learned, a mean over heads; of s log n it is 1, of a temperature without n 0."""
+    """Return the exponent of log n: the mean over heads if it is learned, 1 for s log n, 0 for a temperature without n."""
     learned = _means(rows, "learned_scale", form, lambda row: True, name="gamma")
     fixed = {"b": 1.0, "t": 0.0}
     return learned | {model: dict.fromkeys(learned.get("g", {}), fixed[model]) for model in fixed}
 
 
 def _head(rows, form, train_length):
-    """The attention of the head that puts most on the needle."""
+    """Return the needle score of the best head."""
     best: Values = defaultdict(dict)
     for row in pick(rows, "needle_score", form=form):
         if row.seed is not None:
@@ -127,7 +127,7 @@ def _counting(rows, form, train_length):
 
 
 def far_texts(rows: Sequence[Row], form: str, model: str, seed: int, train_length: int) -> list[float]:
-    """Return each text's loss at 8 to 16 × the training length, in the order of the texts; empty where none was kept."""
+    """Return each text's loss at 8 to 16 × the training length, in the order of the texts; empty if it was not kept."""
     losses = pick(rows, "text_loss", model, form=form, **{"from": 8 * train_length + 1})
     return [row.value for row in losses if row.seed == seed]
 

@@ -1,4 +1,4 @@
-"""The paper's models, one entry each: forms (the shape of a model) and variants (what its attention computes). Loads no torch."""
+"""The paper's models, one entry each: forms (the shape of a model) and variants (what its attention computes). No torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ class Form:
     """A shape of the models.
 
     Attributes:
-        name: in rows and on the command line.
-        title: in reports.
-        family: of transformers, whose FAMILYConfig and FAMILYForCausalLM are built.
-        rope: what its RoPE has beside a type and theta.
+        name: its name in rows and on the command line.
+        title: its name in reports.
+        family: a family of transformers, with the classes FAMILYConfig and FAMILYForCausalLM.
+        rope: parameters of its RoPE other than type and theta.
     """
 
     name: str
@@ -26,18 +26,18 @@ class Form:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that is compared; all variants of a seed start from the same weights.
+    """A model to compare. All variants of a seed start from the same weights.
 
     Attributes:
-        letter: in rows and on the command line.
-        title: in reports.
-        help: on the command line.
-        colour: in figures.
+        letter: its name in rows and on the command line.
+        title: its name in reports.
+        help: its text on the command line.
+        colour: its colour in figures.
         options: options of convert, with init "matched"; None for Softmax. A function of the recipe if they depend on it.
-        finish: called with the converted model and its recipe, to put other scales in.
-        made_of: the variant whose trained model it is, converted without further training; it has no training of its own.
-        branch_of: the variant whose training it shares until it switches; where both are trained, that part is trained once.
-        measured: False for a model that is not saved: what its training finds is all that is asked of it.
+        finish: called with the converted model and its recipe, to replace the scales.
+        made_of: the variant whose trained model is converted, without further training, to make this one.
+        branch_of: the variant whose training it shares until it switches. If both are trained, that part is trained once.
+        measured: False for a model that is not saved, since only the values learned in its training are of interest.
     """
 
     letter: str
@@ -88,7 +88,7 @@ VARIANTS = {
     for variant in (
         Variant("a", "Softmax", "Softmax", "#d55e00"),
         Variant("b", "SSMax", "SSMax", "#0072b2", {}),
-        # It has nothing to learn, so that its law is log n itself.
+        # Nothing is learned, so its law is log n itself.
         Variant("c", "SSMax without s", "SSMax without s", "#56b4e9", {"law": "ssmax-fixed"}),
         Variant("d", "SSMax with b", "SSMax with bias", "#009e73", {"bias": True}),
         Variant("e", "switched afterwards", "Softmax, converted after its training", "#e69f00", {}, made_of="a"),
@@ -101,7 +101,7 @@ VARIANTS = {
             _switch_late,
             branch_of="a",
         ),
-        # Other laws of n, which the recipe laws compares. The exponent starts between a temperature (0) and log n (1).
+        # Other laws of n, for the recipe laws. The exponent starts midway between a temperature (0) and log n (1).
         Variant(
             "g",
             "s (log n)^gamma",

@@ -1,4 +1,4 @@
-"""What a recipe would cost: parameters, tokens, memory and time, from its fields and one measured step."""
+"""The cost of a recipe: parameters, tokens, memory and time, from its fields and one measured step."""
 
 import time
 from typing import Any
@@ -17,12 +17,12 @@ from ssmax.training.ranks import world_size
 
 __all__ = ["plan"]
 
-H100 = 989e12 * 0.4  # dense bfloat16 FLOP/s of the data sheet, at a usual share of it
-MEASURED = 3  # steps; the quickest counts
+H100 = 989e12 * 0.4  # dense bfloat16 FLOP/s of the data sheet, times a usual utilisation
+MEASURED = 3  # steps that are timed; the fastest counts
 
 
 def plan(recipe: Recipe) -> list[str]:
-    """Return lines that say what the recipe trains, and what it takes; one small step is run to measure the time.
+    """Return lines that say what the recipe trains and what it costs. One small step is run to measure the time.
 
     Raises:
         UserError: the ranks cannot share the batch.
@@ -66,12 +66,12 @@ def plan(recipe: Recipe) -> list[str]:
         f"arithmetic of all trainings: {whole:.2e} FLOP",
         f"measured here, {device}: {rate:,.0f} tokens a second in a step of one window, which is "
         f"{_hours(whole / (flops / (recipe.steps * step_tokens) * rate))} for all trainings on this one device",
-        f"assumed, not measured, an H100 at 40 % of its bfloat16 peak: {_hours(whole / H100)} on one",
+        f"not measured: one H100 at 40 % of its bfloat16 peak would take {_hours(whole / H100)}",
     ]
 
 
 def _vocabulary(recipe):
-    """Vocabulary of the given tokenizer if it is on this machine; otherwise the recipe's."""
+    """Return the vocabulary of the recipe's tokenizer if that is on this machine; otherwise the recipe's vocab_size."""
     if not recipe.tokenizer:
         return recipe.vocab_size
     try:
@@ -93,20 +93,20 @@ def _data(recipe, size):
 
 
 def _training_flops(recipe, matrices, tokens, vocabulary):
-    """Six a parameter and token, the input embedding left out, and causal attention over the window."""
+    """Return FLOP: six for each token and parameter, without the input embedding, and causal attention over the window."""
     attention = 6 * recipe.num_layers * recipe.hidden_size * recipe.train_length
     return tokens * (6 * (matrices - vocabulary * recipe.hidden_size) + attention)
 
 
 def _activations(recipe, windows, vocabulary):
-    """Bytes kept for the backward with fused attention: about 34 a hidden unit, and logits with their gradient in float32."""
+    """Return the bytes kept for the backward with fused attention: about 34 for each hidden unit, and float32 logits."""
     tokens = windows * recipe.train_length
     width = 1 if recipe.precision == "bfloat16" else 2
     return tokens * (recipe.num_layers * 34 * recipe.hidden_size * width + 8 * vocabulary)
 
 
 def _measured_step(recipe, vocabulary):
-    """Seconds of forward, backward and AdamW on one window, and the device's name."""
+    """Return the seconds of forward, backward and AdamW on one window, and the device's name."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     model: Any = build_model(recipe, recipe.jobs[0].form, "b", 0, vocabulary)

@@ -29,8 +29,8 @@ __all__ = [
 def turns(theta: float, length: int) -> float:
     """Return the share of RoPE's frequencies that complete a turn within length tokens.
 
-    Frequency i of a head of d components has the wavelength 2 pi theta^(2i/d), so that the share (of the range of
-    2i/d) is log(length / 2 pi) / log theta for any d.
+    Frequency i of a head with d components has the wavelength 2 pi theta^(2i/d). So the share, of the range of 2i/d, is
+    log(length / 2 pi) / log theta for any d.
     """
     return math.log(length / (2 * math.pi)) / math.log(theta)
 
@@ -39,7 +39,7 @@ PAPER_THETA = 10_000.0
 PAPER_TURNS = turns(PAPER_THETA, 1024)  # 0.553: 18 of the 32 frequencies of a head of 64
 
 
-# Fields that 0.1.0 did not have, with what it did: its runs continue.
+# Fields that 0.1.0 did not have, with the values that it used, so that its runs can be continued.
 LATER = {"theta": PAPER_THETA, "full_turns": PAPER_TURNS, "needle_theta_factors": ()}
 
 
@@ -71,7 +71,7 @@ class Recipe:
     """One run of the paper's experiments. Every field but the name is an option of the command line.
 
     Raises:
-        UserError: a field that makes no sense, or two that do not fit.
+        UserError: a field is out of its range, or two fields contradict each other.
     """
 
     once: ClassVar[tuple[str, ...]] = ("formula",)  # stages that belong to no model
@@ -165,16 +165,16 @@ class Recipe:
 
     @property
     def jobs(self) -> list[Job]:
-        """The recipe's models, the variants of a seed side by side."""
+        """The recipe's models, ordered by seed, form and variant."""
         forms = self.letters("models").items()
         return [Job(form, letter, seed) for seed in self.seeds for form, letters in forms for letter in letters]
 
     def letters(self, option: str) -> dict[str, str]:
-        """Form -> letters of the variants that an option names: models, retrieval or counting."""
+        """Return form -> letters of the variants that an option (models, retrieval or counting) names."""
         return _letters(f"--{option}", getattr(self, option))
 
     def stages(self, job: Job) -> list[str]:
-        """What is done with a model, in this order."""
+        """Return the stages of a model, in their order."""
         return [stage.name for stage in STAGES.values() if stage.asked(self, job)]
 
     @property
@@ -184,12 +184,12 @@ class Recipe:
 
     @property
     def needle_factors(self) -> tuple[int, ...]:
-        """Factors of RoPE's theta under which needles are asked for."""
+        """Factors of RoPE's theta under which needles are measured."""
         return self.needle_theta_factors or (max(self.theta_factors),)
 
     @property
     def prepared_tokens(self) -> int:
-        """Training tokens that are prepared, with a given tokenizer."""
+        """Number of training tokens to prepare, with a given tokenizer."""
         return self.corpus_tokens or self.steps * self.batch_size * self.train_length
 
     @property
@@ -212,7 +212,7 @@ def _letters(option, models):
 
 
 def smoke() -> Recipe:
-    """All stages once, for the tests: under a minute, too small to show an effect."""
+    """All stages once, for the tests. It takes less than a minute and is too small to show an effect."""
     return Recipe(
         name="smoke",
         theta=PAPER_THETA,
@@ -253,7 +253,7 @@ def tiny() -> Recipe:
 
 
 def laptop() -> Recipe:
-    """Three forms, six variants, five seeds, retrieval of all and counting, on two CPU cores; target: two hours."""
+    """Three forms, six variants, five seeds, retrieval by all variants, and counting, on two CPU cores; target: two hours."""
     return Recipe(
         name="laptop",
         models=("paper:abcdefp", "qk-norm:abcdef", "partial-rope:abcdef"),
@@ -309,7 +309,7 @@ def small() -> Recipe:
 
 
 def paper() -> Recipe:
-    """The paper's Tables 1 to 3: 162,129,408 parameters and 144 scales. Steps of pretraining are our choice."""
+    """The paper's Tables 1 to 3: 162,129,408 parameters and 144 scales. The number of pretraining steps is our choice."""
     return Recipe(
         name="paper",
         theta=PAPER_THETA,

@@ -1,4 +1,4 @@
-"""report.html: verdicts, figures and settings on one page that opens offline, and the same table for the terminal."""
+"""report.html: verdicts, figures and settings on one page that opens offline; and the table of verdicts for the terminal."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def build(folder: Path) -> list[Claim]:
 
 
 def claims_text(found: Sequence[Claim], width: int) -> str:
-    """Return the verdicts as a table for a terminal of so many columns."""
+    """Return the verdicts as a table for a terminal with `width` columns."""
     verdict = 14
     claim = (width - verdict - 4) * 2 // 5
     columns = [claim, width - verdict - 4 - claim, verdict]
@@ -62,7 +62,7 @@ def _evidence(claim):
 
 
 def _abstract(found):
-    """The abstract's claims, one row each: in plain words, with number, interval, figure and verdict."""
+    """Return the abstract's claims as HTML, one row each: in plain words, with numbers, interval, figure and verdict."""
     rows = "".join(
         f"<tr><td><strong>{escaped(line.title)}</strong></td><td>{escaped(line.words)}<br><small>{escaped(_evidence(line.claim))}</small></td>"
         f"<td class='{CSS.get(line.claim.verdict, 'open')}'>{escaped(line.claim.verdict)}</td></tr>"
@@ -72,9 +72,9 @@ def _abstract(found):
         return ""
     return f"""<h2>What the abstract claims</h2>
 <table><tr><th>Claim</th><th>Measured here</th><th>Verdict</th></tr>{rows}</table>
-<p>The loss says how badly a model predicts the next token, in nats; lower is better. A difference is the first model named minus the
-second. Of 100 such intervals about 95 hold the true mean difference over seeds; a claim holds only where all of its interval lies on
-the claim's side of zero, and is open where zero lies inside.</p>"""
+<p>The loss measures how badly a model predicts the next token, in nats; lower is better. A difference is the first model's value minus
+the second's. Of 100 such intervals about 95 contain the true mean difference over seeds. A claim holds if its whole interval lies on
+the claimed side of zero, and is open if the interval contains zero.</p>"""
 
 
 def _label(claim):
@@ -101,13 +101,13 @@ def _page(rows, settings, found, images, made_from):
     figures = figures_html(images)
     facts = ", ".join(f"{name} {value}" for name, value in provenance.items() if value is not None)
     body = f"""<h1>Softmax against Scalable-Softmax</h1>
-<p class="sub">Recipe “{escaped(recipe["name"])}”: every experiment of arXiv 2501.19399 that it covers, run here. {len(rows):,} measured rows in rows.jsonl.</p>
+<p class="sub">Recipe “{escaped(recipe["name"])}”: experiments of arXiv 2501.19399, run on this machine. {len(rows):,} measured rows are in rows.jsonl.</p>
 {_abstract(found)}
 <h2>All claims of the paper's figures</h2>
 <table><tr><th>Figure</th><th>Claim</th><th>The paper's finding</th><th>Measured here</th><th>Verdict</th></tr>{table}</table>
 <p>{escaped(RULE)} Spreads are standard deviations over seeds.</p>
 <h2>Figures</h2>{figures}
-<h2>How it was done</h2>
+<h2>How it was measured</h2>
 <ul>{"".join(f"<li>{escaped(line)}</li>" for line in _method(rows, recipe))}</ul>
 {_tables(recipe)}
 <p>{escaped(facts)}</p>
@@ -116,7 +116,7 @@ def _page(rows, settings, found, images, made_from):
 
 
 def _tables(recipe):
-    """The paper's Tables 1 to 3, each value beside this run's."""
+    """Return the paper's Tables 1 to 3 as HTML, with this run's values beside the paper's."""
     r = recipe
     vocabulary = (
         f"{r['vocab_size']:,}, trained on the text, and the needle's words" if not r["tokenizer"] else r["tokenizer"]
@@ -164,7 +164,7 @@ def _tables(recipe):
 
 
 def theta_of(recipe: dict) -> float:
-    """Return RoPE's theta in training, of a recipe as recipe.json holds it; before 0.2.0 it was the paper's 10,000."""
+    """Return RoPE's theta in training for a recipe from recipe.json. Without the field theta it is the paper's 10,000."""
     if "theta" not in recipe:
         return 10_000.0
     return recipe["theta"] or (recipe["train_length"] / (2 * math.pi)) ** (1 / recipe["full_turns"])
@@ -176,21 +176,20 @@ def _method(rows, recipe):
     turning = math.log(length / (2 * math.pi)) / math.log(theta)
     return [
         f"Models: {recipe['num_layers']} layers, {recipe['num_heads']} heads, hidden {recipe['hidden_size']}, RMSNorm, gated "
-        f"feed-forward, RoPE theta {theta:,.0f}, so that {turning:.0%} of its frequencies complete a turn in training (the "
-        f"paper's theta of 10,000: 55 %), trained on windows of {length} tokens, {recipe['steps']} steps of "
+        f"feed-forward. RoPE's theta is {theta:,.0f}, so that {turning:.0%} of its frequencies complete a turn in training (the "
+        f"paper, with theta 10,000: 55 %). Trained on windows of {length} tokens, {recipe['steps']} steps of "
         f"{recipe['batch_size']} windows. The paper: 12 layers, hidden 768, windows of 1,024, batches of 2,048.",
-        "Forms: “paper's form” is the Llama shape of the paper; “with QK-norm” is the same with normalised queries and keys, "
-        "whose logits cannot grow, so that the effect of the factor log n shows without long training; “with partial RoPE” turns "
-        "half of each head.",
-        "Models: SSMax starts at s = 1 / mean log n over the training length; “without s” has the factor log n; “with b” learns "
-        "s log n + b from b = 0; “switched afterwards” is the trained Softmax model with that s put in and no training since; “switched late” is "
-        "Softmax for seven eighths of the steps and SSMax then, in one run.",
-        f"Loss by position: up to {texts} held-out texts of {length * recipe['length_factor']:,} tokens, nothing trained at "
+        "Forms: “paper's form” is the paper's Llama shape. “with QK-norm” normalises queries and keys, which limits the logits, so that "
+        "the factor log n has an effect without long training. “with partial RoPE” applies RoPE to half of each head.",
+        "Models: SSMax starts at s = 1 / mean log n over the training length. “without s” has the factor log n. “with b” learns "
+        "s log n + b from b = 0. “switched afterwards” is the trained Softmax model, converted with that s and not trained further. "
+        "“switched late” is Softmax for seven eighths of the steps and SSMax for the rest, in one training.",
+        f"Loss by position: up to {texts} held-out texts of {length * recipe['length_factor']:,} tokens. No model is trained on "
         "more than the training length.",
         f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digit{'s' * (digits > 1)} (the paper: 7), "
-        "hidden in held-out text; the tokenizer holds the sentence's words whole. Fine-tuned with the loss on the answer, on "
-        f"contexts that grow up to the training length. Exact match of greedy decoding; "
+        "hidden in held-out text. The tokenizer keeps each word of the sentence whole. Fine-tuned with the loss on the answer, on "
+        f"contexts that grow up to the training length. An answer is right if greedy decoding gives exactly the number; "
         f"{recipe['trials']} trials for each cell and seed, the same for all models.",
-        "Needle score: the paper's definition could not be read; here it is one head's attention on the needle's tokens "
-        "from the query that emits the first answer token.",
+        "Needle score: the paper does not define it precisely. Here it is the attention of one head on the needle's tokens, from the "
+        "query that predicts the first token of the answer.",
     ]

@@ -1,4 +1,4 @@
-"""Run all stages of all models of a recipe, one worker process a core, and continue where an earlier run stopped."""
+"""Runs all stages of all models of a recipe, with one worker process for each core. A stopped run continues where it stopped."""
 
 import dataclasses
 import functools
@@ -40,27 +40,27 @@ from ssmax.training.ranks import agree, explained, gpu_name, join, leave, world_
 
 __all__ = ["prepared", "reproduce", "start_ranks", "train"]
 
-# What fails on one rank may be another one's fault.
+# An error on one rank may be caused by another rank.
 failures = functools.partial(failures_alone, explained=explained)
-# Of the whole run; a model that cannot get so much of a core per worker is slower on two.
+# Worker processes of the whole run at most.
 MAX_WORKERS = 8
 
 
 def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup = Setup()) -> None:  # noqa: B008
-    """Run or continue a recipe in its folder, to the end: run.rows_file holds every row.
+    """Run a recipe in its folder, or continue it, and write all rows to run.rows_file.
 
-    Under torchrun all ranks call this, and train each model together; otherwise each model is one worker's.
+    Under torchrun all ranks call this and train each model together. Otherwise each model is trained by one worker.
 
     Args:
         recipe: what to train and measure.
         source: the corpus, see ssmax.data.corpus.prepare.
-        run: the folder, opened by this process (the main one of several).
-        cache: for tokenised corpora.
+        run: the folder, opened by this process (by the main one of several).
+        cache: folder of tokenised corpora.
         setup: how trainings run.
 
     Raises:
         UserError: a bad corpus, or a folder that belongs to another configuration.
-        RunFailed: a stage failed; all finished ones are kept.
+        RunFailed: a stage failed; finished stages are kept.
     """
     tokens, provenance = prepare(recipe, source, run, cache)
     with failures(""):
@@ -81,7 +81,7 @@ def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, s
 def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup) -> Path:
     """Pretrain the only model of a recipe in its folder, on all ranks together, and return the saved model's folder.
 
-    Arguments and errors as reproduce; an interrupted training continues from its last checkpoint.
+    Arguments and errors as in reproduce. An interrupted training continues from its last checkpoint.
     """
     tokens, provenance = prepare(recipe, source, run, cache)
     with failures(""):
@@ -104,7 +104,7 @@ def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup
 
 
 def _publish(source, tokenizer, target):
-    """The trained model with its tokenizer, as a folder that transformers loads."""
+    """Copy the trained model and its tokenizer into a folder that transformers loads."""
     check_folder(source)
     with written_whole(target, owner="model") as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
@@ -112,7 +112,7 @@ def _publish(source, tokenizer, target):
 
 
 def prepare(recipe: Recipe, source: str | None, run: RunFolder, cache: Path) -> tuple[Path, dict]:
-    """Tokenise the corpus, claim the folder, and return the corpus's folder and the provenance of rows; on all ranks."""
+    """Tokenise the corpus, claim the run's folder, and return the corpus's folder and the rows' provenance, on all ranks."""
 
     def once():
         tokens, description = prepared(recipe, source, cache)
@@ -132,7 +132,7 @@ def prepare(recipe: Recipe, source: str | None, run: RunFolder, cache: Path) -> 
 
 
 def prepared(recipe: Recipe, source: str | None, cache: Path) -> tuple[Path, str]:
-    """Tokenise the corpus as the recipe asks; return folder and description."""
+    """Tokenise the corpus with the recipe's settings; return the folder and the corpus's name."""
     return corpora.prepare(
         source,
         limit_bytes=recipe.corpus_bytes,
@@ -146,10 +146,10 @@ def prepared(recipe: Recipe, source: str | None, cache: Path) -> tuple[Path, str
 
 
 def _from_main(make: Callable[[], Any]) -> Any:
-    """Return on all ranks what make returns on the main one, however long that takes."""
+    """Return on all ranks what make returns on the main one. It may take days."""
     if world_size() == 1:
         return make()
-    # A group of its own: a preparation may take days, and the time-out of the others is for ranks that hang.
+    # A group with its own time-out: a preparation may take days, and the other time-out is for ranks that hang.
     patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     found = [make() if PartialState().is_main_process else None]
     dist.broadcast_object_list(found, src=0, group=patient)
@@ -157,10 +157,10 @@ def _from_main(make: Callable[[], Any]) -> Any:
 
 
 def start_ranks(timeout_minutes: float) -> bool:
-    """Join the other ranks where torchrun started some; return whether this process is the main one.
+    """Join the other ranks that torchrun started, if any; return whether this process is the main one.
 
     Args:
-        timeout_minutes: how long one waits for another: a rank that hangs must not hold the others for ever.
+        timeout_minutes: how long a rank waits for the others. A rank that hangs must not stop them for ever.
     """
     state = join(timedelta(minutes=timeout_minutes))
     quiet()
@@ -168,10 +168,10 @@ def start_ranks(timeout_minutes: float) -> bool:
 
 
 def _run_together(run, recipe, tokens, provenance, setup):
-    """All ranks train each model together; then each measures its share of the models."""
+    """Train each model on all ranks together; then each rank measures its share of the models."""
     corpus, state = corpora.load(tokens), PartialState()
     todo = [(job, stage) for job in recipe.jobs for stage in run.todo(job)]
-    state.wait_for_everyone()  # before anybody writes what another one still looks for
+    state.wait_for_everyone()  # all ranks must have made this list before one of them writes rows
     together = [stage.name for stage in STAGES.values() if stage.trains]
     training = [(job, stage) for stage in together for job, wanted in todo if wanted == stage]
     measuring = [(job, stage) for job, stage in todo if stage not in together]
@@ -191,7 +191,7 @@ def _run_together(run, recipe, tokens, provenance, setup):
 
 
 def keep_freed_memory() -> None:
-    """For processes started from here: glibc returns large freed blocks to the kernel, and each step asks for them anew."""
+    """Let processes started from here keep freed memory. By default glibc returns large blocks, and each step asks for them again."""
     for name, size in (("MALLOC_MMAP_THRESHOLD_", 2**25), ("MALLOC_TRIM_THRESHOLD_", 2**31)):
         os.environ.setdefault(name, str(size))
 
@@ -222,13 +222,13 @@ def _run_jobs(run, recipe, tokens, provenance):
             _let_save(pool, futures)
             raise
         finally:
-            # A killed worker may hold the lock of messages for ever: nothing is put there or awaited any more.
+            # A killed worker may hold the lock of messages for ever, so messages is not used after this.
             _kill(pool)
             pool.shutdown(cancel_futures=True)
 
 
 def _units(jobs):
-    """One worker's work: a model, and after it those that are made of it or branch off its training."""
+    """Return the work of one worker each: a model, followed by those that are made of it or branch off its training."""
     units = {}
     for job in sorted(jobs, key=lambda job: bool(_before(job))):
         first = dataclasses.replace(job, variant=_before(job) or job.variant)
@@ -256,12 +256,12 @@ def _kill(pool):
         process.kill()
 
 
-# For a step and a checkpoint; whoever cannot wait presses Ctrl-C again.
+# Time for a step and a checkpoint. A second Ctrl-C stops at once.
 SAVING_SECONDS = 60
 
 
 def _let_save(pool, futures):
-    """Ask the workers to save a checkpoint of what they train, and wait for it."""
+    """Ask the workers to save checkpoints of their trainings, and wait for them."""
     for process in list((pool._processes or {}).values()):
         process.terminate()
     wait([future for future in futures if future.running()], SAVING_SECONDS)
@@ -282,7 +282,7 @@ _messages: Any = None  # a worker's queue to the parent
 
 
 def _start_worker(messages, threads):
-    """Leave Ctrl-C to the parent, and never outlive it: an orphan would write beside the run that continues."""
+    """Leave Ctrl-C to the parent, and end with it: an orphan would write into the folder of a continued run."""
     global _messages
     _messages = messages
     signals.install(deferred=True)
@@ -303,7 +303,7 @@ def _work(unit, recipe, tokens, run, provenance):
 
         def progress(done, job=job, stage=stage):
             _messages.put((job.name, stage, done))
-            if not STAGES[stage].trains:  # a training saves first
+            if not STAGES[stage].trains:  # a training checks for signals itself, and saves first
                 signals.check()
 
         with failures(f"{job.name}: "):

@@ -1,6 +1,6 @@
-"""The stages of a run, one entry each: which models pass through it, what it costs, what it runs. Loads no torch.
+"""The stages of a run, one entry each: the models that take it, its cost, and the function it runs. No torch.
 
-A stage is the unit of resuming: it leaves its rows, whole, before the next begins.
+A stage is the unit of resuming: its file of rows is written before the next stage begins.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from ssmax.paper.models import VARIANTS
 
 __all__ = ["COUNT_TRIALS", "STAGES", "Stage", "count_lengths"]
 
-# Counting is right or wrong a text, so that it takes more of them than a needle grid has in a cell.
+# A text is counted right or wrong as a whole, so counting needs this many times more texts than a cell of the needle grid.
 COUNT_TRIALS = 8
 
 
@@ -21,11 +21,11 @@ class Stage:
     """A stage of a model. A recipe is a ssmax.paper.recipes.Recipe, a job one of its models.
 
     Attributes:
-        name: in file names and rows.
-        asked: (recipe, job) -> whether the model passes through it.
-        tokens: recipe -> its work, in tokens of a training step (a forward counts a third).
+        name: its name in file names and rows.
+        asked: (recipe, job) -> whether the model takes this stage.
+        tokens: recipe -> its work, in tokens of a training step (a token of a forward counts a third).
         run: (job, recipe, corpus, folder of models, progress[, setup]) -> rows.
-        trains: all ranks of a distributed run do it together, and it saves when it is told to stop; it takes a setup.
+        trains: whether it trains. Then all ranks run it together, it saves when it is stopped, and run takes a setup.
     """
 
     name: str
@@ -36,18 +36,18 @@ class Stage:
 
 
 def _in(option: str) -> Callable[[Any, Any], bool]:
-    """Whether an option of the recipe names the job's model."""
+    """Return a test: does an option of the recipe name the job's model?"""
     return lambda recipe, job: job.variant in recipe.letters(option).get(job.form, "")
 
 
 def _of(place: str) -> Callable[..., Any]:
-    """A function named MODULE:FUNCTION, imported when it is called: it loads torch."""
+    """Return a function by the name MODULE:FUNCTION. It is imported when it is called, since that loads torch."""
     module, _, name = place.partition(":")
     return lambda *args: getattr(importlib.import_module(f"ssmax.paper.{module}"), name)(*args)
 
 
 def count_lengths(recipe: Any) -> list[int]:
-    """Return the context sizes of the counting test: from half of the training length."""
+    """Return the context sizes of the counting test: half the training length, then those of retrieval."""
     return [recipe.train_length // 2, *recipe.lengths]
 
 
@@ -68,7 +68,7 @@ def _loss_tokens(recipe):
 
 
 def _retrieval_tokens(recipe):
-    after = sum(1 - depth for depth in recipe.depths)  # a grid's cells share the text in front of the needle
+    after = sum(1 - depth for depth in recipe.depths)  # cells of a grid share the text before the needle
     grid = len(recipe.needle_factors) * recipe.trials * (max(recipe.lengths) + round(sum(recipe.lengths) * after))
     return (grid + recipe.score_trials * recipe.score_length_factor * recipe.train_length) // 3
 

@@ -1,4 +1,4 @@
-"""Paired differences over seeds: interval, effect size, and how many seeds would decide an open claim. No scipy, no torch."""
+"""Paired differences over seeds: interval, effect size, and the seeds that would decide an open claim. No scipy, no torch."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class Paired:
 
     @property
     def seeds(self) -> int:
-        """How many pairs."""
+        """Number of pairs."""
         return len(self.differences)
 
     @property
@@ -74,12 +74,12 @@ class Paired:
 
     @property
     def effect(self) -> float:
-        """The mean in standard deviations (Cohen's d for pairs); nan where there is none."""
+        """The mean in standard deviations (Cohen's d for pairs); 0 or nan without a deviation."""
         return self.mean / self.deviation if self.deviation else float("nan")
 
     @property
     def seeds_needed(self) -> int | None:
-        """Seeds with which the interval would leave zero if mean and deviation stayed as they are; None above 1,000."""
+        """Number of seeds with which the interval would not hold zero, for the same mean and deviation; None above 1,000."""
         if not self.deviation > 0 or self.mean == 0:
             return None
         for seeds in range(2, MOST_SEEDS + 1):
@@ -89,7 +89,7 @@ class Paired:
 
 
 def bootstrap(differences: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean over resampled texts; the draws are the same each time."""
+    """Return the 95 % percentile interval of the mean over resampled texts. The random draws are always the same."""
     values = np.asarray(differences, dtype=float)
     chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
     low, high = np.quantile(values[chosen].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -1,4 +1,4 @@
-"""The tasks of a recipe in the tokens of its corpus: needles, and counting, the counter-test, which wants flat attention."""
+"""The tasks of a recipe in the tokens of its corpus: needles, and counting, a counter-test that needs flat attention."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class CountTask:
 
     @property
     def shortest(self) -> int:
-        """Length of an example without any text around the marks."""
+        """Tokens of an example without text around the marks."""
         return 9 * len(self.encode(" Tokyo")) + len(self.encode("\nThe Tokyo number is: 9"))
 
     def example(self, length: int, rng: np.random.Generator) -> CountExample:
@@ -64,11 +64,11 @@ def counted(model: PreTrainedModel, examples: Sequence[CountExample]) -> list[bo
 
 
 def count_task(corpus: Corpus, haystack: Any) -> CountTask:
-    """Return the counting task in tokens of the corpus, or raise UserError where a number is not one token."""
+    """Return the counting task in tokens of the corpus. Raise UserError if a number is not one token."""
     split = [count for count in range(10) if len(corpus.encode(f" {count}")) != 1]
     if split:
         raise UserError(
-            f"the tokenizer makes more than one token of ' {split[0]}', and counting asks for numbers of one token; leave "
+            f"the tokenizer makes more than one token of ' {split[0]}', but counting needs numbers of one token; leave "
             "counting out with an empty --counting, or give another --tokenizer"
         )
     return CountTask(corpus.encode, haystack)

@@ -47,9 +47,9 @@ def pretrain(
     setup: Setup = Setup(),  # noqa: B008 (frozen)
     branch: Branch | None = None,
 ) -> Trained:
-    """Train as in Table 2; checkpoints lie in folder, and the newest whole one there is continued.
+    """Train a model as in Table 2; arguments and errors as in ssmax.training.loop.train.
 
-    With a branch the model is one that could switch, and does not: the branch does.
+    With a branch, the model is built like the branch, with switches, but stays Softmax; the branch switches.
     """
     if setup.shard and world_size() > 1 and hasattr(model, "learned_p"):
         raise UserError("variant p shares one parameter among all layers and cannot be sharded; leave out --shard")
@@ -90,7 +90,7 @@ def finetune(
     progress: Callable[[int], Any],
     setup: Setup = Setup(),  # noqa: B008 (frozen)
 ) -> Trained:
-    """Fine-tune on a task as in Table 3; checkpoints as in pretrain."""
+    """Fine-tune a model on a task as in Table 3; arguments and errors as in pretrain."""
     spec = Spec(
         steps=examples.steps,
         batch_size=recipe.finetune_batch_size,
@@ -110,14 +110,14 @@ def finetune(
 
 
 def check_fit(recipe: Recipe, corpus: Corpus) -> None:
-    """Raise UserError where the corpus or the training length is too short for the recipe, before anything is trained."""
+    """Raise UserError if the corpus or the training length is too short for the recipe. Call it before training."""
     Windows(corpus.train, recipe.train_length, 1, seed=0)
     for stage, asked in (("finetune", recipe.retrieval), ("count", recipe.counting)):
         if asked:
             stage_examples(stage, corpus, recipe, seed=0)
     if recipe.counting and (shortest := count_task(corpus, corpus.train).shortest) > min(count_lengths(recipe)):
         raise UserError(
-            f"a text to count in has up to {shortest} tokens in marks and question, and the shortest that is asked about has "
+            f"a text to count in has up to {shortest} tokens in marks and question, but the shortest context has "
             f"{min(count_lengths(recipe))}, half of the training window; raise --train-length"
         )
 
@@ -130,7 +130,7 @@ def pretrain_stage(
     progress: Callable[[int], Any],
     setup: Setup = Setup(),  # noqa: B008 (frozen)
 ) -> list[Row]:
-    """Pretrain a model from its seed, save it, and return its training loss and what it learned of n."""
+    """Pretrain a model from its seed, save it, and return rows of its training loss and of what its scales learned."""
     folder = models / job.name
     branch = _branch(job, recipe, models)
     variant = branch[0].variant if branch else job.variant
@@ -153,7 +153,7 @@ def pretrain_stage(
 
 
 def _branch(job, recipe, models):
-    """The job that shares a job's training until it switches, and where it continues; None if the run has none to train."""
+    """Return the job that shares this job's training until it switches, and its Branch; None if the run trains none."""
     jobs = [other for other in recipe.jobs if other == replace(job, variant=other.variant)]
     for other in jobs:
         if VARIANTS[other.variant].branch_of == job.variant and not (models / other.name / "pretrained").exists():
@@ -163,7 +163,7 @@ def _branch(job, recipe, models):
 
 
 def _scale_rows(job, model):
-    """What each head's scale has learned, and how many parameters all scales have."""
+    """Return rows of what each head's scale has learned, and of the number of parameters of all scales."""
     scales = [module for module in model.modules() if isinstance(module, QueryScale)]
     count = sum(parameter.numel() for scale in scales for parameter in scale.parameters())
     rows = [Row("scale_parameters", job.variant, job.seed, {"form": job.form}, count, 1)] if scales else []
@@ -176,12 +176,12 @@ def _scale_rows(job, model):
 
 
 def finetune_stage(*args: Any) -> list[Row]:
-    """Fine-tune a model on needles, save it, and return its training loss; arguments as pretrain_stage."""
+    """Fine-tune a model on needles, save it, and return rows of its training loss; arguments as in pretrain_stage."""
     return _finetune_stage("finetune", *args)
 
 
 def count_stage(*args: Any) -> list[Row]:
-    """Fine-tune a model on counting; as finetune_stage."""
+    """Fine-tune a model on counting; otherwise like finetune_stage."""
     return _finetune_stage("count", *args)
 
 
@@ -197,7 +197,7 @@ def _finetune_stage(stage, job, recipe, corpus, models, progress, setup=Setup())
 
 
 def stage_examples(stage: str, corpus: Corpus, recipe: Recipe, seed: int) -> Examples:
-    """Return what a stage of fine-tuning reads."""
+    """Return the examples of a stage of fine-tuning."""
     if stage == "count":
         task = count_task(corpus, corpus.train)
         return task_examples(task.example, task.shortest, recipe, recipe.count_steps, seed)
@@ -218,7 +218,7 @@ def _loss_rows(job, losses, stage):
 
 
 def save_stage(model: PreTrainedModel, folder: Path, recipe: Recipe) -> None:
-    """Save a model, whole and sealed, as MODEL/STAGE of its run."""
+    """Save a model in its run's folder MODEL/STAGE, whole or not at all, with a seal."""
     if PartialState().is_main_process:
         with written_whole(folder, owner(folder, recipe)) as temporary:
             model.save_pretrained(temporary)
@@ -230,7 +230,7 @@ def _remove(scratch: Path) -> None:
 
 
 def pretrained(job: Job, recipe: Recipe, models: Path) -> PreTrainedModel:
-    """Return a job's pretrained model; one that is made of another is converted without further training."""
+    """Return a job's pretrained model. A variant that is made of another one is converted, without further training."""
     variant = VARIANTS[job.variant]
     if not variant.made_of:
         return load_stage(models / job.name / "pretrained", recipe)
@@ -239,11 +239,11 @@ def pretrained(job: Job, recipe: Recipe, models: Path) -> PreTrainedModel:
 
 
 def load_stage(folder: Path, recipe: Recipe) -> PreTrainedModel:
-    """Load a model that save_stage left; UserError where it is not whole, or another run's."""
+    """Load a model that save_stage saved. Raise UserError if it is incomplete or damaged, or belongs to another run."""
     try:
         check_folder(folder, owner(folder, recipe))
     except Damaged as error:
         name = folder.parent.name
-        raise UserError(f"{error}; delete models/{name} and stages/{name}.* to train that model anew") from error
+        raise UserError(f"{error}; delete models/{name} and stages/{name}.* to train that model again") from error
     model: Any = load_model(folder, attn_implementation="sdpa", local_files_only=True)
     return model.to(PartialState().device)

@@ -1,4 +1,4 @@
-"""The paper's figures, one file each, with their captions and claims."""
+"""The paper's figures, one file each, with caption and claims. To add one, write a file here with a Figure named FIGURE."""
 
 import importlib
 import pkgutil
@@ -16,7 +16,7 @@ __all__ = ["FIGURES", "claims", "draw", "drawable", "find_figures"]
 
 
 def find_figures() -> dict[int | str, Figure]:
-    """Return the figures of all files beside this one by their names, numbers first."""
+    """Return the figures of all files in this folder by their names, numbers first."""
     modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
     figures = [module.FIGURE for module in modules if hasattr(module, "FIGURE")]
     return {figure.name: figure for figure in sorted(figures, key=lambda f: (isinstance(f.name, str), f.name))}
@@ -32,13 +32,13 @@ def draw(name: int | str, rows: Sequence[Row], train_length: int) -> Drawing:
 
 
 def drawable(rows: Sequence[Row]) -> list[int | str]:
-    """Return the names of the figures that the rows can show."""
+    """Return the names of the figures for which there are rows."""
     metrics = {row.metric for row in rows}
     return [name for name, figure in FIGURES.items() if figure.metric in metrics]
 
 
 def claims(rows: Sequence[Row], train_length: int) -> list[Claim]:
-    """Return every claim that the rows can speak of, in the order of the figures."""
+    """Return all claims that the rows can judge, in the order of the figures."""
     found = []
     for name in drawable(rows):
         figure = FIGURES[name]

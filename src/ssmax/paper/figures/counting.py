@@ -1,4 +1,4 @@
-"""The counter-test: counting, which wants flat attention."""
+"""The counter-test: counting, which needs flat attention."""
 
 from collections.abc import Sequence
 
@@ -39,8 +39,8 @@ FIGURE = Figure(
     name="counting",
     metric="counting_accuracy",
     caption=(
-        "Counter-test. Share of right answers to how often a word stands in the text, after fine-tuning on "
-        "contexts no longer than the training length; mean and range over seeds."
+        "Counter-test. Share of right answers to the question how often a word occurs in the text, after fine-tuning on "
+        "contexts up to the training length; mean and range over seeds."
     ),
     draw=_draw,
     claims=registered("counting"),

@@ -1,4 +1,4 @@
-"""Laws of n: what the scales of each head learned, and what was registered about the recipe laws."""
+"""Laws of n: the values that each head's scale learned, and the registered claims about the recipe laws."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def _draw(rows: Sequence[Row], train_length: int) -> Drawing:
 FIGURE = Figure(
     name="laws",
     metric="learned_scale",
-    caption="Laws of n. What the scale of each head learned by the end of pretraining; a point is a head of a layer and seed.",
+    caption="Laws of n. Values that the scales learned in pretraining; each point is one head of one layer and seed.",
     draw=_draw,
     claims=registered("laws"),
 )

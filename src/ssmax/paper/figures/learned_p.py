@@ -46,7 +46,13 @@ def _draw(rows: Sequence[Row], train_length: int) -> Drawing:
 
 @dataclass(frozen=True)
 class Fit:
-    """A least-squares fit: its curve at the points, its formula with numbers, and R² (nan for constant values)."""
+    """A least-squares fit.
+
+    Attributes:
+        formula: with the fitted numbers.
+        curve: its values at the points.
+        r2: R²; nan if the fitted values are constant.
+    """
 
     formula: str
     curve: np.ndarray
@@ -69,13 +75,13 @@ def law_fits(n: Sequence[int], p: np.ndarray) -> dict[str, Fit]:
         curve = design @ solution
         scatter = float(((p - p.mean()) ** 2).sum())
         r2 = 1 - float(((p - curve) ** 2).sum()) / scatter if scatter else float("nan")
-        r2 = 0.0 if x is None and scatter else r2  # exactly, where rounding leaves -0.000
+        r2 = 0.0 if x is None and scatter else r2  # exactly 0; rounding would give -0.000
         fits[name] = Fit(formula.format(*solution), curve, r2)
     return fits
 
 
 def learned_p(rows: Sequence[Row], form: str, train_length: int) -> list[Row]:
-    """Return the rows of p_n that learned: n = 1 has one key, whose weight is 1, and the last n has no next token."""
+    """Return the rows of p_n without the first and the last n, which get no gradient (one key; no next token)."""
     return [row for row in pick(rows, "learned_p", form=form) if 1 < row.at["n"] < train_length]
 
 

@@ -44,8 +44,8 @@ FIGURE = Figure(
     name=7,
     metric="needle_score",
     caption=(
-        "Figure 7. Needle score of each head: its attention on the needle's tokens from the query that emits "
-        "the first answer token, mean over trials, sorted; mean and range over seeds."
+        "Figure 7. Needle score of each head: its attention on the needle's tokens from the query that predicts "
+        "the first token of the answer, mean over trials, sorted; mean and range over seeds."
     ),
     draw=_draw,
     claims=registered(7),

@@ -1,4 +1,4 @@
-"""What the paper's figures share: a colour for each model, bands over seeds, the training length."""
+"""Shared by the paper's figures: a colour for each model, bands over seeds, a mark at the training length."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ COLOURS = {variant.letter: variant.colour for variant in VARIANTS.values()}
 
 
 def listed(values: dict[str, Any], spec: str) -> str:
-    """Models and their values in words, the lowest first."""
+    """Return models and their values as text, the lowest first."""
     return ", ".join(f"{NAMES[v]} {value:{spec}}" for v, value in sorted(values.items(), key=lambda item: item[1]))
 
 
 def band_of_seeds(axis: Axes, curve: dict, variant: str, **style: Any) -> None:
-    """Draw the mean over seeds as a line, lowest to highest seed as a band."""
+    """Draw the mean over seeds as a line, and the range from the lowest to the highest seed as a band."""
     x = list(curve)
     spreads = [Spread(tuple(values)) for values in curve.values()]
     seeds = len(spreads[0].values)

@@ -53,8 +53,8 @@ FIGURE = Figure(
     name=6,
     metric="retrieval_accuracy",
     caption=(
-        "Figure 6. Share of needles found, by context size and depth, after fine-tuning on contexts no longer "
-        "than the training length."
+        "Figure 6. Share of needles found, by context size and depth, after fine-tuning on contexts up to the training "
+        "length."
     ),
     draw=_draw,
     claims=registered(6),

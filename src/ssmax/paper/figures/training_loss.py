@@ -34,7 +34,7 @@ def _draw(rows: Sequence[Row], train_length: int) -> Drawing:
 
 
 def _early(rows, form):
-    """The loss after a sixth of the training: what lies above it hides all differences."""
+    """Return the loss after a sixth of the training. The axis ends there, since higher losses would hide the differences."""
     curve = by([row for row in pick(rows, "train_loss", form=form) if row.variant in NAMES], "step")
     values = [float(np.max(v)) for v in curve.values()]
     return values[min(len(values) - 1, len(values) // 6)]

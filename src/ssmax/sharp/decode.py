@@ -12,10 +12,11 @@ from ssmax.sharp.keys import MIN_KEYS, ScreenedKeys
 
 __all__ = ["forward"]
 
-# Reading single rows costs about this many times as much as streaming them all.
-MOST_KEPT = 0.05
+MOST_KEPT = (
+    0.05  # a head that keeps a larger share of its keys is flat: streaming all keys is faster than reading single rows
+)
 MAX_QUERIES = 8
-FEW = 512  # heads that keep fewer keys are computed together
+FEW = 512  # heads that keep at most so many keys are computed together
 PART = 4096  # rows read at once, so that the copies stay in the processor's cache
 
 
@@ -38,19 +39,19 @@ def forward(
 ) -> Tensor:
     """Arguments as in the reference, and three more. No gradients, packed documents, softcap, dropout or bias.
 
-    A key whose score lies below the largest by more than log(N / tolerance) weighs less than tolerance / N. Leaving
-    out keys of total weight <= tolerance changes the output by at most 2 tolerance max|v|.
+    Of S keys, one whose score is below the largest by more than log(S / tolerance) weighs less than tolerance / S. Leaving out
+    keys with a total weight of at most tolerance changes each component of the output by at most 2 tolerance max|v|.
 
     Args:
         tolerance: weight that may be left out of each row, in (0, 1).
-        screen: bounds for key. Without it all keys are read, and only values left out.
-        plain: the kernel for what does not pay: short caches, many queries, windows, flat heads.
+        screen: the screen of key. Without it all keys are read, and only values are left out.
+        plain: the kernel for short caches, many queries, windows and flat heads, where a screen does not save time.
     """
     options: Any = {"cu_seqlens": None, "window": window, "softcap": None, "dropout_p": 0.0}
     plain = functools.partial(plain, **options, is_causal=is_causal, scale=scale)
     if query.shape[2] > MAX_QUERIES or key.shape[2] < MIN_KEYS or window is not None or key.device.type != "cpu":
         return plain(query, key, value, multiplier, mask=mask)
-    # What is read depends on values, which is nothing for a compiler.
+    # The keys that are read depend on values, which torch.compile cannot trace.
     read = torch.compiler.disable(_read) if torch.compiler.is_compiling() else _read
     return read(query, key, value, multiplier, mask, is_causal, scale, tolerance, screen, plain)
 
@@ -73,7 +74,7 @@ def _read(query, key, value, multiplier, mask, is_causal, scale, tolerance, scre
         if screen is not None:
             screen.count(found)
         return output.view(*query.shape[:3], -1)
-    screen.ready()  # keys that came while no head was tried are rounded now, all at once
+    screen.ready()  # rounds the keys that came while no head was tried
     found = _keys_that_matter(screen, tried, rows, seen, tolerance)
     screen.count(found)
     flat = [who for who in everyone if who not in found]
@@ -89,7 +90,7 @@ def _read(query, key, value, multiplier, mask, is_causal, scale, tolerance, scre
 
 
 def _visible(mask, is_causal, query, num_keys):
-    """(B, H, N, S) bool, or None where every query sees every key."""
+    """Return which keys each query sees, (B, H, N, S), bool; None if every query sees every key."""
     num_queries = query.shape[2]
     if is_causal and num_queries > 1:
         causal = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
@@ -98,7 +99,7 @@ def _visible(mask, is_causal, query, num_keys):
 
 
 def _keys_that_matter(screen, tried, rows, seen, tolerance):
-    """The keys to read, by head; heads are missing where reading all of them costs no more."""
+    """Return the keys to read, by head. Flat heads are missing."""
     heads = np.array(tried)
     mine, visible = (None if x is None else torch.from_numpy(x.numpy()[heads[:, 0], heads[:, 1]]) for x in (rows, seen))
     found = screen.candidates(mine, heads, visible, tolerance, MOST_KEPT)
@@ -108,7 +109,10 @@ def _keys_that_matter(screen, tried, rows, seen, tolerance):
 
 
 def _skip_values(everyone, rows, key, value, seen, tolerance):
-    """All scores first, (B, K, R, V) from the values that matter, and these by head; float32 scores are off by their rounding, as in any kernel."""
+    """Compute all scores; return the output (B, K, R, V), from the values that matter, and their indices by head.
+
+    The scores are in the keys' dtype, with its rounding, as in any kernel.
+    """
     scores = rows.to(key.dtype) @ key.mT
     if seen is not None:
         scores.masked_fill_(~seen, -torch.inf)
@@ -127,9 +131,9 @@ def _skip_values(everyone, rows, key, value, seen, tolerance):
     return output, found
 
 
-@np.errstate(all="ignore")  # what is not finite is the caller's, as in any kernel
+@np.errstate(all="ignore")  # inputs that are not finite give outputs that are not, as in any kernel
 def _attend(rows, key, value, seen, found):
-    """Attention over the keys found, (B, K, R, V), float64, zeros for other heads: a rounded score of thousands is none."""
+    """Return attention over the keys found, (B, K, R, V), float64, and zeros for other heads."""
     output = rows.new_zeros(*rows.shape[:3], value.shape[-1])
     for who in found:
         if len(found[who]) > FEW:
@@ -154,14 +158,14 @@ def _attend(rows, key, value, seen, found):
 
 
 def _gather(tensor, at):
-    """tensor[at], float64: numpy takes rows in a third of torch's time, and knows no bfloat16."""
+    """Return tensor[at] in float64. numpy takes rows in a third of torch's time, but has no bfloat16."""
     if tensor.dtype == torch.bfloat16:
         return torch.from_numpy(tensor.detach().view(torch.int16).numpy()[at]).view(torch.bfloat16).double().numpy()
     return tensor.detach().numpy()[at].astype(np.float64)
 
 
 def _attend_many(rows, key, value, seen, kept):
-    """The same of one head, in parts."""
+    """Return attention of one head over the keys kept, read in parts."""
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     kept = torch.from_numpy(kept)
     parts = kept.split(PART)
@@ -176,12 +180,12 @@ def _attend_many(rows, key, value, seen, kept):
 
 
 def _softmax(scores):
-    """A row that sees nothing gets zeros; what is not a number stays to be seen."""
+    """Return the softmax, with zeros for a row that sees no key. NaN stays NaN."""
     return scores.softmax(-1).masked_fill_((scores == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def _runs(flat):
-    """Heads that lie side by side as (batch, first, last): one call of the kernel each."""
+    """Return runs of neighbouring heads as (batch, first, last), so that each run is one call of the kernel."""
     runs = []
     for batch, head in flat:
         if runs and runs[-1][0].start == batch and runs[-1][2] == head:

@@ -1,4 +1,4 @@
-"""ScreenedKeys: a growing cache of keys with an int8 copy beside it, which gives bounds of the scores."""
+"""ScreenedKeys: a growing cache of keys with an int8 copy (the screen), from which bounds of the scores are computed."""
 
 import functools
 import math
@@ -10,22 +10,22 @@ from torch import Tensor
 
 __all__ = ["MIN_KEYS", "Grown", "ScreenedKeys"]
 
-# Below so many keys there is no screen: reading all of them costs less than choosing.
+# With fewer keys there is no screen: reading all of them costs less than choosing.
 MIN_KEYS = 4096
-BLOCK = 256  # keys whose bounds are looked at together
-RANGE = 5.0  # root mean squares of a channel that int8 covers; a key that lies beyond survives every screen
-ROWS = 4  # rows of one int8 product: with more of them the kernel stops streaming
-MOST_OPEN = 0.5  # of a head's blocks; with more it is looked at a few of them first
-HIDDEN = torch.iinfo(torch.int32).min  # the product of a key that no query may see
+BLOCK = 256  # keys whose bounds are computed together
+RANGE = 5.0  # int8 covers so many standard deviations of a channel; a key beyond them is always kept
+ROWS = 4  # rows of one int8 product; with more rows the kernel stops streaming
+MOST_OPEN = 0.5  # share of a head's blocks above which a few blocks are tried first
+HIDDEN = torch.iinfo(torch.int32).min  # stands for the product of a key that the query may not see
 
 
 class ScreenedKeys:
     """The keys of a decode with an int8 copy beside them, for attention(..., impl="sharp").
 
-    A key is k = c + w (i + r). c and w are the mean and the width of each channel, i is int8, r is what rounding lost. Then
+    A key is k = c + w (i + r). c and w are the mean and the width of each channel, i is int8, and r is the rounding error. Then
     q k = q c + (w q) i + (w q) r. Since |(w q) r| <= |w q| |r|, the product (w q) i bounds the score from both sides; q c is the
-    same for all keys. |r| is kept for each key. A key is rounded once, when it is appended. c and w are those of the first
-    4,096 keys or more; before that there is no screen. Memory beside the keys: D + 4 bytes for each key and head.
+    same for all keys. |r| is kept for each key. A key is rounded once, when it is appended. c and w come from the keys that are
+    there when the cache reaches 4,096 keys; before that there is no screen. The screen takes D + 4 bytes for each key and head.
 
     Args:
         keys: the first keys, (B, K, S, D), floating point.
@@ -84,20 +84,20 @@ class ScreenedKeys:
         """Keep the first length keys.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are fewer keys.
         """
         if not 0 <= length <= len(self):
-            raise ValueError(f"length must be 0 to {len(self)}, the number of keys there are; got {length}")
+            raise ValueError(f"length must be 0 to {len(self)}, the number of keys; got {length}")
         self._keys.length = length
         self._screened = min(self._screened, length)
 
     @property
     def possible(self) -> bool:
-        """Whether there can be a screen: there are enough keys, on the CPU, and an exact int8 product."""
+        """Whether a screen is possible: enough keys, on the CPU, and an exact int8 product."""
         return len(self) >= MIN_KEYS and self._keys.device.type == "cpu" and int8_is_exact()
 
     def ready(self) -> bool:
-        """Bring the screen up to date; return False where there is none."""
+        """Bring the screen up to date; return False if there is none."""
         if not self.possible:
             return False
         if self._screened < len(self):
@@ -105,7 +105,7 @@ class ScreenedKeys:
         return True
 
     def _round(self, start):
-        """Round the keys from start on, and renew the largest |r| of their blocks."""
+        """Round the keys from start on, and update the largest |r| of their blocks."""
         if self._centre is None:
             keys = self.keys.float()
             self._centre = keys.mean(2, keepdim=True).double()
@@ -115,11 +115,11 @@ class ScreenedKeys:
             self._codes = Grown(torch.zeros(*shape, 0, keys.shape[-1], dtype=torch.int8))
             self._lost, self._most = Grown(torch.zeros(*shape, 0)), Grown(torch.zeros(*shape, 0))
             self._longest = torch.zeros(*shape, dtype=torch.float64)
-        for part in self.keys[:, :, start:].split(16 * BLOCK, dim=2):  # bounds the temporaries
+        for part in self.keys[:, :, start:].split(16 * BLOCK, dim=2):  # limits temporary memory
             scaled = (part.double() - self._centre) / self._width
             codes = scaled.round().clamp_(-127, 127)
             self._codes.put(codes.to(torch.int8), self._screened)
-            # Rounded up, since float32 may lie below. A key that is not finite survives, as in plain attention.
+            # Rounded up, since float32 may round down. A key that is not finite is kept, as in plain attention.
             self._lost.put((scaled - codes).norm(dim=-1).mul_(1 + 1e-6).float().nan_to_num(torch.inf), self._screened)
             self._longest = torch.maximum(self._longest, codes.norm(dim=-1).amax(-1))
             self._screened += part.shape[2]
@@ -133,14 +133,17 @@ class ScreenedKeys:
     def candidates(
         self, query: Tensor, heads: np.ndarray, visible: Tensor | None, tolerance: float, most_kept: float
     ) -> list[np.ndarray | None]:
-        """Return for each head the keys that hold all but a tolerance of every row's weight. Only when ready().
+        """Return for each head the keys that hold all but a tolerance of every row's weight. Call it only after ready().
 
         Args:
-            query: (T, R, D), float64: T heads of R rows that share a key head.
-            heads: (T, 2), their batch and key head.
+            query: (T, R, D), float64: T heads, each with R rows that share a key head.
+            heads: (T, 2), batch index and key head of each.
             visible: (T, R, S), bool, or None = all.
             tolerance: weight that may be left out of a row.
-            most_kept: fraction of the keys; None stands for a head that needs more of them.
+            most_kept: largest fraction of the keys to return.
+
+        Returns:
+            Indices of keys for each head; None for a head that needs more than most_kept.
         """
         size, room = len(self), -(-len(self) // BLOCK) * BLOCK
         at = heads[:, 0], heads[:, 1]
@@ -155,7 +158,7 @@ class ScreenedKeys:
             products[:, :, size:] = HIDDEN
         if visible is not None:
             products[:, :, :size].masked_fill_(~visible, HIDDEN)
-        # What the keys' rounding, the query's, and six roundings of float32 in the bounds of single keys can lose.
+        # Upper limit of the errors by rounding the keys, rounding the query, and six float32 roundings in a key's bound.
         reach = _norm(wide) * (1 + 1e-6)
         margin = (_norm(wide - codes * step) + 2**-20 * reach) * self._longest.numpy()[at][:, None]
         by_block = products.unflatten(-1, (-1, BLOCK))
@@ -164,56 +167,57 @@ class ScreenedKeys:
         return _candidates(by_block, step[..., 0], reach, margin, lost, most, at, size, tolerance, most_kept)
 
     def worth_trying(self, batch: int, head: int) -> bool:
-        """Whether the screen of this head let little through lately; a head that stays flat is asked ever more rarely."""
+        """Return whether to try this head's screen in this step. A head that stays flat is tried less and less often."""
         wait, pause = self._patience.get((batch, head), (0, 0))
         if wait:
             self._patience[batch, head] = (wait - 1, pause)
         return wait == 0
 
     def count(self, found: dict[tuple[int, int], np.ndarray]) -> None:
-        """Count a step; the heads that are not found read all of their keys."""
+        """Count a step. Heads that are not in found read all of their keys."""
         self.steps += 1
         self._read += 1.0
         for who, keys in found.items():
             self._read[who] += len(keys) / len(self) - 1.0
 
     def share_read(self) -> np.ndarray:
-        """Share of the keys that each head read exactly, (B, K), mean over the steps; 1 where there were none."""
+        """Return the share of the keys that each head read exactly, (B, K), mean over the steps; 1 before the first step."""
         return self._read / self.steps if self.steps else np.ones_like(self._read)
 
     def give_up(self) -> None:
-        """Drop the screen and its memory; ready() would build it again."""
+        """Drop the screen and free its memory; ready() would build it again."""
         self._screened, self._centre = 0, None
         self._codes = self._lost = self._most = None
 
     def remember(self, batch: int, head: int, paid: bool) -> None:
-        """Note whether the screen of this head paid."""
+        """Note whether this head's screen saved time; if not, wait before the next try."""
         pause = 0 if paid else min(64, 2 * self._patience.get((batch, head), (0, 2))[1] or 4)
         self._patience[batch, head] = (pause, pause)
 
 
 def _candidates(by_block, step, reach, margin, lost, most, at, size, tolerance, most_kept):
-    """Keys by head from bounds: a score is step * product +- (reach * lost + margin), the largest of a row >= lowest.
+    """Return the keys to read by head, from bounds of their scores.
 
-    In numpy, whose calls on a few numbers cost a fifth of torch's.
+    A score is step * product +- (reach * lost + margin), and the largest score of a row is at least lowest. This is numpy, whose
+    calls on few numbers take a fifth of the time of torch's.
     """
     largest, products = step[..., None] * by_block.amax(-1).numpy(), by_block.numpy()
     spread = reach[..., None] * most[:, None] + margin[..., None]
     lowest = (largest - spread).max(-1, keepdims=True)
-    # Half the tolerance goes to keys that weigh less than it even all together, each beside the largest alone.
+    # Half the tolerance is for keys below this floor: all of them together weigh less than it, compared with the largest key alone.
     floor = math.log(tolerance / 2 / size) - 1e-4
     open_blocks = (largest + spread >= lowest + floor).any(1)
     step, reach, shift = (x.astype(np.float32)[..., None] for x in (step, reach, margin - lowest[..., 0]))
 
     def bounds_of(heads, blocks):
-        """(heads, R, BLOCK) upper bounds of scores, less lowest."""
+        """Return upper bounds of scores minus lowest, (heads, R, BLOCK)."""
         bounds = products[heads, :, blocks].astype(np.float32)
         bounds *= step[heads]
         bounds += reach[heads] * lost[(*(x[heads] for x in at), blocks)][:, None] + shift[heads]
         return bounds
 
     crowded = np.flatnonzero(open_blocks.sum(1) > MOST_OPEN * products.shape[2])
-    if len(crowded):  # look at eight blocks before all of them
+    if len(crowded):  # try eight blocks before all of them
         few = np.arange(0, products.shape[2], max(1, products.shape[2] // 8))
         heads = crowded.repeat(len(few))
         looked = (bounds_of(heads, np.tile(few, len(crowded))) >= floor).any(1)
@@ -240,7 +244,7 @@ def _norm(rows):
 
 
 def _by_mass(upper, spread, tolerance):
-    """Whether keys are needed when the weights left out are summed, half a nat at a time, and not only counted."""
+    """Return which keys are needed if the weights left out are summed, in steps of half a nat, instead of only counted."""
     if spread.max() > 10:
         return torch.ones_like(upper[0], dtype=torch.bool)
     weight = upper.double().exp_()
@@ -251,27 +255,27 @@ def _by_mass(upper, spread, tolerance):
 
 
 class Grown:
-    """A tensor that grows along its third dimension: room is doubled, so that appending costs what is appended."""
+    """A tensor that grows along its third dimension. Its buffer grows by half, so that appending rarely copies old values."""
 
     def __init__(self, first: Tensor):
         self._room, self.length = first, first.shape[2]
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Device of the tensor."""
         return self._room.device
 
     @property
     def filled(self) -> Tensor:
-        """What has been put so far: a view."""
+        """The values written so far: a view."""
         return self._room.narrow(2, 0, self.length)
 
     def room(self, length: int) -> Tensor:
-        """The first length places, filled or not."""
+        """Return the first length places of the buffer, filled or not."""
         return self._room.narrow(2, 0, length)
 
     def put(self, new: Tensor, start: int) -> None:
-        """Write new from start on, and end there."""
+        """Write new from start on; the tensor ends after it."""
         stop = start + new.shape[2]
         if stop > self._room.shape[2]:
             size = -(-max(stop, 3 * start // 2) // BLOCK) * BLOCK
@@ -284,7 +288,7 @@ class Grown:
 
 def int8_product(query: Tensor, codes: Tensor, out: Tensor) -> None:
     """Write query (R, D) times codes (S, D) transposed into out, (R, S) int32."""
-    product: Any = torch._int_mm  # torch's one int8 product; private, so int8_is_exact asks before it is used
+    product: Any = torch._int_mm  # torch's only int8 product; it is private, so int8_is_exact tests it first
     if len(query) <= ROWS:
         product(query, codes.t(), out=out)
         return
@@ -294,7 +298,7 @@ def int8_product(query: Tensor, codes: Tensor, out: Tensor) -> None:
 
 @functools.cache
 def int8_is_exact() -> bool:
-    """Whether this torch multiplies int8 exactly on this machine: some instruction sets saturate large sums."""
+    """Return whether torch multiplies int8 exactly on this machine. Some instruction sets saturate large sums."""
     try:
         ends = torch.tensor([[127, -127]], dtype=torch.int8).repeat(ROWS, 48)
         codes = torch.cat([ends, ends.abs(), -ends.abs(), ends.flip(1)]).repeat(64, 1)

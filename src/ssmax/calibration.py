@@ -1,4 +1,4 @@
-"""calibrate: fit s and b of a model's heads on a few long texts, all other weights frozen."""
+"""calibrate: fit s and b of each head of a model on a few long texts, with all other weights frozen."""
 
 import inspect
 import itertools
@@ -24,10 +24,10 @@ from ssmax.nn import SSMaxScale
 
 __all__ = ["Calibration", "Trial", "calibrate", "piece_length"]
 
-HELD_OUT = 4  # pieces, where the caller names none
-LOSS_POSITIONS = 1024  # of a piece in one step: bounds the logits to 1024 x vocabulary
-CHECKS = 6  # looks at the held-out text in one fit
-PATIENCE = 2  # looks without a gain before a fit ends
+HELD_OUT = 4  # held-out pieces, if the caller gives no held-out text
+LOSS_POSITIONS = 1024  # positions of a piece whose loss a step takes: at most 1024 x vocabulary logits
+CHECKS = 6  # measurements of the held-out loss in one fit
+PATIENCE = 2  # such measurements without a gain before a fit ends
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def calibrate(
         before = _held_out_loss(model, held_pieces)
         progress.update()
         if not before.isfinite().all():
-            raise FloatingPointError("the model's loss on the held-out text is not finite before anything was fitted")
+            raise FloatingPointError("the model's loss on the held-out text is not finite, before the fit")
         best_loss, kept, trials = _octaves(before).mean().item(), None, []
         for init, layers in options:
             if not was_converted:
@@ -204,12 +204,12 @@ def piece_length(config: PreTrainedConfig, length: int | None) -> int:
 
 
 def _fit(model, pieces, held_pieces, steps, check_every, learning_rate, seed, progress):
-    """Return the best held-out loss, its step and s and b there."""
+    """Run one fit; return its best held-out loss, the step of that loss, and s and b at that step."""
     scales = [module for module in model.modules() if isinstance(module, SSMaxScale)]
     s, b = [scale.s for scale in scales], [scale.b for scale in scales if scale.b is not None]
     for parameter in (*s, *b):
         parameter.requires_grad_(True)
-    # Coordinates of like effect: the multiplier's change over one deviation of log n, and its value in the middle.
+    # Learn two numbers of similar effect: the multiplier's change over one standard deviation of log n, and its middle value.
     middle = math.log(len(pieces[0])) / 2
     deviation = middle / math.sqrt(3) if b else middle
     slope = parameters_to_vector(s).detach() * deviation
@@ -225,7 +225,7 @@ def _fit(model, pieces, held_pieces, steps, check_every, learning_rate, seed, pr
         found = torch.autograd.grad(loss, [*s, *b])
         ds, db = torch.cat(found[: len(s)]), torch.cat(found[len(s) :]) if b else None
         gradient = torch.stack([ds / deviation] if db is None else [(ds - db * middle) / deviation, db])
-        # Unit length for the whole and not for each head, as Adam's would be: most heads' gradients are noise.
+        # One unit length for all heads together. Adam would scale each head's gradient, and most of these are noise.
         learned.grad = gradient / gradient.square().mean().sqrt()
         optimizer.step()
         decay.step()
@@ -248,7 +248,7 @@ def _fit(model, pieces, held_pieces, steps, check_every, learning_rate, seed, pr
 def _piece_loss(model, piece, generator):
     piece = piece.to(model.device)
     last = len(piece) - 1
-    # Evenly over log position, each position at most once.
+    # Positions are drawn evenly over log position, each at most once.
     spread = 1 / (torch.arange(last) + 1.0)
     at = torch.multinomial(spread, min(LOSS_POSITIONS, last), generator=generator).sort().values.to(piece.device)
     inputs = {"input_ids": piece[None, :-1], "use_cache": False}
@@ -257,7 +257,7 @@ def _piece_loss(model, piece, generator):
     else:
         logits = model(**inputs).logits[:, at]
     losses = cross_entropy(logits[0].float(), piece[at + 1], reduction="none")
-    # Short octaves have fewer positions than their share: weigh them up.
+    # In short pieces all positions are used; weights then make each octave count alike.
     weight = spread[at.cpu()].to(losses) if last <= LOSS_POSITIONS else torch.ones_like(losses)
     return (losses * weight).sum() / weight.sum()
 
@@ -268,7 +268,7 @@ def _held_out_loss(model, pieces):
 
 
 def _edges(count):
-    """Octaves of position: 64, 128, ... and what remains."""
+    """Return the ends of octaves of position: 64, 128, ..., count."""
     return [*(2**power for power in range(6, 64) if 2**power < count), count]
 
 
@@ -294,14 +294,14 @@ def _restore(model, state):
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """All weights frozen, dropout off; afterwards as before."""
+    """Freeze all weights and turn dropout off inside the block; restore both afterwards."""
     learns = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
     try:
         with eval_mode(model):
             for module in model.modules():
                 if getattr(module, "gradient_checkpointing", False):
-                    # transformers checkpoints in training mode only; dropout, a child, stays off.
+                    # transformers checkpoints activations in training mode only; dropout, a child module, stays off.
                     module.training = True
             yield
     finally:
@@ -310,7 +310,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _split(texts, held_out, tokenizer, length):
-    """Return the pieces to fit on and those to look at, each a list of (length,) tensors."""
+    """Return the pieces to fit on and the held-out pieces, each a list of (length,) tensors."""
     documents = _pieces(texts, tokenizer, length)
     if held_out is not None:
         held_pieces = _chain(_pieces(held_out, tokenizer, length))

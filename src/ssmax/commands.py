@@ -1,4 +1,4 @@
-"""ssmax convert, calibrate and inspect: models on disk."""
+"""ssmax convert, calibrate and inspect: the work of these commands, on folders of models."""
 
 import dataclasses
 import json
@@ -26,15 +26,24 @@ from ssmax.runs.rows import Row
 
 __all__ = ["calibrate_folder", "convert_folder", "inspect_folder"]
 
-TEXT_LIMIT = 64 * 2**20  # bytes read for a calibration
+TEXT_LIMIT = 64 * 2**20  # bytes of text read for a calibration
 
 
 def convert_folder(source: str, target: Path, *, dry_run: bool, **options: Any) -> list[str]:
-    """Convert the model in source and save it, whole or not at all, as the new folder target; return what was done.
+    """Convert the model in source and save it, whole or not at all, as the new folder target.
+
+    Args:
+        source: folder of a model, or its name on a hub.
+        target: new folder.
+        dry_run: say what would be done, and write nothing.
+        options: options of ssmax.convert.
+
+    Returns:
+        Lines that say what was done.
 
     Raises:
-        UserError: target exists, source is no model, or it cannot be converted.
-        RunFailed: no space to write it.
+        UserError: target exists, source is not a model, or it cannot be converted.
+        RunFailed: the disk is full.
     """
     check_destination(target, new=True)
     model = _load(source)
@@ -61,8 +70,8 @@ def calibrate_folder(
         options: options of ssmax.calibrate.
 
     Raises:
-        UserError: target exists, source is no model or cannot be converted, or the texts are too short.
-        RunFailed: a loss that is not finite, or no space to write.
+        UserError: target exists, source is not a model or cannot be converted, or the texts are too short.
+        RunFailed: a loss is not finite, or the disk is full.
     """
     check_destination(target, new=True)
     config = _config(source, theta_factor)
@@ -71,7 +80,7 @@ def calibrate_folder(
     tokens = _tokens(source, texts, length, options["steps"])
     model = load_model(source, config)
     if checkpointing:
-        # transformers 5 has a new name for it, and a warning for the old one
+        # transformers 5 has a new name for this method, and warns about the old one.
         with user_errors():
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if dry_run:
@@ -94,10 +103,10 @@ def calibrate_folder(
 
 
 def inspect_folder(source: str, figure: Path | None) -> list[str]:
-    """Return lines that describe the model in source; draw s and b of its heads as figure, PNG or SVG by its name.
+    """Return lines that describe the model in source; if figure is given, draw s and b of its heads as PNG or SVG.
 
     Raises:
-        UserError: no model, no learned scale to draw, or a figure's name of another kind.
+        UserError: source is not a model, it has no learned scale to draw, or figure does not end in .png or .svg.
     """
     if figure is not None:
         if figure.suffix not in (".png", ".svg"):
@@ -109,7 +118,7 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
         return lines
     rows = _scale_rows(model, Path(source).name)
     if not rows:
-        raise UserError(f"{source} learns no number for each head, such as s; there is nothing to draw")
+        raise UserError(f"{source} has no learned number for each head, such as s; there is nothing to draw")
     from ssmax.plots.scales import scales  # loads matplotlib
 
     write_atomically(figure, scales(rows, figure.suffix[1:]))
@@ -117,7 +126,7 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
 
 
 def _describe(model):
-    """Lines that say which layers carry SSMax, by which law, and s and b of each head."""
+    """Return lines that say which layers carry SSMax, by which law, and s and b of each head."""
     recipe = getattr(model.config, "ssmax", None)
     layers = _layers(model)
     lines = [f"{type(model).__name__}: {len(layers)} self-attention layers that can carry SSMax"]
@@ -182,7 +191,7 @@ def _raise_theta(config: Any, factor: float) -> None:
 
 
 def _tokens(source: str, texts: str | None, length: int, steps: int) -> list[Tensor]:
-    """Long texts in a fixed shuffled order, as many as the steps can use and a quarter more to be held out."""
+    """Return tokens of long texts, in a fixed shuffled order: enough pieces for the steps and for the held-out loss."""
     found, name = documents(texts, TEXT_LIMIT)
     tokenizer = load_tokenizer(source)
     random.Random(0).shuffle(found)
@@ -202,7 +211,7 @@ def _tokens(source: str, texts: str | None, length: int, steps: int) -> list[Ten
 
 
 def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration | None = None) -> list[str]:
-    """Write the new folder with all that belongs to the model; return the lines that say so."""
+    """Write the new folder with all files of the model; return lines that say what was written and left out."""
     try:
         with written_whole(target, owner="model") as temporary:
             model.save_pretrained(temporary)
@@ -212,13 +221,13 @@ def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration 
             behind = copy_companions(source, temporary, getattr(model.config, "_commit_hash", None))
     except SafetensorError as error:
         if is_full(error):
-            raise RunFailed(f"no space left to write {target}; nothing of it was kept") from error
+            raise RunFailed(f"no space left to write {target}; nothing was kept") from error
         raise
     return [*filter(None, [behind]), f"saved as {target.resolve()}"]
 
 
 def _measured(found: Calibration) -> tuple[list[tuple[str, float, float]], str]:
-    """The loss by position of a calibration, as write_card takes it."""
+    """Return the loss by position of a calibration, in the form that write_card takes."""
     starts = [0, *(last + 1 for last in found.positions)]
     names = [f"{first:,} to {last:,}" for first, last in zip(starts, found.positions, strict=False)]
     rows = [*zip(names, found.before, found.after, strict=True), ("all", found.mean_before, found.mean_after)]

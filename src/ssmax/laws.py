@@ -1,7 +1,7 @@
-"""The laws of n in use: what multiplies the logits, as a function of n or of the position. No backend knows them.
+"""The laws of n, one entry each: the multiplier m of the logits in softmax(m z), as a function of n or of the position.
 
-Each is m in softmax(m z). Fold it into the query: ssmax.scaling.scale_query(query, m). Modules that do so are
-QueryScales; make_scale makes the one of a law.
+To add a law, add its entry to LAWS. Backends do not know laws: m is folded into the query. The modules that do this are
+QueryScales; make_scale returns the one of a law.
 """
 
 import math
@@ -25,12 +25,12 @@ class Law:
     """One law of n.
 
     Attributes:
-        formula: in words of mathematics; n visible keys, p = 0-based position in the document.
-        of: "n" or "p", what the function wants; "query" where m depends on the query as well.
-        source: where it is used.
-        function: (x in float32 or float64, parameters) -> m; for "query" its class of QueryScale.
-        defaults: its parameters at the values of that source; those that are learned start there.
-        learned: those of them that a LawScale learns, one number for each head; SSMaxScale learns s and b.
+        formula: m as a formula; n is the number of visible keys, p the position in the document, from 0.
+        of: what m depends on: "n", "p", or "query" if it depends on the query as well.
+        source: where the law is used.
+        function: (n or p in float32 or float64, parameters) -> m. For "query": its class of QueryScale.
+        defaults: the parameters with the values of the source, None if it gives none. Learned parameters start there.
+        learned: names of the parameters that a LawScale learns, one number for each head. (SSMaxScale learns s and b.)
     """
 
     formula: str
@@ -48,7 +48,7 @@ class Law:
             parameters: some of `defaults`, numbers or tensors that broadcast against x.
 
         Raises:
-            ValueError: an unknown parameter, one that is needed and has no default, or a law of the query.
+            ValueError: an unknown parameter, a missing parameter without a default, or a law of the query.
         """
         if self.of == "query":
             raise ValueError(f"the law {self.formula!r} depends on the query; use its module, {self.function.__name__}")
@@ -57,7 +57,7 @@ class Law:
         return self.function(wide.clamp(min=1) if self.of == "n" else wide, **chosen)
 
     def chosen(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all parameters of the law, the given ones and the defaults of the others; ValueError as in a call."""
+        """Return all parameters of the law: the given ones, and defaults for the others. Raise ValueError as in a call."""
         unknown = set(parameters) - set(self.defaults)
         chosen = {**self.defaults, **parameters}
         missing = [name for name, value in chosen.items() if value is None]
@@ -101,17 +101,21 @@ def _temperature(n, t):
 
 
 class LawScale(QueryScale):
-    """Multiply each query by a law of n. What the law learns is a parameter of its name, a number for each head.
+    """Multiply each query by a law of n. Each learned parameter of the law is a module parameter of its name, (H,), float32.
 
-    A law of the position p gets p = n - 1: right for causal attention in full, padded or packed, not for windows.
+    A law of the position p gets p = n - 1. This is right for full causal attention, padded or packed, and not for windows.
 
     Args:
-        law: a name in LAWS, not one of the query.
-        num_heads: query heads, H; only a law that learns something needs it.
-        parameters: as the law takes them; finite numbers. Those that are learned start there.
+        law: a name in LAWS, except laws of the query.
+        num_heads: number of query heads, H; needed only if the law learns something.
+        parameters: parameters of the law, finite numbers. Learned parameters start there.
 
     Raises:
         ValueError: an unknown law, or parameters that do not fit it.
+
+    Example:
+        >>> scale = LawScale("ssmax-power", num_heads=8, s=0.43, gamma=0.5)
+        >>> query = scale(query, n=ssmax.visible_keys(num_keys=1024))  # (B, 8, 1024, D)
     """
 
     def __init__(self, law: str, num_heads: int | None = None, **parameters: float):
@@ -130,12 +134,12 @@ class LawScale(QueryScale):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set what is learned to its starting values."""
+        """Set the learned parameters to their starting values."""
         for name, parameter in self.named_parameters():
             nn.init.constant_(parameter, self.starts[name])
 
     def forward(self, query: Tensor, n: Tensor | int, log_n: Tensor | None = None) -> Tensor:
-        """Return the scaled query in query's dtype, rounded once; arguments as SSMaxScale's, log_n is not used."""
+        """Return the scaled query in its dtype, rounded once. Arguments as in SSMaxScale; log_n is not used."""
         law, n_BHN = LAWS[self.law], rows_of(n, query)
         learned_H1 = {name: own_part(parameter).view(-1, 1) for name, parameter in self.named_parameters()}
         if learned_H1:
@@ -185,9 +189,9 @@ LAWS: dict[str, Law] = {
 
 
 def matched_power(train_length: int, gamma: float) -> float:
-    """Return the s at which s (log n)^gamma is on average as sharp as Softmax over the training length.
+    """Return the s at which s (log n)^gamma is on average 1 over the training length, as sharp as Softmax.
 
-    For gamma = 1 it is matched_scale(train_length). The law is 0 at n = 1, whatever gamma is.
+    For gamma = 1 it is matched_scale(train_length). The law is 0 at n = 1 for any gamma.
     """
     return (
         train_length / LAWS["ssmax-power"](torch.arange(1, train_length + 1).double(), s=1.0, gamma=gamma).sum().item()
@@ -195,16 +199,24 @@ def matched_power(train_length: int, gamma: float) -> float:
 
 
 def make_scale(law: str, num_heads: int, head_size: int, **parameters: float) -> QueryScale:
-    """Return the module of a law for one attention layer.
+    """Return the module of a law for one attention layer. Call it on the query, with n, as SSMaxScale.
 
     Args:
         law: a name in LAWS.
-        num_heads: query heads, H.
-        head_size: D.
-        parameters: as the law takes them.
+        num_heads: number of query heads, H.
+        head_size: size of a head, D.
+        parameters: parameters of the law.
+
+    Returns:
+        A LawScale, or a QueryAwareScale for the law "query-aware".
 
     Raises:
         ValueError: an unknown law, or parameters that do not fit it.
+
+    Example:
+        >>> from ssmax.laws import make_scale
+        >>> scale = make_scale("ssmax-power", num_heads=8, head_size=64, s=0.43)
+        >>> query = scale(query, n=ssmax.visible_keys(num_keys=1024))  # (B, 8, 1024, 64)
     """
     if law in LAWS and LAWS[law].of == "query":
         return LAWS[law].function(num_heads, head_size, **LAWS[law].chosen(parameters))

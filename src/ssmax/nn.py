@@ -19,11 +19,11 @@ def starting_values(init: str | float, bias: bool | None, train_length: int | No
 
     Args:
         init: "matched" (s = matched_scale(train_length), b = 0), "identity" (s = 0, b = 1), or a number for s.
-        bias: learn b as well; default as init says, that is for "identity" alone.
-        train_length: what "matched" is matched to.
+        bias: learn b as well. Default: only with "identity".
+        train_length: training length for "matched", in tokens.
 
     Raises:
-        ValueError: an init of another kind, bias=False with "identity", or "matched" without a training length.
+        ValueError: another init, bias=False with "identity", or "matched" without a training length.
     """
     learned = init == "identity" if bias is None else bias
     if init == "identity":
@@ -42,8 +42,8 @@ def starting_values(init: str | float, bias: bool | None, train_length: int | No
 class SSMaxScale(QueryScale):
     """Multiply each query by s log n + b, with s and b learned for each head (Eq. 2 of arXiv 2501.19399).
 
-    s and b are float32 parameters of shape (H,). They stay float32 through .to(bfloat16), .half() and autocast: a bfloat16 s
-    neither learns in small steps nor multiplies exactly. Only .double() widens them.
+    s and b are float32 parameters of shape (H,). They stay float32 through .to(bfloat16), .half() and autocast, since in bfloat16
+    small steps of s would be lost and products would be inexact. Only .double() widens them.
 
     Args:
         num_heads: number of query heads, H.

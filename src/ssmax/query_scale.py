@@ -18,22 +18,22 @@ __all__ = ["QueryAwareScale", "QueryScale", "is_number", "own_part"]
 class QueryScale(nn.Module):
     """A module that multiplies the queries of one attention layer. Its parameters are float32.
 
-    They stay float32 through .to(bfloat16), .half() and autocast, since a bfloat16 s neither learns in small steps nor
-    multiplies exactly. Only .double() widens them. ssmax.parameter_groups leaves them out of weight decay.
+    They stay float32 through .to(bfloat16), .half() and autocast, since in bfloat16 small steps of s would be lost and products
+    would be inexact. Only .double() widens them. ssmax.parameter_groups excludes them from weight decay.
 
     Attributes:
-        law: its name in LAWS.
+        law: its name in ssmax.laws.LAWS.
     """
 
     law: str
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
-        """The numbers that are learned for each head, (H,) each, by their names in the formula."""
+        """The learned parameters that hold one number for each head, (H,) each, by their names in the formula."""
         return dict(self.named_parameters(recurse=False))
 
     def reset_parameters(self) -> None:
-        """Set what is learned to its starting values."""
+        """Set the learned parameters to their starting values."""
 
     def check_query(self, query: Tensor, heads: int) -> None:
         """Raise ValueError or TypeError unless a query is (B, heads, N, D), floating point."""
@@ -72,10 +72,10 @@ def own_part(parameter: Any) -> Any:
 
 
 class QueryAwareScale(QueryScale):
-    """TabICLv2's law: each component of the query is multiplied by MLP(log n) (1 + tanh(MLP(q))).
+    """TabICLv2's law: multiply each component of the query by MLP(log n) (1 + tanh(MLP(q))).
 
-    Both networks have one hidden layer with GELU. At the start they compute s log n + b for all components: two hidden
-    units hold log n, since GELU(x) - GELU(-x) = x, and the last layer of MLP(q) is zero.
+    Both networks have one hidden layer with GELU; their parameters are float32. At the start they compute s log n + b for all
+    components: two hidden units hold log n, since GELU(x) - GELU(-x) = x, and the last layer of MLP(q) is zero.
 
     Args:
         num_heads: query heads, H.
@@ -85,7 +85,11 @@ class QueryAwareScale(QueryScale):
         b: starting value of b; s = 0 and b = 1 is softmax.
 
     Raises:
-        ValueError: sizes that are no positive integers, or s or b that are not finite numbers.
+        ValueError: a size is not a positive integer, or s or b is not a finite number.
+
+    Example:
+        >>> scale = QueryAwareScale(num_heads=8, head_size=64)
+        >>> query = scale(query, n=ssmax.visible_keys(num_keys=1024))  # (B, 8, 1024, 64)
     """
 
     law = "query-aware"
@@ -115,7 +119,7 @@ class QueryAwareScale(QueryScale):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Let both networks compute s log n + b; hidden units that add nothing yet are drawn as torch draws them."""
+        """Let both networks compute s log n + b. The other hidden units, which add nothing yet, are drawn as torch draws them."""
         for network in (self.of_n, self.of_query):
             first, _, last = network
             first.reset_parameters()

@@ -16,7 +16,7 @@ __all__ = ["head_multiplier", "log_visible", "matched_scale", "multiplier", "sca
 def matched_scale(train_length: int) -> float:
     """Return the s at which SSMax is on average as sharp as softmax over the training length.
 
-    s = 1 / mean(log n), n = 1 to train_length: the paper's starting value, without a unit.
+    s = 1 / mean(log n) over n = 1 to train_length, a number without unit. The paper starts there.
 
     Args:
         train_length: context length of the training, in tokens.

@@ -62,7 +62,7 @@ def visible_keys(
     Raises:
         TypeError: mask, position_ids or cu_seqlens is not a tensor.
         ValueError: none or several of the four descriptions, wrong shapes or values, or arguments that do not determine n.
-            Values are checked where that needs no device synchronisation (on the CPU).
+            Values are checked if that needs no device synchronisation (on the CPU).
 
     Example:
         >>> ssmax.visible_keys(num_keys=5, window=3)
@@ -100,7 +100,7 @@ def visible_keys(
 def _from_length(num_keys, num_queries, window, chunk, causal):
     num_keys = whole_number(num_keys, "num_keys", 0)
     num_queries = num_keys if num_queries is None else num_queries
-    if not causal and chunk is None:  # also cross attention, whose queries are no positions among the keys
+    if not causal and chunk is None:  # also cross attention, whose queries are not positions among the keys
         return torch.full((1, num_queries), num_keys)
     _check_last(num_queries, num_keys, "num_keys")
     first, stop = _interval(torch.arange(num_keys - num_queries, num_keys), 0, num_keys, window, chunk, causal)
@@ -114,7 +114,7 @@ def _from_positions(position_ids, num_queries, window, chunk, causal):
         )
     if not causal:
         raise ValueError(
-            "position_ids say what precedes a query, not what follows; without causal pass mask or cu_seqlens"
+            "position_ids say how many keys precede a query, not how many follow; without causal pass mask or cu_seqlens"
         )
     if is_readable(position_ids) and (position_ids < 0).any():
         raise ValueError(f"position_ids must not be negative, got {int(position_ids.min())}")
@@ -129,7 +129,7 @@ def _from_positions(position_ids, num_queries, window, chunk, causal):
 def _from_documents(cu_seqlens, num_queries, window, chunk, causal):
     check_offsets(cu_seqlens)
     if cu_seqlens.is_meta and num_queries is None:
-        raise ValueError("num_queries is needed where cu_seqlens has no values to read (on the meta device)")
+        raise ValueError("num_queries is needed if cu_seqlens is on the meta device, where it has no values")
     total = cu_seqlens[-1].long()
     if num_queries is None:
         position_T = torch.arange(int(total), device=cu_seqlens.device)
@@ -204,14 +204,14 @@ def count_plain(
     top_left: bool = False,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Count without any mask: (N,).
+    """Count n without a mask, (N,).
 
     Args:
         num_queries: N.
         num_keys: S.
-        causal: the queries are the last N positions.
-        window: at most so many.
-        top_left: the queries are the first N positions instead, torch's rule.
+        causal: a query sees no later key; the queries are the last N positions.
+        window: largest number of keys that a query sees.
+        top_left: the queries are the first N positions instead, as in torch.
         device: device of the result.
     """
     if not causal:
@@ -222,12 +222,12 @@ def count_plain(
 
 
 def count_at(position: Tensor, window: int | None = None) -> Tensor:
-    """Count for queries at a position (from 0) of their own document, by causality and a window alone."""
+    """Count n for causal queries by their positions (from 0) in their documents, with or without a window."""
     return position + 1 if window is None else (position + 1).clamp(max=window)
 
 
 def count_range(place: Tensor, num_keys: Tensor | int, window: int | None = None, causal: bool = True) -> Tensor:
-    """Count what FlashAttention shows to a query that stands at a place (from 0) among its keys; a window has two sides."""
+    """Count n as FlashAttention does, for queries at places (from 0) among num_keys keys. Without causal, a window has two sides."""
     after = torch.full_like(place, 0 if causal else ENDLESS if window is None else window - 1)
     before = torch.full_like(place, ENDLESS if window is None else window - 1)
     stop = torch.minimum(place + after + 1, torch.as_tensor(num_keys, device=place.device))
@@ -235,7 +235,7 @@ def count_range(place: Tensor, num_keys: Tensor | int, window: int | None = None
 
 
 def count_unpadded(real_BS: Tensor, num_queries: int, window: int | None, causal: bool) -> Tensor:
-    """Count where padding is cut out before the kernel: a window counts real keys only, and a single query sees the last."""
+    """Count n if padding is removed before the kernel: a window counts real keys only, and a single query is the last key."""
     keys_B1 = real_BS.sum(1, keepdim=True)
     if num_queries == 1:
         return count_range(keys_B1 - 1, keys_B1, window, causal)
@@ -244,7 +244,7 @@ def count_unpadded(real_BS: Tensor, num_queries: int, window: int | None, causal
 
 
 def count_packed(ends_q: Tensor, ends_k: Tensor, num_queries: int, window: int | None, causal: bool) -> Tensor:
-    """Count for packed queries (N,), those of a document being the last of its keys; rows outside of all see nothing."""
+    """Count n for packed queries, (N,). The queries of a document are its last positions; rows outside of documents see nothing."""
     ends_q, ends_k = ends_q.long(), ends_k.long()
     row = torch.arange(num_queries, device=ends_q.device)
     end = torch.searchsorted(ends_q, row, right=True)
@@ -255,7 +255,7 @@ def count_packed(ends_q: Tensor, ends_k: Tensor, num_queries: int, window: int |
 
 
 def count_blocks(mask: "BlockMask") -> Tensor:
-    """Count under a BlockMask of FlexAttention, (B, H, N), some rows at a time."""
+    """Count n under a BlockMask of FlexAttention, (B, H, N), a few rows at a time."""
     batch, heads, rows, keys = mask.shape
     device = mask.kv_num_blocks.device
     b = torch.arange(batch, device=device)[:, None, None, None]
@@ -306,12 +306,12 @@ def as_bool(mask: Tensor) -> Tensor:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether looking at the values costs no device synchronisation and no graph break."""
+    """Return whether values can be read without a device synchronisation or a graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
-    """Return n as (B or 1, H or 1, N or 1), or raise ValueError where it does not fit the query (B, H, N, D)."""
+    """Return n as (B or 1, H or 1, N or 1). Raise ValueError if it does not fit the query (B, H, N, D)."""
     n = as_count(n, query.device)
     n_BHN = n[:, None] if n.ndim == 2 else n.reshape((1,) * max(0, 3 - n.ndim) + n.shape)
     wanted = query.shape[:3]
@@ -323,7 +323,7 @@ def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
 
 
 def as_count(n: Tensor | int, device: torch.device) -> Tensor:
-    """Return n as a tensor on the device; ValueError where it is negative or not finite."""
+    """Return n as a tensor on the device. Raise ValueError if it is negative or not finite."""
     if not isinstance(n, Tensor):
         # torch.full takes a symbolic size as it is; as_tensor would compile again for each number.
         return torch.full((), as_number(n), device=device)
@@ -336,7 +336,7 @@ def as_count(n: Tensor | int, device: torch.device) -> Tensor:
 
 
 def as_number(n: Any) -> Any:
-    """Return one n for all rows; ValueError where it is negative or not finite."""
+    """Return an n that is the same for all rows. Raise ValueError if it is negative or not finite."""
     if isinstance(n, torch.SymInt):  # a size that torch.export leaves open
         return n
     if isinstance(n, bool) or not isinstance(n, (int, float, np.integer, np.floating)):

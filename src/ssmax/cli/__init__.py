@@ -35,20 +35,20 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "demo": Demo,
 }
-# The machine's own failures, which may be gone when the same command runs again.
+# Errors of the machine, which may be gone when the same command runs again.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and run.
+    """Parse the arguments, run the command, and exit.
 
-    Exit status 2 for what the user can mend, 1 for a failed run, 130 and 143 for Ctrl-C and SIGTERM, 141 where the reader
-    of the output has gone away.
+    The exit status is 2 for bad input, 1 for a failed run, 130 for Ctrl-C, 143 for SIGTERM, and 141 if the reader of the output
+    has gone away.
     """
     try:
         try:
             status = _run(parsed(sys.argv[1:] if arguments is None else arguments))
-        except SystemExit as end:  # tyro's, of --help and of errors
+        except SystemExit as end:  # raised by tyro for --help and for errors
             status = end.code
         sys.stdout.flush()
     except BrokenPipeError:
@@ -121,7 +121,7 @@ def _say(message: str, status: int) -> int:
 
 
 def _show_left_out() -> None:
-    """Print what was left out of the input as one line of its own, and other warnings as ever."""
+    """Print each LeftOut warning as one line, and other warnings as usual."""
     as_ever = warnings.showwarning
 
     def show(message, category, *place, **more):
@@ -135,7 +135,7 @@ def _show_left_out() -> None:
 
 
 def _close_unread() -> bool:
-    """Send what nobody reads any more to nowhere, so that the exit is quiet; whether there was such a stream."""
+    """Redirect streams without a reader to os.devnull, so that the exit is quiet; return whether there was one."""
     nowhere, unread = os.open(os.devnull, os.O_WRONLY), []
     for stream in (sys.stdout, sys.stderr):
         poll = select.poll()

@@ -1,4 +1,4 @@
-"""ssmax demo: the paper's effect in a minute."""
+"""ssmax demo: shows the effect of SSMax in a minute."""
 
 import dataclasses
 from pathlib import Path

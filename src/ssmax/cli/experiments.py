@@ -1,4 +1,4 @@
-"""ssmax reproduce, train and prepare: the paper's experiments. Every field of a recipe is an option."""
+"""ssmax reproduce, train and prepare: the paper's experiments. Every field of a recipe is an option of the command line."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ Timeout: Any = Annotated[
 DryRun: Any = Annotated[
     Flag, option("Say what the recipe takes on this machine, from one measured step, and write nothing.")
 ]
-# Fields of a recipe that train names otherwise, and one whose default depends on another.
+# Fields of a recipe that ssmax train sets by other options; and the option of a field whose default depends on another field.
 REPLACED = ("models", "retrieval", "counting", "seeds")
 Saving: Any = Annotated[
     int | None,
@@ -47,11 +47,11 @@ TrainOptions: Any = option_groups(Recipe, leave_out=REPLACED, checkpoint_steps=S
 
 
 def parse_recipe(command: Any, arguments: list[str], prog: str, recipe: str | None = None) -> Any:
-    """Parse the arguments of a command; what they leave open is as in the recipe that they name."""
+    """Parse the arguments of a command. Options that are not given have the values of the named recipe."""
     foreign = [option for x in arguments if (option := x.partition("=")[0]) in {f"--{name}" for name in REPLACED}]
     if command is Train and foreign:
         raise UserError(
-            f"{foreign[0]} is of ssmax reproduce; ssmax train takes --form, --variant and --seed of one model"
+            f"{foreign[0]} is an option of ssmax reproduce; ssmax train takes --form, --variant and --seed of one model"
         )
     name = recipe or next((word for x in arguments if (word := x.rpartition("=")[2]) in RECIPES), "tiny")
     fields = dataclasses.fields(command)
@@ -187,7 +187,7 @@ class Prepare:
 
     Prints a folder; give it to ssmax train or reproduce as --corpus. With --tokenizer the text may have any size: it is
     read as a stream and written in shards, and the same command continues an interrupted preparation after its last
-    whole shard. Without --tokenizer the text is held in memory.
+    complete shard. Without --tokenizer the text is held in memory.
 
     Example: ssmax prepare paper --corpus org/web-text --tokenizer gpt2
     """

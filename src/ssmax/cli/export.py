@@ -1,4 +1,4 @@
-"""ssmax export: a model for other engines."""
+"""ssmax export: write a model for other engines."""
 
 import dataclasses
 from pathlib import Path
@@ -13,13 +13,13 @@ __all__ = ["Export"]
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write a model for another engine, which then computes exactly the same, or say why that is not possible.
+    """Write a model for another engine that computes the same, or say why that is not possible.
 
     gguf: one file for stock llama.cpp, with the tokenizer. It takes models of the families Llama, Mistral and Qwen 2
     whose layers are all converted, without b.
 
-    onnx: a folder with a graph for ONNX Runtime and OpenVINO in float32, and with the tokenizer. The graph has a KV
-    cache where all layers attend in full. It takes the models that transformers' own exporter takes.
+    onnx: a folder with the tokenizer and a graph for ONNX Runtime and OpenVINO, in float32. The graph has a KV cache if all
+    layers attend in full. It takes the models that transformers' own exporter takes.
 
     Example: ssmax export gguf SmolLM2-ssmax SmolLM2-ssmax.gguf --dtype f16
     """

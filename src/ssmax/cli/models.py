@@ -1,4 +1,4 @@
-"""ssmax evaluate, convert, calibrate, inspect and bench: any model of transformers, and what SSMax costs."""
+"""ssmax evaluate, convert, calibrate, inspect (any model of transformers) and bench (the cost of SSMax)."""
 
 import dataclasses
 from pathlib import Path
@@ -50,7 +50,9 @@ class Evaluate:
     device: Annotated[str, option("cpu, cuda, cuda:1 or mps. auto: the fastest of this machine.")] = "auto"
     chunk: Annotated[int, option("Tokens in a forward pass. Fewer need less memory; another run may change it.")] = 1024
     json: Annotated[Flag, option("Print the tables as JSON.")] = False
-    dry_run: Annotated[Flag, option("Read texts and tokenizers, say what the run takes, and write nothing.")] = False
+    dry_run: Annotated[
+        Flag, option("Read texts and tokenizers, say how many tokens the run reads, and write nothing.")
+    ] = False
     options: Annotated[EvaluateOptions, UNPREFIXED] = dataclasses.field(default_factory=EvaluateOptions)
 
     def run(self) -> None:
@@ -223,11 +225,12 @@ class Bench:
         tyro.conf.arg(
             metavar="CASE",
             help="attention: forward and backward by length. decode: sharp decoding after long caches. generate: tokens a "
-            "second of generate, by cache, and which layers are sharp. model: a converted "
-            "model. evaluation: measurements, against a plain forward pass. training: the recipe tiny, against a bare loop. peer: "
-            "against the package scalable-softmax. gradient: the error of ds in bfloat16. kernel: impl='triton' on a GPU; "
-            "--dry-run compiles it without one. scale: cost and memory from formulas, and how far they hold here.",
-            help_behavior_hint="(default: all that can run here)",
+            "second of generate, by cache, and which layers are sharp. blocks: keys that a prefill could skip. model: a converted "
+            "Llama. modules: nn.TransformerEncoder and nanoGPT. evaluation: measurements, against a plain forward pass. training: the "
+            "recipe tiny, against a bare loop. peer: against the package scalable-softmax. gradient: errors of the gradients of s "
+            "and b in bfloat16. kernel: impl='triton' on a GPU; --dry-run compiles it without one. kernel-gradient: the same "
+            "errors with impl='triton', in Triton's interpreter. scale: measured cost and memory, against the formulae.",
+            help_behavior_hint="(default: all that can run on this machine)",
         ),
     ] = ()
     model: Annotated[

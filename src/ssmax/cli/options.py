@@ -14,7 +14,7 @@ TEXTS_HELP = (
 )
 
 
-UNPREFIXED = tyro.conf.arg(name="", prefix_name=False)  # a dataclass of options whose own name stands nowhere
+UNPREFIXED = tyro.conf.arg(name="", prefix_name=False)  # a dataclass of options whose own name is not shown
 LONG_NUMBER = re.compile(r"\d+\.\d{5,}")
 Flag: Any = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # no --no-dry-run beside --dry-run
 
@@ -60,7 +60,7 @@ def flat(options: Any) -> dict[str, Any]:
 
 
 def with_values(options: Any, spec: Any) -> Any:
-    """Return the groups with the values of spec's fields; what is None stays None."""
+    """Return the groups with the values of spec's fields; values that are None stay None."""
     return dataclasses.replace(
         options,
         **{
@@ -71,6 +71,6 @@ def with_values(options: Any, spec: Any) -> Any:
 
 
 def parse(command: Any, arguments: list[str], prog: str, default: Any = tyro.MISSING_NONPROP) -> Any:
-    """Parse the arguments of a command; --help beside other arguments shows the whole help."""
-    helped = {"-h", "--help"} & set(arguments)  # tyro leaves out what was given
+    """Parse the arguments of a command. --help shows the whole help, also together with other arguments."""
+    helped = {"-h", "--help"} & set(arguments)  # tyro would leave out the options that are given
     return tyro.cli(command, args=["--help"] if helped else arguments, prog=prog, default=default)

@@ -1,4 +1,4 @@
-"""Options that take several values, and arguments after them that are not meant as values."""
+"""Finds arguments that an option with several values took by mistake."""
 
 import dataclasses
 import itertools
@@ -16,11 +16,11 @@ __all__ = ["check_values"]
 
 
 UNIONS = (Union, types.UnionType)
-INITS = Literal["identity", "matched"] | float  # which the library checks, in its own words
+INITS = Literal["identity", "matched"] | float  # values of --inits; wrong ones are reported by the library
 
 
 def check_values(commands: dict[str, Any], arguments: list[str]) -> None:
-    """Raise UserError if an option that takes several values took an argument that was meant separately.
+    """Raise UserError if an option that takes several values took an argument that was not meant for it.
 
     Args:
         commands: the class of each command, whose fields are its options.
@@ -40,7 +40,7 @@ def check_values(commands: dict[str, Any], arguments: list[str]) -> None:
         kind = options.get(argument.replace("_", "-"))
         values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest[at + 1 :])) if kind else []
         strange = [value for value in values if not _fits(value, kind)]
-        if strange and not (needed and len(strange) == needed == len(values) - 1):  # which tyro tells apart
+        if strange and not (needed and len(strange) == needed == len(values) - 1):  # a case that tyro parses rightly
             meant = positionals[0].name.removesuffix("s")
             raise UserError(
                 f"{argument} took {strange[0]!r} as one of its values; put the {meant} first: "
@@ -56,7 +56,7 @@ def _fields(command: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _options_of_several(command: Any) -> Iterator[tuple[str, Any]]:
-    """Each option that takes several values, and the type of one."""
+    """Yield each option that takes several values, and the type of one value."""
     for field, kind in _fields(command):
         plain = kind.__origin__
         if dataclasses.is_dataclass(plain):

@@ -1,1 +1,1 @@
-"""ssmax demo: two small trained models that ship with the package, and what SSMax changes in them, in a minute."""
+"""ssmax demo: compares two small trained models that ship with the package, with and without SSMax, in a minute."""

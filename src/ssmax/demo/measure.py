@@ -1,4 +1,4 @@
-"""What the demo measures: loss by position, needles found, and where the best head of each model looks."""
+"""The demo's measurements: loss by position, needles found, and the attention of each model's best head."""
 
 import json
 from collections.abc import Callable
@@ -24,16 +24,16 @@ __all__ = ["MODELS", "Shipped", "Sight", "best_head", "load", "look", "losses", 
 FOLDER = Path(__file__).parent / "models"
 MODELS = {"softmax": "Softmax", "ssmax": "SSMax"}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-THETA_FACTOR = 50  # of the paper, for the loss by position
+THETA_FACTOR = 50  # factor of RoPE's theta for the loss by position, as in the paper
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """What ships with the package.
+    """The models and texts that ship with the package.
 
     Attributes:
-        pretrained: name of MODELS -> the model as it was pretrained.
-        retrieval: the same models, fine-tuned to find the needle on contexts no longer than the training length.
+        pretrained: name in MODELS -> the pretrained model.
+        retrieval: the same models, fine-tuned to find the needle on contexts up to the training length.
         tokenizer: tokenizer of both models.
         texts: (K, L) token ids that neither model was trained on.
         provenance: recipe, corpus, commit, seed and versions of the run that made the models.
@@ -52,13 +52,13 @@ class Shipped:
 
     @property
     def lengths(self) -> list[int]:
-        """Context sizes of the demo: the training length, doubled as far as the texts reach."""
+        """Context sizes of the demo: the training length, doubled up to the length of the texts."""
         count = (self.texts.shape[1] // self.train_length).bit_length()
         return [self.train_length * 2**k for k in range(count)]
 
     @property
     def needle_theta_factor(self) -> float:
-        """Factor of RoPE's theta for needles: the run's largest, under which it judged them."""
+        """Factor of RoPE's theta for needles: the largest of the run that made the models, by which it judged them."""
         return self.provenance["needle_theta_factor"]
 
     def encode(self, text: str) -> list[int]:
@@ -66,19 +66,19 @@ class Shipped:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def task(self) -> NeedleTask:
-        """Return the needle task in texts that were held out."""
+        """Return the needle task in the held-out texts."""
         return NeedleTask(self.encode, self.texts.reshape(-1), self.provenance["needle_digits"])
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What one head of one model attends to from the last token of a prompt.
+    """The attention of one head of a model from the last token of a prompt, and the model's answer.
 
     Attributes:
-        weights: (T,), of every token of the prompt.
+        weights: (T,), the attention weight of each token of the prompt.
         needle: their sum over the needle.
-        answer: token ids that the model goes on with.
-        correct: whether they are the answer.
+        answer: token ids with which the model continues the prompt.
+        correct: whether these are the right answer.
     """
 
     weights: Tensor
@@ -88,7 +88,7 @@ class Sight:
 
 
 def load(folder: Path = FOLDER) -> Shipped:
-    """Load what ships with the package, in float32."""
+    """Load the models and texts that ship with the package, in float32."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -103,7 +103,7 @@ def load(folder: Path = FOLDER) -> Shipped:
 
 
 def losses(shipped: Shipped, progress: Callable[[int], Any]) -> list[dict[str, Any]]:
-    """Return the loss of each model in bins of positions: first and last position, and nats a token by model."""
+    """Return the loss of each model in bins of positions: first and last position, and nats per token by model."""
     texts = torch.from_numpy(shipped.texts)
     bins = {}
     for name, model in shipped.pretrained.items():
@@ -114,7 +114,7 @@ def losses(shipped: Shipped, progress: Callable[[int], Any]) -> list[dict[str, A
 
 
 def needles(shipped: Shipped, trials: int, progress: Callable[[int], Any]) -> dict[str, dict[int, list]]:
-    """Ask each model for needles at every context size and depth; return its outcomes by context size."""
+    """Ask each model for needles at every context size and depth; return the results by model and context size."""
     task = shipped.task()
     cells = [(length, depth) for length in shipped.lengths for depth in DEPTHS]
     asked = [task.grid(cells, np.random.default_rng(seed)) for seed in range(trials)]
@@ -134,7 +134,7 @@ def best_head(outcomes: dict[int, list]) -> tuple[int, int]:
 
 @torch.inference_mode()
 def look(model: PreTrainedModel, example: NeedleExample, head: tuple[int, int], theta_factor: float) -> Sight:
-    """Return what a head attends to from the last token of the prompt, and what the model answers there."""
+    """Return what a head, (layer, head), attends to from the last token of the prompt, and the model's answer."""
     layer, number = head
     prompt = torch.tensor([example.prompt])
     with rope_theta(model, theta_factor):

@@ -1,4 +1,4 @@
-"""ssmax demo: tables in the terminal, and a page with a slider over the context length."""
+"""Runs ssmax demo: tables for the terminal, and a page with a slider over the context length."""
 
 import time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def demo(out: Path) -> list[str]:
 
 
 def facts_of(shipped: Shipped, progress: Callable[[int], Any], trials: int = TRIALS) -> dict[str, Any]:
-    """Return all that page and tables show, from so many needles for each context size and depth."""
+    """Return everything that page and tables show; trials is the number of needles for each context size and depth."""
     by_position = measure.losses(shipped, progress)
     outcomes = measure.needles(shipped, trials, progress)
     heads = {name: measure.best_head(found) for name, found in outcomes.items()}
@@ -58,7 +58,7 @@ def facts_of(shipped: Shipped, progress: Callable[[int], Any], trials: int = TRI
 
 
 def _view(shipped: Shipped, length: int, heads: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """One context for the page: its tokens, and what the best head of each model attends to from the last of them."""
+    """Return one context for the page: its tokens, and what each model's best head attends to from the last token."""
     example = shipped.task().example(length, 0.5, np.random.default_rng([length, 1]))
     sights = {
         name: measure.look(model, example, heads[name], shipped.needle_theta_factor)
@@ -82,7 +82,7 @@ def _view(shipped: Shipped, length: int, heads: dict[str, tuple[int, int]]) -> d
 
 
 def _mean_loss(bins: list[dict[str, Any]], first: int, last: int, name: str) -> float:
-    """Mean loss at the positions first to last, which are whole bins."""
+    """Return the mean loss at positions first to last, which must be whole bins."""
     inside = [row for row in bins if first <= row["first"] and row["last"] <= last]
     return sum(row[name] * (row["last"] - row["first"] + 1) for row in inside) / (last - first + 1)
 
@@ -92,9 +92,9 @@ def _tables(facts: dict[str, Any]) -> list[str]:
     made = facts["provenance"]
     lines = [
         f"Two models of {made['parameters']:,} parameters, trained on windows of {made['train_length']} tokens; RoPE theta × "
-        f"{facts['theta']['loss']} for the loss and × {facts['theta']['needles']} for needles, nothing trained on longer texts.",
+        f"{facts['theta']['loss']} for the loss and × {facts['theta']['needles']} for needles. Neither was trained on longer texts.",
         "",
-        f"Loss (nats a token) by position, {facts['texts']} held-out texts",
+        f"Loss (nats per token) by position, {facts['texts']} held-out texts",
         f"{'positions':>15}  {softmax:>8}  {ssmax:>8}  {'difference':>10}",
     ]
     first = 1

@@ -235,7 +235,7 @@ def test_global_positions_of_a_shard_and_of_a_million():
         ({"num_keys": -1}, "non-negative"),
         ({"num_keys": 3, "window": 0}, "positive integer"),
         ({"num_keys": 3, "window": 2, "causal": False}, "causal attention only"),
-        ({"position_ids": torch.arange(3), "causal": False}, "what follows"),
+        ({"position_ids": torch.arange(3), "causal": False}, "how many follow"),
         ({"position_ids": torch.tensor([-1, 0])}, "negative"),
         ({"position_ids": torch.ones(3)}, "integers"),
         ({"position_ids": torch.ones(3, 1, 3).long()}, "integers of shape"),

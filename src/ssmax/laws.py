@@ -29,7 +29,8 @@ class Law:
         of: what m depends on: "n", "p", or "query" if it depends on the query as well.
         source: where the law is used.
         function: (n or p in float32 or float64, parameters) -> m. For "query": its class of QueryScale.
-        defaults: the parameters with the values of the source, None if it gives none. Learned parameters start there.
+        defaults: the parameters with the values of the source; learned parameters start there. None must be given, except that
+            convert sets s to make the law on average as sharp as Softmax.
         learned: names of the parameters that a LawScale learns, one number for each head. (SSMaxScale learns s and b.)
     """
 

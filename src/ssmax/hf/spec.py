@@ -1,4 +1,4 @@
-"""What config.ssmax holds: the law of a converted model, where its scales start, and the layers that carry them."""
+"""ScaleSpec, the content of config.ssmax: the law of a converted model, where its scales start, and the layers that carry them."""
 
 import math
 from collections.abc import Mapping
@@ -15,20 +15,21 @@ __all__ = ["ScaleSpec"]
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """The scales of a converted model, as its config keeps them in JSON.
+    """The scales of a converted model, as config.ssmax holds them in JSON.
 
-    A model of the law s log n + b holds init, s, b and bias; one of another law holds parameters instead. s and b are
-    where the scales start; what they learned is in the weights.
+    With the law s log n + b, config.ssmax has init, s, b and bias. With another law it has parameters instead. Both are starting
+    values; learned values are in the weights. ssmax.calibrate adds the key calibrated_at, the length of its texts in tokens.
+    ssmax.fold sets s to 1 and writes into law that s is folded into q_proj.
 
     Attributes:
-        law: "s log n", "s log n + b", or a name of ssmax.laws.
-        layers: indices of decoder layers, or names of attention modules in all other models.
+        law: "s log n", "s log n + b", or a name in ssmax.laws.LAWS.
+        layers: indices of decoder layers; in all other models names of attention modules.
         version: version of ssmax that converted the model.
-        init: "matched", "identity" or a number, as convert was told.
+        init: the init of convert: "matched", "identity" or a number.
         s: starting value of s of each head.
         b: starting value of b of each head.
         bias: whether b is learned.
-        parameters: starting values of another law.
+        parameters: parameters of another law, with their starting values.
     """
 
     law: str
@@ -42,7 +43,7 @@ class ScaleSpec:
 
     @classmethod
     def of(cls, config: Any, kind: type) -> "ScaleSpec":
-        """Read a config; 0.1.0's too.
+        """Read the spec from a config, also one that 0.1.0 wrote.
 
         Args:
             config: config of a model.
@@ -74,11 +75,11 @@ class ScaleSpec:
         return cls(**{name: held[name] for name in cls.__dataclass_fields__ if name in held})
 
     def held(self) -> dict[str, Any]:
-        """Return what config.ssmax holds."""
+        """Return the spec as the JSON object for config.ssmax."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def make(self, layer: Layer) -> QueryScale:
-        """Return the scale of a layer, at its start."""
+        """Return the scale of a layer, with its starting values."""
         if self.s is not None and self.bias is not None and self.b is not None:
             return SSMaxScale(layer.heads, self.s, self.bias, self.b)
         parameters: Any = self.parameters

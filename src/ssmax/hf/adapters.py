@@ -1,4 +1,4 @@
-"""PEFT's adapters of converted models: their files hold s and b as well, and go onto a model that has these scales."""
+"""PEFT's adapters of converted models: their files also hold s and b, and are loaded only into a model with these scales."""
 
 import functools
 import sys
@@ -15,15 +15,15 @@ __all__ = ["install"]
 
 logger = logging.get_logger(__name__)
 
-# Ways in which PEFT writes down a module that it wrapped, before its own name is taken out.
+# Names that PEFT puts after the name of a module that it wrapped.
 WRAPPED = (".original_module", ".base_layer")
 
 
 def install() -> None:
-    """Wrap PEFT's reading and writing of adapters, once, where PEFT is installed."""
+    """Wrap PEFT's reading and writing of adapters, once, if PEFT is installed."""
     try:
         import peft
-    except ImportError:  # not installed, or not beside these versions: then nobody can use it either
+    except ImportError:  # not installed, or not with these versions, so that nobody can use it
         return
     for name, around in (("get_peft_model_state_dict", _written), ("set_peft_model_state_dict", _read)):
         original = getattr(peft, name)
@@ -38,7 +38,7 @@ def install() -> None:
 
 
 def _refuse_lost(original, self, *args, **kwargs):
-    """transformers' own way to load an adapter drops what it does not know."""
+    """Refuse an adapter whose scales transformers would drop, since its load_adapter ignores names that it does not know."""
     before = set(getattr(self, "peft_config", ()))
     found = original(self, *args, **kwargs)
     lost = [name for name in getattr(found, "unexpected_keys", ()) if _scale_of(name)]
@@ -52,7 +52,7 @@ def _refuse_lost(original, self, *args, **kwargs):
 
 
 def _written(original, model, state_dict=None, *args, **kwargs):
-    """What an adapter's file holds: PEFT's own tensors, and the scales that are not among them."""
+    """Return the content of an adapter's file: PEFT's own tensors, and the scales that are not among them."""
     found = original(model, state_dict, *args, **kwargs)
     held = {_scale_of(name) for name in found}
     for name, value in _scales(model, state_dict).items():
@@ -62,7 +62,7 @@ def _written(original, model, state_dict=None, *args, **kwargs):
 
 
 def _read(original, model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
-    """Put an adapter onto a model, or raise ValueError where its scales are not the model's."""
+    """Load an adapter into a model, or raise ValueError if its scales do not fit those of the model."""
     mine, places = _scales(model), {_scale_of(name) for name in _scales(model)}
     held = {_scale_of(name) for name in peft_model_state_dict} - {""}
     given = _scales(model, peft_model_state_dict)
@@ -84,7 +84,7 @@ def _read(original, model, peft_model_state_dict, adapter_name="default", *args,
 
 
 def _scales(model: nn.Module, state_dict: dict[str, Any] | None = None) -> dict[str, Tensor]:
-    """s and b of a model by the names that they have in it without PEFT's wrappers; those that no adapter has of its own."""
+    """Return s and b of a model by their names without PEFT's wrappers, except those that belong to one adapter."""
     found = {}
     for name, value in (model.state_dict() if state_dict is None else state_dict).items():
         place, _, part = name.rpartition(".")
@@ -96,7 +96,7 @@ def _scales(model: nn.Module, state_dict: dict[str, Any] | None = None) -> dict[
 
 
 def _scale_of(name: str) -> str:
-    """The module whose scale a tensor belongs to, or an empty string."""
+    """Return the name of the module whose scale a tensor belongs to, or an empty string."""
     place, found, _ = name.partition(".ssmax.")
     return place if found else ""
 

@@ -1,4 +1,4 @@
-"""Files of a model beside weights and config: tokenizer, processor, templates, licence; copied from folder to folder."""
+"""Copies the files of a model other than weights and config: tokenizer, processor, templates, licence."""
 
 import os
 import shutil
@@ -15,18 +15,21 @@ WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
     *(".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".ot", ".nemo", ".distcp", ".index.json"),
 )
-CODE = (".py", ".pyc", ".so", ".ipynb", ".sh")  # what a converted folder carries may be run by who trusts it
+CODE = (".py", ".pyc", ".so", ".ipynb", ".sh")  # not copied: somebody who trusts the new folder might run it
 
 
 def copy_companions(source: str, target: Path, commit: str | None = None) -> str | None:
-    """Copy all files of a model but weights, code and what target has already; return what was not copied, in one line.
+    """Copy the files of a model except weights and code. Files that target has already stay as they are.
 
-    Hidden files stay too, and folders with weights of their own (another model), and links that lead out of the folder.
+    Hidden files are not copied either, nor folders with weights (other models), nor links that lead out of the folder.
 
     Args:
         source: a folder, or a name on a hub.
         target: a folder that the model was saved to.
         commit: commit of the hub's model, from its config.
+
+    Returns:
+        One line about what was not copied, or None.
     """
     folder = _folder(source, commit)
     if folder is None:

@@ -1,4 +1,4 @@
-"""convert and revert of a Hugging Face model: which of its layers get a scale, and what its config says of them."""
+"""convert and revert for Hugging Face models: which of their layers get a scale, and the content of config.ssmax."""
 
 from typing import Any
 
@@ -26,11 +26,11 @@ __all__ = ["convert", "revert"]
 
 
 def convert(model: PreTrainedModel, options: Options) -> None:
-    """Convert a softmax model to SSMax, in place: its class and config become those of the saved kind (model_type "ssmax_...").
+    """Convert a softmax model to SSMax, in place: its class and config become those of an SSMax model (model_type "ssmax_...").
 
     Raises:
-        ValueError: the model is converted already; its family cannot be converted (its own kind of attention, its own law of n,
-            a bias on the logits); or an option does not fit.
+        ValueError: the model is converted already; its family cannot be converted (an attention, a law of n or a bias on the
+            logits of its own); or an option does not fit.
     """
     if options.example is not None:
         raise ValueError("example is for modules that are no transformers models; leave it out")
@@ -63,7 +63,7 @@ def convert(model: PreTrainedModel, options: Options) -> None:
 
 
 def revert(model: PreTrainedModel) -> None:
-    """Take SSMax out again, in place: the softmax model's class, config and state_dict, bit for bit.
+    """Remove SSMax, in place: the class, config and state_dict are those of the softmax model, bit for bit.
 
     Raises:
         ValueError: the model is not converted.
@@ -96,13 +96,13 @@ def _train_length(given, config):
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if given is None else given
 
 
-# A model of softmax is not converted; the other two are law ssmax with an init of their own.
+# convert does not take the others: "softmax" is no conversion, and the other two are law "ssmax" with a certain init.
 CONVERTED_LAWS = tuple(name for name in LAWS if name not in ("softmax", "mistral-large-4", "olmo"))
 LEARNED_LAWS = tuple(name for name in CONVERTED_LAWS if LAWS[name].learned or LAWS[name].of == "query")
 
 
 def _learned_scales(options, config):
-    """What config.ssmax says of law ssmax."""
+    """Return the fields of config.ssmax for law "ssmax"."""
     if options.law_parameters:
         raise ValueError("law 'ssmax' takes init and bias, not law_parameters")
     values = starting_values(options.init, options.bias, _train_length(options.train_length, config))
@@ -110,7 +110,7 @@ def _learned_scales(options, config):
 
 
 def _other_law(options, config, kinds):
-    """What config.ssmax says of another law, the training length from the config; ValueError where a parameter is missing."""
+    """Return the fields of config.ssmax for another law. The training length and s have defaults, other parameters not."""
     law = options.law
     if law not in CONVERTED_LAWS:
         raise ValueError(f"law must be {', '.join(CONVERTED_LAWS)}; got {law!r}")
@@ -134,7 +134,7 @@ def _other_law(options, config, kinds):
 
 
 def _chosen_layers(model, layers, cross):
-    """The keys of the layers to convert, indices of a decoder-only language model or names, or ValueError."""
+    """Return the layers to convert: indices in a decoder-only language model, else names. Raise ValueError if one is unknown."""
     if layers is None:
         return _default_layers(model, cross)
     if not layers or not all(isinstance(layer, str) for layer in layers):

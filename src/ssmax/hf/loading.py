@@ -1,4 +1,4 @@
-"""Loading a model's folder from an unknown source: only safetensors and JSON, all files, none outside of the folder."""
+"""Loads models from unknown sources: only from safetensors and JSON, all weights, and no file outside of the folder."""
 
 import json
 import warnings
@@ -22,7 +22,7 @@ from ssmax.runs.hub import cached_only_offline, is_hub_name
 
 __all__ = ["check_causal", "check_weights", "load_config", "load_model", "load_tokenizer", "quiet"]
 
-# No pickle, which runs code when it is loaded, and no code of the folder's own.
+# Code in the folder is never run.
 SAFE: dict[str, Any] = {"trust_remote_code": False}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 ADAPTER = "adapter_config.json"
@@ -35,7 +35,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
         source: a folder, or a name on a hub.
 
     Raises:
-        ValueError: there is no such model, or its folder is damaged or names files outside of it.
+        ValueError: there is no such model, or its folder is damaged, or it names files outside of the folder.
     """
     _check(source)
     return _told(source, lambda: AutoConfig.from_pretrained(source, **SAFE))
@@ -50,7 +50,7 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
         options: options of transformers' from_pretrained.
 
     Raises:
-        ValueError: as load_config; or a weight is missing, or there are no safetensors.
+        ValueError: as in load_config; or a weight is missing, or there are no safetensors.
     """
     config = load_config(source) if config is None else config
     check_causal(source, config)
@@ -69,7 +69,7 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Load a tokenizer. Raises as load_config."""
+    """Load a tokenizer from a folder or a hub. It raises as load_config does."""
     return _told(source, lambda: AutoTokenizer.from_pretrained(source, **SAFE), "tokenizer")
 
 
@@ -80,7 +80,7 @@ def _told(source, load, what="causal language model"):
         return load()
     except Damaged:
         raise
-    # Whatever a damaged file makes a parser raise; tokenizers raises Exception itself.
+    # Damaged files make parsers raise many kinds of errors; tokenizers raises plain Exception.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if is_offline_mode() and not Path(source).exists():
@@ -89,7 +89,7 @@ def _told(source, load, what="causal language model"):
 
 
 def check_causal(source: str | Path, config: PreTrainedConfig) -> None:
-    """Raise Damaged where a config is not that of a causal language model."""
+    """Raise Damaged if a config is not that of a causal language model."""
     kind = f"{source} cannot be loaded: it is of model type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
         raise Damaged(f"{kind}, an encoder-decoder model; this takes causal language models alone")
@@ -101,7 +101,7 @@ def check_causal(source: str | Path, config: PreTrainedConfig) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise Damaged where a folder holds no safetensors."""
+    """Raise Damaged if a folder holds no safetensors."""
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin"))
         raise Damaged(
@@ -115,7 +115,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _check(source):
-    """Raise Damaged unless source is a whole model, not an adapter, with its weight files inside the folder."""
+    """Raise Damaged unless source is a complete model, not an adapter, with all weight files inside the folder."""
     folder = Path(source)
     if folder.is_file():
         raise Damaged(f"{source} cannot be loaded: it is a file; give the folder of a model, or its name on a hub")
@@ -153,7 +153,7 @@ def _base(path):
 
 
 def quiet() -> None:
-    """Silence transformers' own messages, which are for programmers."""
+    """Silence transformers' own log messages and warnings, which are for programmers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate")

@@ -1,4 +1,4 @@
-"""Training a converted model: s and b are not decayed, and may have their own learning rate."""
+"""Training a converted model with transformers' Trainer: s and b are not decayed."""
 
 import functools
 import sys

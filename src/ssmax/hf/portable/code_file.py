@@ -1,4 +1,4 @@
-"""modeling_ssmax.py: the code with which a saved model loads where the package ssmax is not installed."""
+"""Writes modeling_ssmax.py, the code with which a saved model loads if the package ssmax is not installed."""
 
 import inspect
 import re
@@ -71,16 +71,16 @@ def write_code(model: PreTrainedModel, heads: dict[str, type[PreTrainedModel]], 
     """Write the code file of a converted model into a folder.
 
     Args:
-        model: a converted model. What becomes code is taken from its classes and modules, never from its config, which may
-            come from anywhere.
-        heads: name of each Auto class that knows the family, and transformers' own class behind it.
-        folder: where the model is saved.
+        model: a converted model. The code is made from its classes and modules, never from its config, which may come from an
+            unknown source.
+        heads: name of each Auto class that knows the family, and the class of transformers that it loads.
+        folder: folder of the saved model.
     """
     write_atomically(folder / f"{CODE_FILE}.py", _code(model, heads))
 
 
 def formula(scale: Any) -> str:
-    """Return what a scale multiplies queries by, in words of mathematics."""
+    """Return the multiplier of a scale as a formula."""
     if not isinstance(scale, SSMaxScale):
         return LAWS[scale.law].formula
     return "s log n" if getattr(scale, "bias", None) is None else "s log n + b"
@@ -120,21 +120,21 @@ def _sources(*objects):
 
 
 def _size(scale):
-    """What class Scale of the code file takes: heads, or heads, head size and hidden size."""
+    """Return the argument of the code file's class Scale: heads, or heads, head size and hidden size."""
     if isinstance(scale, QueryAwareScale):
         return scale.num_heads, scale.head_size, scale.of_n[0].out_features
     return max((part.numel() for part in scale.parameters()), default=0)
 
 
 def _named(scale):
-    """What config.ssmax says of the law of such scales, its parameters beside its name."""
+    """Return the entries by which the code file recognises its law in config.ssmax."""
     if isinstance(scale, SSMaxScale):
         return {"bias": scale.bias is not None}
     return {"law": scale.law, **getattr(scale, "fixed", {})}
 
 
 def _scale(scale):
-    """What a new model starts with, the law's function, and class Scale."""
+    """Return the source of starting values, the law's function, and class Scale."""
     if isinstance(scale, LawScale):
         start, piece = scale.starts, pieces.LawScale if scale.starts else pieces.FixedScale
     else:
@@ -148,7 +148,7 @@ def _scale(scale):
 
 
 def _law(scale):
-    """The law's own function, and a function of n and of what is learned that calls it."""
+    """Return the source of the law's function, and of a function of n and the learned parameters that calls it."""
     law = LAWS[scale.law]
     named = f"{law.function.__module__}.{law.function.__name__}"
     fixed = [f"{name}={value!r}" for name, value in scale.fixed.items()] + ["**learned"] * bool(scale.starts)
@@ -163,7 +163,7 @@ def _law(scale):
 
 
 def _scales(sizes):
-    """A dictionary as source, layers that differ by their number alone in one line."""
+    """Return a dictionary as source, with one line for layers whose names differ only by their number."""
     groups: dict[tuple[str, int], list[int]] = {}
     single = {}
     for name, size in sizes.items():

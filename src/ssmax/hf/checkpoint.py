@@ -1,6 +1,6 @@
-"""Saved models: their own model_type, the recipe in config.ssmax, and an error for every checkpoint that lost its scale.
+"""Classes of converted models: their own model_type, config.ssmax, and an error for every checkpoint that lost a scale.
 
-SSMaxLlamaForCausalLM, SSMaxLlamaConfig and the like are made on demand from transformers' class of that name, so that
+SSMaxLlamaForCausalLM, SSMaxLlamaConfig and so on are made on demand from the class of transformers with that name, so that
 they can be imported, pickled and named in auto_map.
 """
 
@@ -54,7 +54,7 @@ COMPANIONS: list[Any] = [
 
 
 class SSMaxModel(PreTrainedModel):
-    """What a converted model adds to its transformers class: scales built from config.ssmax, and a strict checkpoint."""
+    """Added to the transformers class of a converted model: scales built from config.ssmax, and strict loading and saving."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         ScaleSpec.of(config, type(self))  # before anything large is made
@@ -71,14 +71,14 @@ class SSMaxModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, from safetensors alone; ValueError where a scale is missing or does not fit."""
+        """Load as transformers does, from safetensors alone. Raise ValueError if a scale is missing or does not fit."""
         kwargs.setdefault("use_safetensors", True)  # a pickle would run code
         loaded: Any = super().from_pretrained(*args, **kwargs)
         refuse_split_heads(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load as torch does; warn where the weights of an attention come, not strictly, without its scale."""
+        """Load as torch does. Warn if strict is False and the weights of an attention come without its scale."""
         found = super().load_state_dict(state_dict, strict=strict, assign=assign)
         for name, module in carriers(self):
             own = [f"{name}.{inner}" for inner, _ in module.named_parameters() if not inner.startswith("ssmax.")]
@@ -93,10 +93,10 @@ class SSMaxModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Save as transformers does, with the code and the card by which others load and judge it.
+        """Save as transformers does, together with modeling_ssmax.py and the model card.
 
         Raises:
-            ValueError: a scale that config.ssmax names is not there, in the model or in a state_dict that was given.
+            ValueError: a scale that config.ssmax names is missing in the model, or in the state_dict if one is given.
         """
         if is_main_process:
             check_whole(self, state_dict)
@@ -111,7 +111,7 @@ class SSMaxModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: dict, *args: Any, **kwargs: Any):
-        """Let a push to a hub include the code and the card, which were written before transformers looked at the folder."""
+        """Include the code file and the card in a push to a hub. transformers skips files that it did not see change."""
         if "_ssmax_card" not in self.__dict__:
             return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
         keep_card(Path(working_dir), self.__dict__["_ssmax_card"])
@@ -120,7 +120,7 @@ class SSMaxModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Do nothing: transformers would copy the source of this package into saved folders."""
+        """Do nothing. Otherwise transformers would copy the source of this package into saved folders."""
 
 
 def _made_on_demand(base):
@@ -146,9 +146,9 @@ def _is_transformers(base):
 
 @functools.cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Return the config class of converted models whose own config class is base; all Auto classes know it.
+    """Return the config class of converted models with the config class base, and register it with all Auto classes.
 
-    So does the module transformers, in which its server looks architectures up by name; it may be two objects of one class.
+    The model classes also become attributes of the module transformers, where its server looks them up by name.
     """
     config = _config_class(base)
     for auto, head in _auto_heads(base).items():
@@ -191,7 +191,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def softmax_class(kind: type) -> type[PreTrainedModel]:
-    """Return the class from which that of converted models was made; kind may be a subclass of the one that was made."""
+    """Return the softmax class of a converted model's class, which may also be a subclass of the class that convert made."""
     return next(one.__bases__[-1] for one in kind.__mro__ if not refusals.carries_scales(one.__bases__[-1]))
 
 
@@ -208,12 +208,12 @@ def _scoped(forward: Callable) -> Callable:
 
 
 def heads(base: type[PreTrainedModel]) -> dict[str, type[PreTrainedModel]]:
-    """Return the name of each Auto class that knows the family of base, and transformers' class behind it."""
+    """Return the name of each Auto class that knows the family of base, and the class of transformers that it loads."""
     return {auto.__name__: head for auto, head in _auto_heads(base.config_class).items()}
 
 
 def auto_map(base: type[PreTrainedModel]) -> dict[str, str]:
-    """Return config.auto_map of a converted model: which class of the code file serves which Auto class; none of own classes."""
+    """Return config.auto_map of a converted model: Auto class -> class of the code file. It is empty for the user's own classes."""
     config: Any = base.config_class
     if not _is_transformers(base) or not _is_transformers(config):
         return {}
@@ -222,7 +222,7 @@ def auto_map(base: type[PreTrainedModel]) -> dict[str, str]:
 
 
 class _SavedTypes(dict):
-    """transformers' registered config classes, and those of saved SSMax models, made when one is asked for.
+    """The registered config classes of transformers, and those of saved SSMax models, which are made when they are needed.
 
     Registering all families at once would import hundreds of modules.
     """

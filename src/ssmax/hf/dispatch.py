@@ -1,4 +1,4 @@
-"""The one wrap of transformers' attention functions: it scales the query of modules that have a scale."""
+"""Wraps transformers' attention functions, once: they scale the query of modules that have a scale."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("this model adds a position bias to its logits; SSMax is not defined for it here")
-    closed = implementation == "vllm" or sees_what_it_is_handed(attend)  # its n does not depend on what it is handed
+    closed = implementation == "vllm" or sees_what_it_is_handed(attend)  # vLLM's n depends only on positions
     n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs, closed)
     if kwargs.get("softcap") is not None:
         if implementation != "eager":
@@ -42,7 +42,7 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
 
 
 def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0, **kwargs):
-    """softmax(m softcap(z)) v: the multiplier comes after the cap, so that the query cannot carry it."""
+    """Return softmax(m softcap(z)) v. The multiplier comes after the cap, so the query cannot carry it."""
     m = scale(torch.ones(*query.shape[:3], 1, dtype=torch.float32, device=query.device), n)[..., 0]
     output = reference.forward(
         query,
@@ -61,12 +61,12 @@ def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0
 
 
 def install() -> None:
-    """Wrap the dispatch of every attention interface, once; modules without a scale pass through unchanged.
+    """Wrap the dispatch of every attention interface, once. Modules without a scale pass through unchanged.
 
-    The implementation's own name stays in the config: a model under a name of ours would lose its masks and SSMax
-    itself as soon as anybody chooses another implementation.
+    The implementation's own name stays in the config. Under a name of ours, a model would lose its masks, and SSMax itself as
+    soon as somebody chose another implementation.
     """
-    wrapped = hasattr(AttentionInterface, "_ssmax_attend")  # by the code file of a saved model, which steps back here
+    wrapped = hasattr(AttentionInterface, "_ssmax_attend")  # by the code file of a saved model, whose place ssmax takes
     AttentionInterface._ssmax_attend = staticmethod(_attend)  # pyrefly: ignore[missing-attribute]
     if wrapped:
         return

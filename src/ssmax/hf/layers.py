@@ -1,4 +1,4 @@
-"""Which attention modules of a model can carry SSMax: decided by what they do, not by a list of names."""
+"""Finds the attention modules of a model that can carry SSMax, by what their code does and not by a list of names."""
 
 import inspect
 import itertools
@@ -27,7 +27,7 @@ __all__ = [
 
 FULL = "full_attention"
 OTHER_KEYS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
-# Layers that hold a recurrent part beside their attention: what counts here is how the attention sees.
+# Layers with a recurrent part beside their attention, and the kind of that attention.
 HYBRID = {"hybrid": FULL, "hybrid_sliding": "sliding_attention"}
 
 
@@ -49,7 +49,7 @@ class Layer:
 
     @property
     def head_size(self) -> int:
-        """Components of a query, as the module says it; 0 where it does not, which no query has."""
+        """Components of a query, by the module's attributes; 0 if it has no such attribute."""
         sizes = (
             getattr(self.module, name, None) for name in ("qk_head_dim", "head_dim", "attention_head_size", "head_size")
         )
@@ -57,7 +57,7 @@ class Layer:
 
 
 def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
-    """Return the self-attention layers of the language model by layer index; cross and vision layers are not among them.
+    """Return the self-attention layers of the language model by layer index, without cross-attention and vision layers.
 
     Raises:
         ValueError: the family cannot be converted, with the reason.
@@ -104,14 +104,14 @@ def named_layers(model: PreTrainedModel) -> dict[str, Layer]:
 
 
 def layers_of(model: PreTrainedModel, keys: Iterable[int | str]) -> dict[Any, Layer]:
-    """Return the layers that config.ssmax can name: the language model's by index, where an index is asked for, and all by name."""
+    """Return the layers that config.ssmax can name: those of the language model by index if a key is an index, and all by name."""
     keys = list(keys)
     by_index: dict[Any, Layer] = {**language_layers(model)} if any(isinstance(key, int) for key in keys) else {}
     return by_index | (named_layers(model) if any(isinstance(key, str) for key in keys) else {})
 
 
 def part_by_hand(model: PreTrainedModel) -> str | None:
-    """Return the class of an attention module that does not pass through the interface, or None."""
+    """Return the class of an attention module that does not use transformers' attention interface, or None."""
     for name, module in _undispatched(model):
         attends = "Attention" in type(module).__name__ and next(module.parameters(), None) is not None
         pools = any(isinstance(part, nn.MultiheadAttention) for part in module.modules())  # queries that are no tokens
@@ -129,7 +129,7 @@ def own_part_by_hand(model: PreTrainedModel) -> str | None:
 
 
 def _undispatched(model):
-    """The modules, with names, that neither pass through the interface nor hold, or are part of, one that does."""
+    """Yield the modules, with names, that do not use the interface, and neither hold nor belong to one that does."""
     dispatched = [f"{name}." for name, module in model.named_modules() if _dispatches(module)]
     for name, module in model.named_modules():
         if name and not any(x.startswith(f"{name}.") or f"{name}.".startswith(x) for x in dispatched):
@@ -137,7 +137,7 @@ def _undispatched(model):
 
 
 def _is_cross(name, module):
-    """Whether a module attends to keys from elsewhere: it says so, or its name does, or it cannot do without them."""
+    """Return whether a module is cross attention, by its attribute, its name, or an argument that it needs."""
     said = getattr(module, "is_cross_attention", None)
     if isinstance(said, bool):
         return said
@@ -165,7 +165,7 @@ def _is_attention(module, text_config_type):
 
 
 def _takes_other_keys(module):
-    """Whether the keys come from elsewhere: what a module that does not call itself cross attention or not may do."""
+    """Return whether a module without is_cross_attention takes keys from elsewhere, by its arguments."""
     arguments = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     return bool(OTHER_KEYS & set(arguments))
 
@@ -200,7 +200,7 @@ def _kind(module, text_config):
 
 
 def refuse_own_law(module: Any, family: str) -> None:
-    """Raise ValueError where SSMax is not defined: a law of n on the queries already, or a bias added to the logits."""
+    """Raise ValueError if SSMax is not defined for a module: it has another law of n, or adds a bias to its logits."""
     config = getattr(module, "config", None)
     if "position_bias" in inspect.signature(inspect.unwrap(type(module).forward)).parameters:
         raise ValueError(

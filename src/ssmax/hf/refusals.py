@@ -1,4 +1,4 @@
-"""Where transformers would silently load a converted model as another one: all ways of loading pass through these functions."""
+"""Refusals: all ways by which transformers would silently load a converted model as another model raise ValueError instead."""
 
 import functools
 import sys
@@ -18,7 +18,7 @@ def carries_scales(kind: type) -> bool:
 
 
 def is_converted(config: Any) -> bool:
-    """Whether a config, or the contents of a config.json, is that of a converted model."""
+    """Return whether a config, or the content of a config.json, is that of a converted model."""
     fields = config if isinstance(config, dict) else {**vars(config), "model_type": config.model_type}
     names = [str(name) for name in fields.get("architectures") or ()]
     return (
@@ -29,7 +29,7 @@ def is_converted(config: Any) -> bool:
 
 
 def install() -> None:
-    """Let plain classes refuse configs and checkpoints of converted models, and all classes a scale that does not fit."""
+    """Make plain classes refuse configs and checkpoints of converted models, and all classes refuse scales that do not fit."""
     wrap(PreTrainedConfig, "from_dict", _refuse_dict)
     wrap(PreTrainedModel, "__init__", _refuse_config)
     wrap(PreTrainedModel, "from_pretrained", _refuse_folder)
@@ -37,7 +37,7 @@ def install() -> None:
 
 
 def wrap(owner: type, name: str, around: Callable) -> None:
-    """Replace a method by around(method, ...), once, as the kind of method that it is."""
+    """Replace a method by around(method, ...), once. A class method stays a class method."""
     method = owner.__dict__[name]
     original = getattr(method, "__func__", method)
     if getattr(original, "_ssmax", False):
@@ -70,7 +70,7 @@ def _refuse_config(original, self, config, *args, **kwargs):
 
 
 def _is_part():
-    """Whether a model that makes its scales itself is being built: its parts are plain classes, and may have its config."""
+    """Return whether a converted model is being built: its parts are plain classes, and may receive its config."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__init__" and carries_scales(type(frame.f_locals.get("self"))):
@@ -80,7 +80,7 @@ def _is_part():
 
 
 def _refuse_folder(original, cls, source=None, *args, config=None, **kwargs):
-    """A config that was given, or is a part of the folder's, says nothing of the folder's own."""
+    """Check the config.json of the folder itself. A config that is passed in may be another one, or a part of it."""
     part = getattr(cls.config_class, "base_config_key", "")
     if source is not None and not carries_scales(cls) and (config is not None or part):
         where = {

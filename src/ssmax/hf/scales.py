@@ -1,4 +1,4 @@
-"""The scales of a converted model: made from config.ssmax, found in the model, and missed where one is gone."""
+"""The scales of a converted model: made from config.ssmax, listed, and checked for missing ones."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Give the layers named in config.ssmax their scale, at its starting value."""
+    """Give each layer that config.ssmax names its scale, with its starting values."""
     spec = ScaleSpec.of(model.config, type(model))
     layers = layers_of(model, spec.layers)
     unknown = [key for key in spec.layers if key not in layers]
@@ -40,7 +40,7 @@ def attach(model: PreTrainedModel) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Take away what attach gave."""
+    """Remove what attach added."""
     model.__dict__.pop("_ssmax_carriers", None)
     for module in model.modules():
         module._modules.pop("ssmax", None)
@@ -48,12 +48,12 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def carriers(model: PreTrainedModel) -> list[tuple[str, Any]]:
-    """The attention modules that have a scale, with their names."""
+    """Return the attention modules that have a scale, with their names."""
     return [(name, module) for name, module in model.named_modules() if getattr(module, "ssmax", None) is not None]
 
 
 def check_carried(model: PreTrainedModel) -> None:
-    """Raise ValueError where a converted attention was replaced by a plain one; layers that were cut off are not missed."""
+    """Raise ValueError if a converted attention was replaced by a plain one. Layers may be removed from a model."""
     for name in model.__dict__.get("_ssmax_carriers", ()):
         try:
             module = functools.reduce(getattr, name.split("."), model)
@@ -64,7 +64,7 @@ def check_carried(model: PreTrainedModel) -> None:
 
 
 def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None) -> None:
-    """Raise ValueError where a model, or its state_dict, lacks a scale that config.ssmax names."""
+    """Raise ValueError if a model, or its state_dict, lacks a scale that config.ssmax names."""
     found, named = carriers(model), model.config.ssmax["layers"]
     layers = layers_of(model, named)
     lost = [key for key in named if getattr(layers[key].module, "ssmax", None) is None]

@@ -1,4 +1,4 @@
-"""FSDP of the scales (s and b): a group of their own, since they are float32 and a group has one dtype."""
+"""FSDP of the scales (s and b): they get a group of their own, since they are float32 and a group has one dtype."""
 
 import functools
 import inspect
@@ -39,7 +39,7 @@ def _before_init(kind: Any, change) -> None:
 
 
 def _scales(modules):
-    """Return (owner, name, scale) of each QueryScale with parameters below these modules, which themselves are none."""
+    """Return (owner, name, scale) of each QueryScale with parameters that lies below these modules."""
     return [
         (owner, name, child)
         for module in modules

@@ -1,4 +1,4 @@
-"""SharpCache: a cache with which a converted model reads only the keys and values that can matter."""
+"""SharpCache: a cache with which a converted model decodes sharply, reading only the keys and values that can matter."""
 
 import functools
 import warnings
@@ -78,9 +78,9 @@ class SharpCache(DynamicCache):
         return updated
 
     def share_read(self) -> dict[int, np.ndarray]:
-        """Share of the keys that each key head of a layer reads exactly, (batch, key heads), mean over the steps so far.
+        """Return by layer the share of keys that each key head read exactly, (batch, key heads), mean over the steps so far.
 
-        1 is plain decoding. Layers that are not served are missing; those that have turned plain keep what they read before.
+        1 is plain decoding. Layers that never decode sharply are missing. Layers that have turned plain keep their last share.
         """
         return {
             index: layer.screened.share_read()
@@ -89,7 +89,7 @@ class SharpCache(DynamicCache):
         }
 
     def _say(self):
-        """Warn once, when all layers are decided and some of them are plain."""
+        """Warn once: when it is decided for all layers whether they stay sharp, and some do not."""
         served = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, _SharpLayer)}
         if any(layer.sharp is None for layer in served.values()):
             return
@@ -105,12 +105,12 @@ class SharpCache(DynamicCache):
 
 
 class _SharpLayer(DynamicLayer):
-    """Keys with their screen, and values, in buffers that grow; the keys handed out name their screen."""
+    """A layer's keys, with their screen, and values, in buffers that grow. The keys that it returns carry their screen."""
 
     def __init__(self, tolerance: float):
         super().__init__()
         self.tolerance = tolerance
-        self.sharp: bool | None = None  # whether sharp decoding pays here, once that is known
+        self.sharp: bool | None = None  # whether this layer decodes sharply; None until it is decided
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -154,7 +154,7 @@ class _SharpLayer(DynamicLayer):
 
 
 def _attend(attend, implementation, module, query, key, value, attention_mask, *args, **kwargs):
-    """A decode step over keys that name their screen; all else passes on to the interface as it was."""
+    """Decode sharply if the keys carry a screen; all other calls pass on to the interface unchanged."""
     named = getattr(key, "ssmax_sharp", None)
     served = (
         named is not None
@@ -190,7 +190,7 @@ def _attend(attend, implementation, module, query, key, value, attention_mask, *
 
 
 def _install():
-    """Wrap the dispatch once more, on the first SharpCache: who never makes one pays nothing."""
+    """Wrap the dispatch once more, for the first SharpCache, so that models without one pay nothing."""
     original = AttentionInterface.get_interface
     if getattr(original, "_ssmax_sharp", False):
         return

@@ -1,6 +1,7 @@
-"""n from the arguments that transformers hands to an attention kernel: exact by construction.
+"""Chooses the count of n for transformers: n is counted from the arguments that its attention kernel receives.
 
-The rule follows the mask function registered for the implementation, since that decides what the mask means.
+The mask function that is registered for an attention implementation decides what its masks mean, so it decides the count too.
+ssmax.visible does the counting.
 """
 
 import functools
@@ -43,7 +44,7 @@ _counted: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("_counted",
 
 @contextmanager
 def forward_scope(position_ids: Any = None) -> Iterator[None]:
-    """Count each mask once inside the block, which is one forward of a model; masks may change in place between two."""
+    """Count each mask once inside the block, which is one forward of a model. Between two forwards masks may change in place."""
     token = _counted.set({"position_ids": (position_ids, None)})
     try:
         yield
@@ -67,12 +68,12 @@ def kernel_visible_keys(
         module: the attention module.
         query: (B, H, N, D).
         key: (B, K, S, D), after the cache update.
-        mask: as delivered to the kernel: a tensor, a BlockMask or None.
-        kwargs: the kernel's further arguments.
-        closed: the kernel sees the keys that it is handed and no others; see sees_what_it_is_handed.
+        mask: as the kernel receives it: a tensor, a BlockMask or None.
+        kwargs: the kernel's other arguments.
+        closed: the kernel sees the keys that it receives and no others; see sees_what_it_is_handed.
 
     Raises:
-        ValueError: an implementation that masks in an unknown way, or a split sequence whose n is open.
+        ValueError: an implementation whose masks are unknown, or a split sequence whose n is not determined.
     """
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation.removeprefix("paged|"))
     rule = _RULES.get(implementation, _RULES.get(mask_function))
@@ -113,10 +114,10 @@ def _is_causal(module, kwargs):
 
 
 def sees_what_it_is_handed(attend: Callable) -> bool:
-    """Whether a kernel is transformers' own, on torch's own: a function from elsewhere may read the keys of other ranks.
+    """Return whether a kernel sees only the keys that it receives: it is transformers' own code and calls torch's own kernel.
 
-    So do ring attention and Ulysses, registered under a name of theirs or of transformers, and torch's context_parallel,
-    which replaces scaled_dot_product_attention.
+    Other functions may read the keys of other ranks: ring attention and Ulysses, under a name of theirs or of transformers, and
+    torch's context_parallel, which replaces scaled_dot_product_attention.
     """
     while isinstance(attend, functools.partial):
         attend = attend.func
@@ -129,9 +130,9 @@ def sees_what_it_is_handed(attend: Callable) -> bool:
 
 
 def _open(rule, module, query, key, mask, kwargs):
-    """n of a kernel that may see more keys than it is handed: a query whose position is beyond them shows that it does.
+    """Return n for a kernel that may see more keys than it receives. A position beyond its keys shows that it does.
 
-    Positions are then global, and n is position + 1 within the window: the position of a query in its own document.
+    Then positions are global, each in the query's own document, and n is position + 1, at most the window.
     """
     n, position_ids = rule(module, query, key, mask, kwargs), kwargs.get("position_ids")
     if position_ids is None and not torch.compiler.is_compiling():
@@ -204,7 +205,7 @@ def _flex(module, query, key, mask, kwargs):
 
 
 def _flash(module, query, key, mask, kwargs):
-    """What transformers' _flash_attention_forward makes of these arguments, in its order of precedence."""
+    """Return n as transformers' _flash_attention_forward reads these arguments, in its order of precedence."""
     batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
     offsets = tuple(kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
     lengths = (kwargs.get("max_length_q"), kwargs.get("max_length_k"))
@@ -231,7 +232,7 @@ def _all_keys(query, key):
 
 
 def _vllm(module, query, key, mask, kwargs):
-    """vLLM pages its cache, so that the position alone says how many keys there are, however it batches and splits prompts."""
+    """Return n in vLLM from the position alone: its cache is paged, and prompts are batched and split."""
     positions = kwargs.get("position_ids")
     kinds = getattr(module.config, "layer_types", None)
     if (

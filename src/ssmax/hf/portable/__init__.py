@@ -1,1 +1,1 @@
-"""What a saved model contains so that others can load and judge it: its code file and its model card."""
+"""Files of a saved model with which others can load and judge it: its code and its model card."""

@@ -64,16 +64,16 @@ def write_card(
     losses: Sequence[tuple[str, float, float]] = (),
     measured: str = "",
 ) -> None:
-    """Write the card of a converted model into a folder, unless one that others wrote or changed is there.
+    """Write the card of a converted model into a folder, unless the folder has a card that somebody wrote or changed.
 
-    License, base model and language are those that the source's own card or config names; what is not known is left out.
+    License, base model and language come from the source's own card or config. What is not known is left out.
 
     Args:
         model: a converted model.
         auto: the Auto class that loads it.
-        folder: where the model is saved.
-        losses: loss by position where it was measured: (positions, before, after) in nats.
-        measured: on what.
+        folder: folder of the saved model.
+        losses: loss by position, if it was measured: (positions, before, after), in nats per token.
+        measured: the text on which it was measured, in words.
     """
     path = folder / CARD
     if path.exists() and not _ours(path):
@@ -83,7 +83,7 @@ def write_card(
 
 
 def keep_card(folder: Path, card: bytes) -> None:
-    """Put a card back into a folder where transformers has put its empty template in its place, as it does before a push."""
+    """Restore the card in a folder if transformers has replaced it by its empty template, as it does before a push."""
     path = folder / CARD
     if path.exists() and TEMPLATE in path.read_text(errors="replace"):
         write_atomically(path, card)
@@ -130,7 +130,7 @@ def _text(model, auto, losses, measured):
 
 
 def _facts(source: str) -> dict[str, Any]:
-    """License, base model and language of the model that was loaded from source, as far as its card or config says."""
+    """Return license, base model and language of the source model, as far as its card or config names them."""
     folder = Path(source)
     if source and folder.is_dir():
         facts, named = _card_data(folder / CARD), _config_name(folder / "config.json")
@@ -176,7 +176,7 @@ def _origin(facts):
 
 
 def _values(scales):
-    """What is learned of each module in a table; nothing where that is none, or does not lie whole on this process."""
+    """Return a table of the learned values of each module; nothing if none are learned, or they are not all on this process."""
     rows = [(name, list(scale.learned.values())) for name, scale in scales.items()]
     if not all(parts and all(_is_here(part) for part in parts) for _, parts in rows):
         return ""

@@ -218,6 +218,8 @@ def block(name: str, kind: str, length: int) -> str:
             else ""
         )
     rows = read_rows(RESULTS / f"{name}.jsonl")
+    if kind == "trained":
+        return all_claims(claims(rows, length))
     if kind in ("abstract", "claims", "verdicts"):
         found = claims([*formula_rows(), *rows], length)
         if kind == "verdicts":

@@ -142,7 +142,7 @@ def _tokenised(texts, vocab_size, held_out, words):
         cut = len(texts[0]) * 9 // 10
         texts = [texts[0][:cut], texts[0][cut:]]
     tokenizer = train_tokenizer(texts, vocab_size, words)
-    encoded = [np.array(e.ids, dtype=np.int32) for e in tokenizer.encode_batch(texts)]
+    encoded = [np.array(e.ids, dtype=np.int32) for e in tokenizer.encode_batch_fast(texts)]
     end = tokenizer.encode(END_OF_TEXT).ids[0]
     held, kept = _split(encoded, end, *held_out)
     return tokenizer, np.concatenate([np.concatenate([[end], ids]).astype(np.int32) for ids in kept]), held

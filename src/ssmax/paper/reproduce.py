@@ -1,5 +1,6 @@
 """Runs all stages of all models of a recipe, with one worker process for each core. A stopped run continues where it stopped."""
 
+import ctypes
 import dataclasses
 import functools
 import multiprocessing
@@ -196,6 +197,12 @@ def keep_freed_memory() -> None:
         os.environ.setdefault(name, str(size))
 
 
+def give_back_freed_memory() -> None:
+    """Return what the tokenisation freed to the system; glibc would keep it for as long as the workers train."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def _run_jobs(run, recipe, tokens, provenance):
     units = [[(job, stage) for job in jobs for stage in run.todo(job)] for jobs in _units(recipe.jobs)]
     units = [unit for unit in units if unit]
@@ -205,6 +212,7 @@ def _run_jobs(run, recipe, tokens, provenance):
     workers = 1 if on_gpu else min(len(units), os.cpu_count() or 1, MAX_WORKERS)
     threads = (os.cpu_count() or 1) // workers
     keep_freed_memory()
+    give_back_freed_memory()
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     total = sum(STAGES[stage].tokens(recipe) for unit in units for _, stage in unit)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# A worker for each core; each takes a run of neighbouring tests, so that what a file makes for its tests is seldom made twice.
+# One worker for each core. A worker takes neighbouring tests, so that the fixtures of a file are seldom built twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
 .PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-onnx test-quantized test-serving test-modules fuzz versions lint clean
@@ -16,7 +16,7 @@ reproduce: $(STAMP)
 test: $(STAMP) lint
 	$(PYTEST)
 
-# The numerical tests again, as torch computes on processors that can do less than this one.
+# The numerical tests again, with torch's code for processors that have fewer instructions than this one.
 LESSER := import torch; own = torch.backends.cpu.get_cpu_capability().lower(); \
 	known = ["default", "avx2", "avx512"]; print(*known[: known.index(own) if own in known else 0])
 test-processors: $(STAMP)
@@ -34,12 +34,12 @@ fuzz: $(STAMP)
 versions:
 	$(PYTHON) tests/programs/versions.py
 
-# lm-evaluation-harness is large and needed by one test alone.
+# lm-evaluation-harness is large, and only one test needs it.
 test-harness: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt lm_eval==0.4.13 wonderwords==3.0.1 nltk==3.10.4
 	$(BIN)/python -m pytest tests/evaluation/test_lm_eval.py
 
-# Models of timm, x-transformers, diffusers and litgpt, converted; the recipes for litgpt, torchtitan and Lightning.
+# Converts models of timm, x-transformers, diffusers and litgpt; runs the recipes for litgpt, torchtitan and Lightning.
 test-modules: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse einops
 	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13 lightning==2.6.6 lightning-utilities torchmetrics \

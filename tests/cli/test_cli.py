@@ -279,7 +279,11 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 
 def test_train_says_what_belongs_to_reproduce(tmp_path):
-    one_line(run("train", tmp_path / "out", "--recipe", "smoke", "--seeds", "1"), 2, "--seeds is an option of ssmax reproduce")
+    one_line(
+        run("train", tmp_path / "out", "--recipe", "smoke", "--seeds", "1"),
+        2,
+        "--seeds is an option of ssmax reproduce",
+    )
 
 
 def told(capsys, *arguments):

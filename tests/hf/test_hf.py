@@ -416,6 +416,6 @@ def test_a_law_of_the_training_length_takes_the_configs(model):
 def test_a_law_of_the_position_stays_out_of_windows():
     changes = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "use_sliding_window": True}
     windowed = tiny_model("qwen2", num_hidden_layers=2, **changes)
-    with pytest.raises(ValueError, match="windowed layer does not know"):
+    with pytest.raises(ValueError, match="law of the position"):
         ssmax.convert(windowed, law="llama-4", layers=[0, 1])
     assert ssmax.convert(windowed, law="llama-4").config.ssmax["layers"] == [1]

@@ -92,7 +92,7 @@ def skeleton(config):
 )
 def test_a_plain_class_or_config_is_refused_for_a_converted_model(folders, law, load, record):
     config, plain = AutoConfig.from_pretrained(folders / law), AutoConfig.from_pretrained(folders / "plain")
-    with pytest.raises(ValueError, match=r"converted model|convert the model anew"):
+    with pytest.raises(ValueError, match=r"converted model|convert the model again"):
         load(folders / law, config, plain)
     record("a converted model given to a plain class or config", 1)
 

@@ -34,7 +34,7 @@ def option_groups(spec: Any, leave_out: tuple[str, ...] = (), **own: Any) -> Any
 
     Args:
         spec: a dataclass whose options have group and help in their metadata.
-        leave_out: names of fields that are no options.
+        leave_out: names of fields that are not options.
         own: other types for some of its fields, whose default is then None.
     """
     groups: dict[str, list[Any]] = {}

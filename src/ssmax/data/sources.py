@@ -264,7 +264,7 @@ def _open(part, piece):
     except Exception as error:  # datasets and the hub's client raise various errors; the user needs one line
         if isinstance(error, OSError) and path.exists():
             raise
-        what = "" if path.exists() else " is no file or folder here, and"
+        what = "" if path.exists() else " is not a file or folder on this machine, and"
         raise UserError(f"corpus {part.name!r}{what} could not be loaded as a data set: {reason(error)}") from error
 
 

@@ -122,7 +122,7 @@ class Reader:
         return False
 
     def _look(self):
-        """Find the backbone; return the sample's states, its logits where there is no backbone."""
+        """Find the backbone; return the sample's states, or its logits if there is no backbone."""
         if not is_transformers(self.model):
             return self._states(self._sample, self.fresh_if_needed())
         with _outermost(self.model) as calls:

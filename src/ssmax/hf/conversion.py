@@ -33,7 +33,7 @@ def convert(model: PreTrainedModel, options: Options) -> None:
             logits of its own); or an option does not fit.
     """
     if options.example is not None:
-        raise ValueError("example is for modules that are no transformers models; leave it out")
+        raise ValueError("example is for modules that are not transformers models; leave it out")
     if carries_scales(type(model)):
         raise ValueError(
             f"{type(model).__name__} is converted already; ssmax.revert(model) gives back the softmax model"
@@ -119,7 +119,7 @@ def _other_law(options, config, kinds):
         raise ValueError(f"law {law!r} {instead}; init and bias belong to law 'ssmax'")
     if LAWS[law].of == "p" and set(kinds) != {FULL}:
         raise ValueError(
-            f"law {law!r} is one of the position, which a windowed layer does not know, nor one that sees later keys; leave those out"
+            f"law {law!r} is a law of the position, which layers with a window or with later keys do not know; leave these layers out"
         )
     parameters = {**LAWS[law].defaults}
     length = _train_length(options.train_length, config)

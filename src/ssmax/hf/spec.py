@@ -54,23 +54,25 @@ class ScaleSpec:
         """
         held = getattr(config, "ssmax", None)
         if held is None:
-            raise ValueError(f"config.ssmax is missing: {kind.__name__} cannot know its scales; convert the model anew")
+            raise ValueError(
+                f"config.ssmax is missing: {kind.__name__} cannot know its scales; convert the model again"
+            )
         learned = isinstance(held, dict) and "s" in held
         fields = {"law", "layers", "version", *(("s", "b", "bias") if learned else ("parameters",))}
         if not isinstance(held, dict) or not fields <= set(held) or (learned and "parameters" in held):
             raise ValueError(
-                f"config.ssmax must hold {', '.join(sorted(fields))}; got {held!r}; convert the model anew"
+                f"config.ssmax must hold {', '.join(sorted(fields))}; got {held!r}; convert the model again"
             )
         layers = held["layers"]
         keys = isinstance(layers, (list, tuple)) and layers and all(type(key) in (int, str) for key in layers)
         if not keys or len(set(layers)) < len(layers):
-            raise ValueError(f"config.ssmax must name layers, each once; got {layers!r}; convert the model anew")
+            raise ValueError(f"config.ssmax must name layers, each once; got {layers!r}; convert the model again")
         if learned and not (
             type(held["bias"]) is bool
             and all(type(held[name]) in (int, float) and math.isfinite(held[name]) for name in ("s", "b"))
         ):
             raise ValueError(
-                f"config.ssmax must hold finite numbers s and b and bias true or false; got {held!r}; convert the model anew"
+                f"config.ssmax must hold finite numbers s and b and bias true or false; got {held!r}; convert the model again"
             )
         return cls(**{name: held[name] for name in cls.__dataclass_fields__ if name in held})
 

@@ -82,17 +82,17 @@ class Recipe:
         ("paper:abcdefp",),
         "Models to train, as FORM:LETTERS. Forms: paper (Llama's shape), qk-norm (queries and keys normalised), partial-rope "
         "(RoPE on half of each head). Letters: a Softmax, b SSMax, c SSMax without s, d SSMax with bias, e switched after "
-        "pretraining, f switched for its last eighth, p the free form of Figure 2; other laws of n: g s (log n)^gamma, t a "
-        "temperature without n, q query-aware, l Llama 4's and y YaRN's after pretraining.",
+        "pretraining, f switched for its last eighth, p one factor learned for each n (Figure 2). Other laws of n: g s (log n)^gamma, t "
+        "a temperature without n, q query-aware, l Llama 4's and y YaRN's after pretraining.",
     )
     retrieval: tuple[str, ...] = _models(
-        ("paper:ab",), "Of these models, those that are tuned and tested on needles.", empty=True
+        ("paper:ab",), "Of these models, those that are fine-tuned and tested on needles.", empty=True
     )
     counting: tuple[str, ...] = _models(
         (), "Of these models, those that learn to count words, which needs flat attention.", empty=True
     )
     seeds: tuple[int, ...] = _models(
-        (0, 1, 2), "Each seed trains every model once, from the same weights on the same data.", zero=True
+        (0, 1, 2), "Each seed trains every model once. All models of a seed share weights and data.", zero=True
     )
     hidden_size: int = _shape(128, "Width of the model: number of heads times head size.")
     num_layers: int = _shape(2, "Number of layers.")

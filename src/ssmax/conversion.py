@@ -122,7 +122,9 @@ def revert(model: Any) -> Any:
 
 @contextmanager
 def converted(model: Any, init: str | float = "matched", **options: Any) -> Iterator[Any]:
-    """Convert a model inside a with block and revert it at the end; arguments as in ssmax.convert.
+    """Convert a model inside a with block, and revert it at the end, also if the block raises.
+
+    Arguments and errors are those of ssmax.convert. What s and b learn inside the block is lost at its end.
 
     Example:
         >>> with ssmax.converted(model, "matched"):

@@ -140,6 +140,9 @@ def parameter_groups(
         weight_decay: weight decay of the matrices.
         ssmax_lr: learning rate of s and b. Default: lr.
 
+    Returns:
+        Up to three groups, as dicts with params, lr and weight_decay. Empty groups are left out.
+
     Example:
         >>> optimizer = torch.optim.AdamW(ssmax.parameter_groups(model, lr=1e-3, weight_decay=0.1))
     """

@@ -77,6 +77,9 @@ def retrieve_grid(
         chunk: positions in each forward pass. Fewer need less memory.
         progress: called with the number of tokens that were read.
 
+    Returns:
+        For each trial, cell -> RetrievalTrial.
+
     Raises:
         ValueError: the model is not causal.
         FloatingPointError: logits that are NaN.

@@ -119,7 +119,7 @@ class QueryAwareScale(QueryScale):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Let both networks compute s log n + b. The other hidden units, which add nothing yet, are drawn as torch draws them."""
+        """Let both networks compute s log n + b. Hidden units that add nothing yet are initialised as in torch."""
         for network in (self.of_n, self.of_query):
             first, _, last = network
             first.reset_parameters()

@@ -227,7 +227,7 @@ def count_at(position: Tensor, window: int | None = None) -> Tensor:
 
 
 def count_range(place: Tensor, num_keys: Tensor | int, window: int | None = None, causal: bool = True) -> Tensor:
-    """Count n as FlashAttention does, for queries at places (from 0) among num_keys keys. Without causal, a window has two sides."""
+    """Count n as FlashAttention does, for queries at places (from 0) among the keys. Without causal, a window has two sides."""
     after = torch.full_like(place, 0 if causal else ENDLESS if window is None else window - 1)
     before = torch.full_like(place, ENDLESS if window is None else window - 1)
     stop = torch.minimum(place + after + 1, torch.as_tensor(num_keys, device=place.device))
@@ -244,7 +244,7 @@ def count_unpadded(real_BS: Tensor, num_queries: int, window: int | None, causal
 
 
 def count_packed(ends_q: Tensor, ends_k: Tensor, num_queries: int, window: int | None, causal: bool) -> Tensor:
-    """Count n for packed queries, (N,). The queries of a document are its last positions; rows outside of documents see nothing."""
+    """Count n for packed queries, (N,): the last positions of each document. Rows outside of documents see nothing."""
     ends_q, ends_k = ends_q.long(), ends_k.long()
     row = torch.arange(num_queries, device=ends_q.device)
     end = torch.searchsorted(ends_q, row, right=True)

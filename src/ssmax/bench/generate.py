@@ -1,4 +1,4 @@
-"""generate after a real prompt: tokens a second with SharpCache and transformers' caches, and the keys that each layer reads."""
+"""generate after a real prompt: tokens a second with SharpCache and transformers' caches, and shares of keys read."""
 
 import copy
 import functools

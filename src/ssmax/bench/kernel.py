@@ -68,7 +68,7 @@ def dry_run() -> Iterator[str]:
 def compile_for(
     architecture: int, kernel: Any, tile: dict[str, Any], size: int, dtype: torch.dtype, **flags: bool
 ) -> Any:
-    """Compile a kernel of triton_kernels.py as Triton does at its first call on a GPU of an architecture, such as 90 for sm_90."""
+    """Compile a kernel of triton_kernels.py as Triton does at its first call on a GPU (architecture 90: sm_90)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -99,7 +99,7 @@ def compare(comparison: Comparison) -> Iterator[Row]:
 
 
 def _alternate(contenders, rounds, name):
-    """Return wall times and CPU times of each contender, one for each round, after a warm-up; every second round runs backwards."""
+    """Return wall and CPU times of each contender, one for each round, after a warm-up. The order alternates."""
     times, cpu = ({name: [] for name in contenders} for _ in range(2))
     for call in contenders.values():
         call()

@@ -103,7 +103,7 @@ class Shape:
         return numbers * (devices - 1) // devices**2
 
     def scale_bytes(self, devices: int) -> int:
-        """Bytes that a device sends in addition in a training step with SSMax: the ring all-reduce of the gradient of s, float32."""
+        """Bytes that a device sends more in a training step with SSMax: the ring all-reduce of s's gradient, float32."""
         return 2 * 4 * self.layers * self.heads * (devices - 1) // devices
 
 

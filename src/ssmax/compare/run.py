@@ -1,4 +1,4 @@
-"""Runs the stages of all models of ssmax evaluate, one after another. A stopped run continues with its first missing stage."""
+"""Runs the stages of ssmax evaluate, model by model. A stopped run continues with its first missing stage."""
 
 import dataclasses
 import hashlib

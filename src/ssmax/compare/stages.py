@@ -149,7 +149,7 @@ def run_stage(
 def finetune(
     variant: str, model: PreTrainedModel, material: Material, folder: Path, progress: Callable[[int], Any]
 ) -> list[Row]:
-    """Fine-tune a model on the first task as in the paper's Table 3, save it in folder, and return rows of its training loss."""
+    """Fine-tune a model on the first task as in the paper's Table 3, save it, and return rows of its training loss."""
     s, task = material.settings, material.task(material.settings.tasks[0])
     recipe = _recipe(s)
 

@@ -1,4 +1,4 @@
-"""Tokenises a corpus into a folder: training tokens and held-out long texts, by a given tokenizer or one trained on the text."""
+"""Tokenises a corpus into training tokens and held-out texts, with a given tokenizer or one trained on the text."""
 
 import hashlib
 from dataclasses import dataclass

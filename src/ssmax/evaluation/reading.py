@@ -167,7 +167,7 @@ class Reader:
         return logits
 
     def run(self, token_ids: Tensor, cache: Cache | None = None) -> Any:
-        """Run tokens (B, T), append them to the cache if there is one, and return the output of the backbone (or of the model)."""
+        """Run tokens (B, T) after the cache, if there is one; return the output of the backbone, or of the model."""
         if self.backbone is None:
             return self.call(token_ids, cache)
         with forward_scope(), CausalBehindCache():
@@ -235,7 +235,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Return the mean over positions of the relative error, so that a few positions whose experts differ by rounding count little."""
+    """Return the mean over positions of the relative error: few positions whose experts differ by rounding count little."""
     got, want = got.double(), want.double()
     same = (got == want) | (got.isnan() & want.isnan())
     gap = torch.where(same, 0.0, got - want).norm(dim=-1)

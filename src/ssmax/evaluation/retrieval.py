@@ -114,7 +114,7 @@ def grid_tokens(trials: Sequence[Mapping[Any, NeedleExample]]) -> int:
 
 
 def _batches(trials) -> list[tuple[list[int], dict[Any, list[NeedleExample]], list[Tensor], Node]]:
-    """Group trials whose prompts and answers have the same lengths; return members, examples and prompts of each cell, tree."""
+    """Group trials of the same lengths; return their indices, examples and prompts by cell, and tree of prefixes."""
     groups = defaultdict(list)
     for index, trial in enumerate(trials):
         groups[tuple((len(x.prompt), len(x.answer)) for x in trial.values())].append(index)

@@ -1,4 +1,4 @@
-"""ScaleSpec, the content of config.ssmax: the law of a converted model, where its scales start, and the layers that carry them."""
+"""ScaleSpec, the content of config.ssmax: a model's law, where its scales start, and the layers that carry them."""
 
 import math
 from collections.abc import Mapping

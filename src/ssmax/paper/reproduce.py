@@ -1,4 +1,4 @@
-"""Runs all stages of all models of a recipe, with one worker process for each core. A stopped run continues where it stopped."""
+"""Runs all stages of all models of a recipe, one worker process for each core; a stopped run continues."""
 
 import ctypes
 import dataclasses
@@ -192,7 +192,7 @@ def _run_together(run, recipe, tokens, provenance, setup):
 
 
 def keep_freed_memory() -> None:
-    """Let processes started from here keep freed memory. By default glibc returns large blocks, and each step asks for them again."""
+    """Let processes started from here keep freed memory; glibc would return large blocks that each step asks for again."""
     for name, size in (("MALLOC_MMAP_THRESHOLD_", 2**25), ("MALLOC_TRIM_THRESHOLD_", 2**31)):
         os.environ.setdefault(name, str(size))
 

@@ -99,7 +99,7 @@ def _package() -> Any:
 
 
 def _scales(model: PreTrainedModel) -> list[Tensor]:
-    """Return s of each layer in float64, [] for a softmax model. Raise ValueError with the reason if llama.cpp cannot run it."""
+    """Return s of each layer, float64, [] for softmax. Raise ValueError with the reason if llama.cpp cannot run the model."""
     config: Any = model.config
     family = config.model_type.removeprefix("ssmax_")
     layers = [layer for _, layer in sorted(language_layers(model).items())]

@@ -1,4 +1,4 @@
-"""vLLM's plugin: it runs converted models through vLLM's Transformers backend. vLLM calls register in each of its processes."""
+"""The plugin for vLLM's Transformers backend. vLLM calls register in each of its processes."""
 
 __all__ = ["register"]
 

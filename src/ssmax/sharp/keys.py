@@ -1,4 +1,4 @@
-"""ScreenedKeys: a growing cache of keys with an int8 copy (the screen), from which bounds of the scores are computed."""
+"""ScreenedKeys: a growing cache of keys with an int8 copy, the screen, which gives bounds of the scores."""
 
 import functools
 import math

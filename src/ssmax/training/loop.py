@@ -1,4 +1,4 @@
-"""The training loop, by transformers' Trainer, on any number of ranks: optimizer, checkpoints, signals, and a check for NaN."""
+"""The training loop, by transformers' Trainer, on any number of ranks: optimizer, checkpoints, signals, checks for NaN."""
 
 import copy
 import json

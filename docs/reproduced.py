@@ -2,11 +2,12 @@
 
 A run's rows become docs/results/NAME.jsonl first, NAME being that of its folder: runs/tiny is tiny. Then the text between
 the marks <!-- NAME BLOCK --> and <!-- end --> is written from the rows of each name, nothing else. README's figure is
-drawn from the rows of tiny.
+drawn from the rows of tiny, and the figure of needles is that of its report.
 """
 
 import itertools
 import re
+import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -40,6 +41,8 @@ def take(run: Path) -> None:
     """Copy the rows of a finished run; rows of the formula alone are left out."""
     rows = [row for row in read_rows(run / "rows.jsonl") if row.metric not in ("focus_weight", "max_weight")]
     write_rows(RESULTS / f"{run.name}.jsonl", rows)
+    if run.name == "tiny":
+        shutil.copy(run / "figures" / "figure6.png", DOCS / "images" / "needles.png")
 
 
 def draw_front(rows: list[Row], length: int) -> None:

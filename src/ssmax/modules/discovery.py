@@ -170,7 +170,7 @@ class _Recorder(TorchFunctionMode):
             by_hand[name] = by_hand.get(name, True) and self._crosses(*operands[:2])
 
     def _operands(self, logits):
-        """Return the two tensors whose product the logits are; [] if logits are no product, or one with weights."""
+        """Return the two tensors whose product the logits are; [] if there is no product, or one of them is a weight."""
         left, seen = [logits], set()
         while left:
             x = left.pop()

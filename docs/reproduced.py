@@ -216,7 +216,7 @@ def block(name: str, kind: str, length: int) -> str:
         return formulas()
     if not (RESULTS / f"{name}.jsonl").exists():
         return (
-            f"**Not run yet.** `ssmax reproduce {name}`, then `python docs/reproduced.py runs/{name}`."
+            f"**Not run yet.** Run it into `runs/{name}`, then `python docs/reproduced.py runs/{name}`."
             if kind == "made"
             else ""
         )

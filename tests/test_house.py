@@ -15,7 +15,7 @@ FILES = {path: ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py
 EXPORTED = set(ssmax.__all__) - {"evaluation", "hf"}
 
 
-def test_a_law_a_variant_a_stage_a_figure_a_task_and_a_command_come_from_one_place_each(tmp_path):
+def test_a_thing_of_each_kind_comes_from_one_place(tmp_path):
     program = Path(__file__).parent / "programs" / "toys.py"
     support = os.pathsep.join([str(program.parent.parent / "support"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", program, tmp_path]

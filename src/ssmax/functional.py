@@ -1,17 +1,16 @@
 """attention(): check the arguments, count n, choose a backend, call it."""
 
 import functools
-import importlib.util
 import math
-import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssmax.arguments import check_flag, check_plain, whole_number
-from ssmax.backends import reference, sdpa
+from ssmax.backends import flex, reference, sdpa, triton
+from ssmax.backends.call import AttentionCall, Backend
 from ssmax.scaling import head_multiplier, log_of
 from ssmax.sharp import decode
 from ssmax.sharp.keys import ScreenedKeys
@@ -22,7 +21,9 @@ __all__ = ["attention"]
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-IMPLS = ("reference", "sdpa", "flex", "triton", "sharp")
+# "auto" takes the first that can.
+AUTO = ("sdpa", "reference", "flex")
+BACKENDS: dict[str, Backend] = {"reference": reference, "sdpa": sdpa, "flex": flex, "triton": triton, "sharp": decode}
 
 
 def attention(
@@ -87,49 +88,45 @@ def attention(
         >>> ssmax.attention(query, key, value, s=0.2, is_causal=True).shape
         torch.Size([1, 8, 256, 64])
     """
+    if impl not in ("auto", *BACKENDS):
+        raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, BACKENDS))}; got {impl!r}")
     screen, key = (key, key.keys) if isinstance(key, ScreenedKeys) else (None, key)
     _check_tensors(query, key, value, enable_gqa)
     window = None if window is None else whole_number(window, "window", 1)
     _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dropout_p)
     if cu_seqlens is not None:
         _check_packed(query, key, cu_seqlens, attn_mask)
-    is_bias = n is not None and isinstance(attn_mask, Tensor) and attn_mask.is_floating_point()
-    narrowed = is_bias and attn_mask.dtype != query.dtype
-    chosen = _choose(impl, attn_mask, narrowed, softcap, dropout_p, query, key, value, s, b)
-    backend, more = _backend(chosen), {}
-    if chosen == "sharp":
-        _check_sharp(attn_mask, is_bias, cu_seqlens, tolerance)
-        more = {"tolerance": tolerance, "screen": screen, "plain": sdpa.forward}
-    if 0 in (query.shape[2], key.shape[2]):
-        head_multiplier(log_of(rows_of(0 if n is None else n, query), query), s, b, query)  # refuses what does not fit
-        return query.new_zeros(*query.shape[:3], value.shape[-1])
+    empty = 0 in (query.shape[2], key.shape[2])
+    n = 0 if empty and n is None else n
     if isinstance(attn_mask, Tensor):
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
         # Without n a floating mask must be a mask and no bias: bool is exact in every dtype.
         attn_mask = as_bool(attn_mask) if n is None else attn_mask
-    plain = n is None and attn_mask is None and cu_seqlens is None
-    if plain:
+    if n is None and attn_mask is None and cu_seqlens is None:
         log_n, blind = _log_n(query, key.shape[2], is_causal, window), None
     else:
         n_BHN = rows_of(n, query) if n is not None else _count(query, key, attn_mask, cu_seqlens, is_causal, window)
         log_n, blind = log_of(n_BHN, query), n_BHN[..., None] <= 0
-    if blind is not None and (cu_seqlens is None or chosen != "triton" or n is not None):
-        # A row that sees nothing must pass on no value; triton's kernel does not read padding.
-        query = query.masked_fill(blind, 0.0)
-    output = backend.forward(
+        query = query.masked_fill(blind, 0.0)  # a row that sees nothing must pass on no value
+    call = AttentionCall(
         query,
         key,
         value,
         head_multiplier(log_n, s, b, query),
-        mask=attn_mask,
-        cu_seqlens=cu_seqlens,
-        is_causal=is_causal,
-        window=window,
-        softcap=None if softcap is None else float(softcap),
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        dropout_p=float(dropout_p),
-        **more,
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        attn_mask,
+        cu_seqlens,
+        is_causal,
+        window,
+        None if softcap is None else float(softcap),
+        float(dropout_p),
+        tolerance,
+        screen,
     )
+    backend = _choose(impl, call)
+    if empty:
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
+    output = backend.forward(call)
     output = output if output.dtype == query.dtype else output.to(query.dtype)  # under autocast a kernel has its dtype
     # A derived n is 0 only where the mask leaves nothing, and the backends return zeros there.
     return output if blind is None or n is None else output.masked_fill(blind, 0.0)
@@ -189,76 +186,15 @@ def _visible_keys(query, key, attn_mask, cu_seqlens, is_causal, window):
     return visible_keys(mask=mask.expand(-1, -1, num_queries, num_keys))
 
 
-def _backend(name) -> Any:
-    if name == "flex":
-        from ssmax.backends import flex  # FlexAttention takes a while to import
-
-        return flex
-    if name == "triton":
-        from ssmax.backends import triton
-
-        return triton
-    return {"reference": reference, "sdpa": sdpa, "sharp": decode}[name]
-
-
-def _choose(impl, attn_mask, narrowed, softcap, dropout_p, *inputs):
+def _choose(impl: str, call: AttentionCall) -> Backend:
     """Return the backend that computes exactly this, or raise ValueError where the one asked for cannot."""
-    if impl not in ("auto", *IMPLS):
-        raise ValueError(f"impl must be one of 'auto', {', '.join(map(repr, IMPLS))}; got {impl!r}")
-    blocks = attn_mask is not None and not isinstance(attn_mask, Tensor)
-    if impl == "auto":
-        impl = "flex" if blocks else "sdpa" if softcap is None and not narrowed else "reference"
-    if narrowed and impl != "reference":
-        raise ValueError(
-            f"impl={impl!r} would round the bias from {attn_mask.dtype} to {inputs[0].dtype}; cast it, or use impl='reference'"
-        )
-    if blocks and impl != "flex":
-        raise ValueError(f"impl={impl!r} does not take a BlockMask; use impl='flex' or 'auto'")
-    if impl == "triton":
-        _refuse_triton(attn_mask, softcap, dropout_p, inputs[0], inputs[2])
-    if impl in ("sdpa", "sharp") and softcap is not None:
-        raise ValueError(f"impl={impl!r} has no softcap; use impl='reference', 'flex' or 'auto'")
-    if impl in ("flex", "sharp") and dropout_p > 0:
-        raise ValueError(f"impl={impl!r} has no dropout; use another impl, or dropout_p=0")
-    wants_gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    if impl == "sharp" and wants_gradient:
-        raise ValueError("impl='sharp' is for inference and has no gradients; use torch.no_grad(), or another impl")
-    if impl == "flex" and wants_gradient and (inputs[0].device.type == "cpu" or softcap is not None):
-        raise ValueError(
-            "impl='flex' computes no gradients on the CPU, nor those of s and b after a softcap; use impl='reference' "
-            "or 'auto' with a tensor mask, or torch.no_grad()"
-        )
-    return impl
-
-
-def _refuse_triton(attn_mask, softcap, dropout_p, query, value):
-    """Raise ValueError where the kernel of backends/triton.py cannot compute this exactly."""
-    sizes = sorted({query.shape[-1], value.shape[-1]})
-    on_gpu = query.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    refused = {
-        "an attn_mask": attn_mask is not None,
-        "a softcap": softcap is not None,
-        "dropout": dropout_p > 0,
-        str(query.dtype): query.dtype not in (torch.float16, torch.bfloat16, torch.float32),
-        f"head sizes {sizes}": any(size not in (16, 32, 64, 128, 256) for size in sizes),
-        f"tensors on {query.device.type} (it runs there with TRITON_INTERPRET=1 only)": not on_gpu,
-        "anything without the package triton (pip install triton)": importlib.util.find_spec("triton") is None,
-    }
-    for what, found in refused.items():
-        if found:
-            raise ValueError(
-                f"impl='triton' does not compute {what}; it takes is_causal, window and cu_seqlens, float16, bfloat16 and "
-                "float32, head sizes 16, 32, 64, 128 and 256, on a GPU. Use impl='auto'"
-            )
-
-
-def _check_sharp(attn_mask, is_bias, cu_seqlens, tolerance):
-    if cu_seqlens is not None:
-        raise ValueError("impl='sharp' is for a decode step and takes no cu_seqlens; use impl='sdpa'")
-    if is_bias:
-        raise ValueError("impl='sharp' takes no bias; give a bool attn_mask, or use impl='sdpa'")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must be a number between 0 and 1, got {tolerance!r}")
+    refused = ""
+    for name in AUTO if impl == "auto" else (impl,):
+        reason = BACKENDS[name].why_not(call)
+        if reason is None:
+            return BACKENDS[name]
+        refused = f"impl={name!r} {reason}"
+    raise ValueError(refused)
 
 
 def _check_tensors(query, key, value, enable_gqa):

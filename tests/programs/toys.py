@@ -4,10 +4,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from ssmax import laws
+from ssmax import functional, laws
 from ssmax.compare import tasks
 from ssmax.paper import models, stages
 from ssmax.runs.rows import Row, read_rows, write_rows
@@ -25,6 +26,10 @@ FIGURE = Figure(
 
 # The entries come first, since options and reports are made from them.
 laws.LAWS["toy"] = laws.Law("2", "n", "a test", lambda n: torch.full_like(n, 2.0))
+functional.BACKENDS["toy"] = SimpleNamespace(
+    why_not=lambda call: "is for toys, not for windows" if call.window else None,
+    forward=lambda call: call.multiplier[..., None] * call.value,
+)
 models.VARIANTS["z"] = models.Variant("z", "toy", "a toy", "#000000", {"law": "toy"})
 stages.STAGES["toy"] = stages.Stage(
     "toy",
@@ -51,11 +56,14 @@ tasks.TASKS["toy"] = tasks.Task("toys", "a toy", lambda material, form: Copy(mat
 
 import pytest  # noqa: E402
 from plain_bytes import byte_tokenizer  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 import ssmax  # noqa: E402
 from ssmax import cli  # noqa: E402
 from ssmax.cli import COMMANDS  # noqa: E402
+from ssmax.hf import visibility  # noqa: E402
 from ssmax.paper import figures, report  # noqa: E402
 from ssmax.paper.building import build_model  # noqa: E402
 from ssmax.paper.recipes import smoke  # noqa: E402
@@ -74,6 +82,37 @@ def law():
     got = ssmax.convert(model, law="toy")(TOKENS).logits
     torch.testing.assert_close(got, want)
     assert not torch.allclose(got, plain)
+
+
+def kernel():
+    x = torch.ones(1, 2, 5, 4)
+    got = ssmax.attention(x, x, x, 0.5, is_causal=True, impl="toy")
+    torch.testing.assert_close(got[0, 1, :, 0], 0.5 * torch.arange(1, 6).log())
+    with pytest.raises(ValueError, match="impl='toy' is for toys"):
+        ssmax.attention(x, x, x, 0.5, is_causal=True, window=2, impl="toy")
+
+
+def toy_mask(*args, **kwargs):
+    """Another meaning of masks than those that are known: True is hidden."""
+    mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    return None if mask is None else ~mask
+
+
+def toy_attention(module, query, key, value, mask, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, ~mask, **kwargs)
+
+
+def attention_implementation():
+    AttentionInterface.register("toy", toy_attention)
+    AttentionMaskInterface.register("toy", toy_mask)
+    model = ssmax.convert(LlamaForCausalLM(LlamaConfig(**SHAPE, num_attention_heads=2)).eval(), train_length=12)
+    inputs = {"input_ids": TOKENS.expand(2, -1), "attention_mask": torch.ones(2, 12).tril(8)}
+    want = model(**inputs).logits
+    model.set_attn_implementation("toy")
+    with pytest.raises(ValueError, match="does not know what the masks of attention implementation 'toy' mean"):
+        model(**inputs)
+    visibility.RULES[toy_mask] = lambda module, query, key, mask, kwargs: ssmax.visible_keys(mask=~mask)
+    torch.testing.assert_close(model(**inputs).logits, want)
 
 
 def task(folder):
@@ -157,6 +196,8 @@ def command():
 
 if __name__ == "__main__":
     law()
+    kernel()
+    attention_implementation()
     variant_stage_and_figure(Path(sys.argv[1]))
     task(Path(sys.argv[1]))
     command()

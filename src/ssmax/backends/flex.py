@@ -9,35 +9,26 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ssmax.backends.call import AttentionCall
 from ssmax.scaling import scale_query
-from ssmax.visible import document_bounds
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    multiplier: Tensor,
-    *,
-    mask: Tensor | BlockMask | None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """Arguments as in the reference, except dropout, which this kernel does not have; mask may be a BlockMask.
+def why_not(call: AttentionCall) -> str | None:
+    """No dropout, and not every gradient: torch has none on the CPU, and none of what a score_mod captures."""
+    if call.dropout_p > 0:
+        return "has no dropout; use another impl, or dropout_p=0"
+    if call.wants_gradient() and (call.query.device.type == "cpu" or call.softcap is not None):
+        return (
+            "computes no gradients on the CPU, nor those of s and b after a softcap; use impl='reference' "
+            "or 'auto' with a tensor mask, or torch.no_grad()"
+        )
+    return call.why_not_mask() if call.mask is None or isinstance(call.mask, Tensor) else None
 
-    With a softcap the multiplier is applied after it, inside the kernel. torch computes no gradient of it on the CPU.
-    """
-    assert dropout_p == 0.0
-    documents = None
-    if cu_seqlens is not None:
-        position_T = torch.arange(key.shape[2], device=query.device)
-        documents = document_bounds(cu_seqlens.to(query.device), position_T)
+
+def forward(call: AttentionCall) -> Tensor:
+    """Fold the multiplier into the query; with a softcap apply it after that, inside the kernel."""
+    query, key, multiplier, softcap, scale = call.query, call.key, call.multiplier, call.softcap, call.scale
     if softcap is None:
         query, multiplier_inside, cap = scale_query(query, multiplier * scale), None, None
         scale = 1.0
@@ -46,7 +37,7 @@ def forward(
         cap = torch.full(
             (), softcap, dtype=multiplier.dtype, device=query.device
         )  # the kernel takes no symbolic number
-    block_mask, bias = _masks(mask, documents, query, key, is_causal, window)
+    block_mask, bias = _masks(call)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if cap is not None and multiplier_inside is not None:
@@ -57,7 +48,7 @@ def forward(
     return _kernel(query.device.type)(
         query,
         key,
-        value,
+        call.value,
         score_mod=None if plain else score_mod,
         block_mask=block_mask,
         scale=scale,
@@ -65,10 +56,12 @@ def forward(
     )
 
 
-def _masks(mask, documents, query, key, is_causal, window):
+def _masks(call):
     """Return the block mask, and the additive mask where there is one."""
-    if isinstance(mask, BlockMask):
+    query, key, mask, is_causal, window = call.query, call.key, call.mask, call.is_causal, call.window
+    if mask is not None and not isinstance(mask, Tensor):
         return mask, None
+    documents = None if call.cu_seqlens is None else call.documents()[1:]
     num_queries, num_keys = query.shape[2], key.shape[2]
     offset = num_keys - num_queries
     bias = None
@@ -90,21 +83,27 @@ def _masks(mask, documents, query, key, is_causal, window):
     if mask is None and documents is None and not is_causal:
         return None, None
     batch, heads = (None, None) if mask is None else query.shape[:2]
-    return create_block_mask(mask_mod, batch, heads, num_queries, num_keys, device=query.device), bias
+    return _torch().create_block_mask(mask_mod, batch, heads, num_queries, num_keys, device=query.device), bias
 
 
 def _kernel(device):
-    if device == "cuda" and not torch.compiler.is_compiling():
-        return _compiled()
-    return flex_attention if torch.compiler.is_compiling() else _quiet
+    if torch.compiler.is_compiling():
+        return _torch().flex_attention
+    return _compiled() if device == "cuda" else _quiet
+
+
+def _torch():
+    from torch.nn.attention import flex_attention  # a second to import in older versions
+
+    return flex_attention
 
 
 @functools.cache
 def _compiled():
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(_torch().flex_attention, dynamic=True)
 
 
 def _quiet(*arguments, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return flex_attention(*arguments, **options)
+        return _torch().flex_attention(*arguments, **options)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from ssmax.backends.call import AttentionCall
 from ssmax.scaling import scale_query
-from ssmax.visible import document_bounds
 
 # Rows of a block where the kernel has no flag for the pattern: bounds the mask to BLOCK x (BLOCK + window).
 BLOCK = 512
@@ -18,45 +18,48 @@ Attend = Callable[..., Tensor]
 Block = tuple[slice, slice, Tensor]  # rows, keys, mask
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    multiplier: Tensor,
-    *,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    window: int | None,
-    softcap: None,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """Arguments as in the reference, except softcap, which this kernel does not have."""
-    assert softcap is None
+def why_not(call: AttentionCall) -> str | None:
+    """No softcap, which would have to come before the multiplier."""
+    if call.softcap is not None:
+        return "has no softcap; use impl='reference', 'flex' or 'auto'"
+    return call.why_not_mask()
+
+
+def forward(call: AttentionCall) -> Tensor:
+    """By one call of torch's kernel, or one for each document or block of rows."""
+    query, key, value, mask, cu_seqlens, window = (
+        call.query,
+        call.key,
+        call.value,
+        call.mask,
+        call.cu_seqlens,
+        call.window,
+    )
+    if (
+        cu_seqlens is not None and torch.compiler.is_compiling()
+    ):  # lengths that are read on the host would break the graph
+        mask = call.in_one_document()
     # The scale is folded in too: an fp16 product near 1e5 overflows before a kernel could scale it down.
-    scaled = scale_query(query, multiplier * scale)
-    options: dict[str, Any] = {"dropout_p": dropout_p}
+    scaled = scale_query(query, call.multiplier * call.scale)
+    options: dict[str, Any] = {"dropout_p": call.dropout_p}
     if key.shape[1] != query.shape[1]:  # as a value it would be a symbol under torch.compile, which the kernel refuses
         options["enable_gqa"] = True
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=1.0, **options)
 
-    if cu_seqlens is not None and torch.compiler.is_compiling():
-        mask = _documents(cu_seqlens, query.shape[2])  # lengths that are read on the host would break the graph
     if mask is not None:
         offset = key.shape[2] - query.shape[2]
-        mask = _narrow(mask, offset, is_causal, window, query.shape[2], key.shape[2], query.device)
+        mask = _narrow(mask, offset, call.is_causal, window, query.shape[2], key.shape[2], query.device)
         return _masked(attend, scaled, key, value, mask)
     if cu_seqlens is None:
-        return _sequence(attend, scaled, key, value, is_causal, window, dropout_p)
+        return _sequence(attend, scaled, key, value, call.is_causal, window, call.dropout_p)
     lengths = cu_seqlens.diff().tolist()
     padding = query.shape[2] - sum(lengths)
     # split, whose backward is one concatenation: slices would each have a gradient of the whole length.
     documents = zip(*(x.split([*lengths, padding], 2)[:-1] for x in (scaled, key, value)), strict=True)
     outputs = [
-        _sequence(attend, of_query, of_key, of_value, is_causal, window, dropout_p)
+        _sequence(attend, of_query, of_key, of_value, call.is_causal, window, call.dropout_p)
         for of_query, of_key, of_value in documents
         if of_query.shape[2]
     ]
@@ -132,12 +135,6 @@ class _Blocks(torch.autograd.Function):
             for (i, total), part in zip(totals.items(), found, strict=True):
                 total[:, :, spans[i]] += part
         return *(totals.get(i) for i in range(3)), None, None
-
-
-def _documents(cu_seqlens, total):
-    position_T = torch.arange(total, device=cu_seqlens.device)
-    start_T, end_T = document_bounds(cu_seqlens, position_T)
-    return (position_T >= start_T[:, None]) & (position_T < end_T[:, None])
 
 
 def _band(rows, window, like):

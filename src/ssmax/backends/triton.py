@@ -5,46 +5,52 @@ Not yet run on a GPU by this project: tested in Triton's interpreter, compiled f
 Shapes: N queries, S keys, D head size of query and key, E of value; BLOCK_M rows and BLOCK_N keys make a tile.
 """
 
+import importlib.util
 import os
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssmax.backends.triton_kernels import forward_kernel, key_kernel, query_kernel
-from ssmax.visible import document_bounds
+from ssmax.backends.call import AttentionCall
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    multiplier: Tensor,
-    *,
-    mask: None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    window: int | None,
-    softcap: None,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """Arguments as in the reference, except mask, softcap and dropout, which this kernel does not have."""
-    assert mask is None
-    assert softcap is None
-    assert dropout_p == 0.0
-    start = end = None
-    if cu_seqlens is not None:
-        position_T = torch.arange(key.shape[2], device=query.device)
-        start, end = (bound.int() for bound in document_bounds(cu_seqlens.to(query.device), position_T))
+def why_not(call: AttentionCall) -> str | None:
+    """What no kernel of triton_kernels.py has, and what is needed to run them."""
+    query, sizes = call.query, sorted({call.query.shape[-1], call.value.shape[-1]})
+    refused = {
+        "an attn_mask": call.mask is not None,
+        "a softcap": call.softcap is not None,
+        "dropout": call.dropout_p > 0,
+        str(query.dtype): query.dtype not in (torch.float16, torch.bfloat16, torch.float32),
+        f"head sizes {sizes}": any(size not in (16, 32, 64, 128, 256) for size in sizes),
+        f"tensors on {query.device.type} (it runs there with TRITON_INTERPRET=1 only)": query.device.type != "cuda"
+        and not _interpreted(),
+        "anything without the package triton (pip install triton)": importlib.util.find_spec("triton") is None,
+    }
+    what = next((what for what, found in refused.items() if found), None)
+    return what and (
+        f"does not compute {what}; it takes is_causal, window and cu_seqlens, float16, bfloat16 and "
+        "float32, head sizes 16, 32, 64, 128 and 256, on a GPU. Use impl='auto'"
+    )
+
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forward(call: AttentionCall) -> Tensor:
+    """One kernel for the output, and two for the gradients."""
+    query, key, window, start, end = call.query, call.key, call.window, None, None
+    if call.cu_seqlens is not None:
+        _, start, end = (bound.int() for bound in call.documents())
     window = None if window is None else min(window, key.shape[2])
-    inputs = (query, key, value)
-    if os.environ.get("TRITON_INTERPRET") == "1" and query.dtype == torch.bfloat16:
+    inputs = (query, key, call.value)
+    if _interpreted() and query.dtype == torch.bfloat16:
         inputs = (x.float() for x in inputs)  # the interpreter's bfloat16 tl.dot is wrong
-    m_BHN = multiplier.expand(query.shape[:3])
-    return _Attention.apply(*inputs, m_BHN, start, end, is_causal, window, scale).to(query.dtype)
+    m_BHN = call.multiplier.expand(query.shape[:3])
+    return _Attention.apply(*inputs, m_BHN, start, end, call.is_causal, window, call.scale).to(query.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -61,6 +67,8 @@ class _Attention(torch.autograd.Function):
         window: int | None,
         scale: float,
     ) -> Tensor:
+        from ssmax.backends.triton_kernels import forward_kernel
+
         size, value_size = query.shape[-1], value.shape[-1]
         output = torch.empty_like(query) if value_size == size else query.new_empty(*query.shape[:3], value_size)
         logsumexp, mean_z = (torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
@@ -78,7 +86,7 @@ class _Attention(torch.autograd.Function):
             "E": value_size,
         }
         tile = tiles(max(size, value_size), query.dtype)
-        grid = (triton.cdiv(query.shape[2], tile["forward"]["BLOCK_M"]) * query.shape[0] * query.shape[1],)
+        grid = (-(-query.shape[2] // tile["forward"]["BLOCK_M"]) * query.shape[0] * query.shape[1],)
         with torch.cuda.device_of(query):
             forward_kernel[grid](
                 query, key, value, multiplier, start, end, output, logsumexp, mean_z,
@@ -92,13 +100,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        from ssmax.backends.triton_kernels import key_kernel, query_kernel
+
         query, key, value, multiplier, start, end, output, logsumexp, mean_z = ctx.saved_tensors
         (grad,) = grad_outputs
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         d_multiplier, row_grad = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
         strides = (*query.stride(), *key.stride(), *value.stride(), *multiplier.stride(), *grad.stride())
-        rows = triton.cdiv(query.shape[2], ctx.tile["query"]["BLOCK_M"]) * query.shape[0] * query.shape[1]
-        keys = triton.cdiv(key.shape[2], ctx.tile["key"]["BLOCK_N"]) * key.shape[0] * key.shape[1]
+        rows = -(-query.shape[2] // ctx.tile["query"]["BLOCK_M"]) * query.shape[0] * query.shape[1]
+        keys = -(-key.shape[2] // ctx.tile["key"]["BLOCK_N"]) * key.shape[0] * key.shape[1]
         with torch.cuda.device_of(query):
             query_kernel[(rows,)](
                 query, key, value, multiplier, start, end, grad, output, logsumexp, mean_z, row_grad,

@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from ssmax.backends import reference
+from ssmax.backends.call import AttentionCall
 from ssmax.hf.visibility import kernel_visible_keys, sees_what_it_is_handed
 from ssmax.query_scale import QueryAwareScale
 
@@ -45,17 +46,7 @@ def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0
     """Return softmax(m softcap(z)) v. The multiplier comes after the cap, so the query cannot carry it."""
     m = scale(torch.ones(*query.shape[:3], 1, dtype=torch.float32, device=query.device), n)[..., 0]
     output = reference.forward(
-        query,
-        key,
-        value,
-        m,
-        mask=mask,
-        cu_seqlens=None,
-        is_causal=False,
-        window=None,
-        softcap=softcap,
-        scale=scaling,
-        dropout_p=dropout,
+        AttentionCall(query, key, value, m, scaling, mask=mask, softcap=softcap, dropout_p=dropout)
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 
-from ssmax.backends import sdpa
+from ssmax.backends.call import AttentionCall
 from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import FULL, language_layers
 from ssmax.hf.visibility import kernel_visible_keys
@@ -61,8 +61,7 @@ class SharpCache(DynamicCache):
             )
         if model.device.type != "cpu":
             raise ValueError(f"sharp decoding runs on the CPU, and the model is on {model.device}; leave the cache out")
-        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
-            raise ValueError(f"tolerance must be a number between 0 and 1, got {tolerance!r}")
+        decode.check_tolerance(tolerance)
         super().__init__(config=model.config)
         self._said = False
         for index, layer in language_layers(model).items():
@@ -170,22 +169,17 @@ def _attend(attend, implementation, module, query, key, value, attention_mask, *
     n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs)
     scaled = module.ssmax(query, n, log_n)
     scale = kwargs.get("scaling")
-    output = decode.forward(
+    call = AttentionCall(
         scaled,
         key,
         value,
         torch.ones(1, 1, query.shape[2]),
+        query.shape[-1] ** -0.5 if scale is None else scale,
         mask=None if attention_mask is None else as_bool(attention_mask),
-        cu_seqlens=None,
-        is_causal=False,
-        window=None,
-        softcap=None,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        dropout_p=0.0,
         tolerance=named[1],
         screen=named[0],
-        plain=sdpa.forward,
     )
+    output = decode.forward(call)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -35,7 +35,7 @@ from ssmax.visible import (
     visible_keys,
 )
 
-__all__ = ["forward_scope", "kernel_visible_keys", "sees_what_it_is_handed"]
+__all__ = ["RULES", "forward_scope", "kernel_visible_keys", "sees_what_it_is_handed"]
 
 # What this forward has counted already: layers share their masks. Holding the masks keeps their ids theirs. Beside it the
 # forward's position_ids, which some families do not hand to their kernel.
@@ -76,7 +76,7 @@ def kernel_visible_keys(
         ValueError: an implementation whose masks are unknown, or a split sequence whose n is not determined.
     """
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation.removeprefix("paged|"))
-    rule = _RULES.get(implementation, _RULES.get(mask_function))
+    rule = RULES.get(implementation, RULES.get(mask_function))
     if rule is None:
         raise ValueError(
             f"SSMax does not know what the masks of attention implementation {implementation!r} mean; "
@@ -245,7 +245,7 @@ def _vllm(module, query, key, mask, kwargs):
     return count_at(positions, kwargs.get("sliding_window"))
 
 
-_RULES: dict[Any, Callable[..., Tensor]] = {
+RULES: dict[Any, Callable[..., Tensor]] = {
     "vllm": _vllm,
     sdpa_mask: _sdpa,
     eager_mask: _eager,

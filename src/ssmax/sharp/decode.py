@@ -1,16 +1,14 @@
 """Sharp decoding: a query reads only the keys and values whose weight can matter, within a certified bound."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssmax.sharp.keys import MIN_KEYS, ScreenedKeys
+from ssmax.backends import sdpa
+from ssmax.backends.call import AttentionCall
+from ssmax.sharp.keys import MIN_KEYS
 
-__all__ = ["forward"]
+__all__ = ["forward", "why_not"]
 
 MOST_KEPT = (
     0.05  # a head that keeps a larger share of its keys is flat: streaming all keys is faster than reading single rows
@@ -20,54 +18,66 @@ FEW = 512  # heads that keep at most so many keys are computed together
 PART = 4096  # rows read at once, so that the copies stay in the processor's cache
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    multiplier: Tensor,
-    *,
-    mask: Tensor | None,
-    cu_seqlens: None,
-    is_causal: bool,
-    window: int | None,
-    softcap: None,
-    scale: float,
-    dropout_p: float,
-    tolerance: float,
-    screen: ScreenedKeys | None,
-    plain: Callable[..., Tensor],
-) -> Tensor:
-    """Arguments as in the reference, and three more. No gradients, packed documents, softcap, dropout or bias.
+def why_not(call: AttentionCall) -> str | None:
+    """No gradients, packed documents, softcap, dropout or bias."""
+    if call.dropout_p > 0:
+        return "has no dropout; use another impl, or dropout_p=0"
+    if call.wants_gradient():
+        return "is for inference and has no gradients; use torch.no_grad(), or another impl"
+    if call.cu_seqlens is not None:
+        return "is for a decode step and takes no cu_seqlens; use impl='sdpa'"
+    if isinstance(call.mask, Tensor) and call.mask.is_floating_point():
+        return "takes no bias; give a bool attn_mask, or use impl='sdpa'"
+    return sdpa.why_not(call)  # which computes where a screen does not save time
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise ValueError unless it lies in (0, 1)."""
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be a number between 0 and 1, got {tolerance!r}")
+
+
+def forward(call: AttentionCall) -> Tensor:
+    """Return the output within the tolerance. sdpa computes short caches, many queries, windows and flat heads, where a screen saves no time.
 
     Of S keys, one whose score is below the largest by more than log(S / tolerance) weighs less than tolerance / S. Leaving out
     keys with a total weight of at most tolerance changes each component of the output by at most 2 tolerance max|v|.
 
-    Args:
-        tolerance: weight that may be left out of each row, in (0, 1).
-        screen: the screen of key. Without it all keys are read, and only values are left out.
-        plain: the kernel for short caches, many queries, windows and flat heads, where a screen does not save time.
+    Without a screen all keys are read, and only values are left out.
     """
-    options: Any = {"cu_seqlens": None, "window": window, "softcap": None, "dropout_p": 0.0}
-    plain = functools.partial(plain, **options, is_causal=is_causal, scale=scale)
-    if query.shape[2] > MAX_QUERIES or key.shape[2] < MIN_KEYS or window is not None or key.device.type != "cpu":
-        return plain(query, key, value, multiplier, mask=mask)
+    check_tolerance(call.tolerance)
+    few = call.query.shape[2] <= MAX_QUERIES and call.key.shape[2] >= MIN_KEYS
+    if not few or call.window is not None or call.key.device.type != "cpu":
+        return sdpa.forward(call)
     # The keys that are read depend on values, which torch.compile cannot trace.
     read = torch.compiler.disable(_read) if torch.compiler.is_compiling() else _read
-    return read(query, key, value, multiplier, mask, is_causal, scale, tolerance, screen, plain)
+    return read(call)
 
 
-def _read(query, key, value, multiplier, mask, is_causal, scale, tolerance, screen, plain):
+def _read(call):
+    query, key, value, mask, screen, tolerance = (
+        call.query,
+        call.key,
+        call.value,
+        call.mask,
+        call.screen,
+        call.tolerance,
+    )
     screened = screen is not None and screen.possible
     if not screened and key.dtype not in (torch.float32, torch.float64):
-        return plain(query, key, value, multiplier, mask=mask)
+        return sdpa.forward(call)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     everyone = [(batch, head) for batch in range(query.shape[0]) for head in range(heads)]
     tried = [who for who in everyone if not screened or screen.worth_trying(*who)]
     if not tried:
         screen.count({})
-        return plain(query, key, value, multiplier, mask=mask)
-    rows = (query.double() * (multiplier * scale).double()[..., None]).unflatten(1, (heads, groups)).flatten(2, 3)
-    seen = _visible(mask, is_causal, query, key.shape[2])
+        return sdpa.forward(call)
+    rows = (
+        (query.double() * (call.multiplier * call.scale).double()[..., None])
+        .unflatten(1, (heads, groups))
+        .flatten(2, 3)
+    )
+    seen = _visible(mask, call.is_causal, query, key.shape[2])
     seen = None if seen is None else seen.unflatten(1, (heads, groups)).flatten(2, 3)
     if not screened:
         output, found = _skip_values(everyone, rows, key, value, seen, tolerance)
@@ -79,13 +89,14 @@ def _read(query, key, value, multiplier, mask, is_causal, scale, tolerance, scre
     screen.count(found)
     flat = [who for who in everyone if who not in found]
     if not found:
-        return plain(query, key, value, multiplier, mask=mask)
+        return sdpa.forward(call)
     output = _attend(rows, key, value, seen, found).to(query.dtype).view(*query.shape[:3], -1)
-    m = multiplier.expand(query.shape[:3])
+    m = call.multiplier.expand(query.shape[:3])
     for batch, first, last in _runs(flat):
         ours, mine = (batch, slice(first, last)), (batch, slice(first * groups, last * groups))
         masked = None if mask is None else mask.expand(*query.shape[:2], -1, -1)[mine]
-        output[mine] = plain(query[mine], key[ours], value[ours], m[mine], mask=masked)
+        part = {"query": query[mine], "key": key[ours], "value": value[ours], "multiplier": m[mine], "mask": masked}
+        output[mine] = sdpa.forward(call._replace(**part))
     return output
 
 

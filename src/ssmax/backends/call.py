@@ -1,0 +1,83 @@
+"""AttentionCall: what a kernel is asked to compute. Each backend says why it cannot, or computes it."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ssmax.visible import document_bounds
+
+if TYPE_CHECKING:
+    from ssmax.sharp.keys import ScreenedKeys
+
+
+class AttentionCall(NamedTuple):
+    """softmax(m softcap(scale q k) + mask) v; rows that see nothing give zeros.
+
+    Attributes:
+        query: (B, H, N, D); rows that see nothing hold zeros.
+        key: (B, H or a divisor of H, S, D).
+        value: (B, heads as key, S, V).
+        multiplier: m, (B or 1, H or 1, N or 1), float32 or float64.
+        scale: factor of q k.
+        mask: bool (True = visible) or a bias, (B or 1, H or 1, N or 1, S or 1); or a BlockMask.
+        cu_seqlens: offsets of packed documents; a query sees its own only.
+        is_causal: the queries are the last N of S positions.
+        window: visible keys at most, the query's own included.
+        softcap: c, for c tanh(z / c).
+        dropout_p: probability of dropping a weight.
+        tolerance: weight that a kernel may leave out of a row, if it leaves out any.
+        screen: bounds for key, if there are any.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    multiplier: Tensor
+    scale: float
+    mask: Any = None
+    cu_seqlens: Tensor | None = None
+    is_causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    tolerance: float = 1e-3
+    screen: "ScreenedKeys | None" = None
+
+    def wants_gradient(self) -> bool:
+        """Whether a backward may follow."""
+        inputs = (self.query, self.key, self.value, self.multiplier)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+    def why_not_mask(self, rounds: bool = True) -> str | None:
+        """Say why the mask does not suit a kernel that takes tensors and (if it rounds) adds them in the query's dtype."""
+        if self.mask is None:
+            return None
+        if not isinstance(self.mask, Tensor):
+            return "does not take a BlockMask; use impl='flex' or 'auto'"
+        if rounds and self.mask.is_floating_point() and self.mask.dtype != self.query.dtype:
+            return (
+                f"would round the bias from {self.mask.dtype} to {self.query.dtype}; cast it, or use impl='reference'"
+            )
+        return None
+
+    def documents(self) -> tuple[Tensor, ...]:
+        """Return the positions of packed documents, and where the document of each starts and ends, (T,) each."""
+        assert self.cu_seqlens is not None
+        position_T = torch.arange(self.key.shape[2], device=self.query.device)
+        return position_T, *document_bounds(self.cu_seqlens.to(self.query.device), position_T)
+
+    def in_one_document(self) -> Tensor:
+        """Return which pairs of positions stand in one document, (T, T)."""
+        position_T, start_T, end_T = self.documents()
+        return (position_T >= start_T[:, None]) & (position_T < end_T[:, None])
+
+
+class Backend(Protocol):
+    """A module that computes attention."""
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        """Say what of the call the backend cannot compute exactly, in words that follow its name; None if it can."""
+
+    def forward(self, call: AttentionCall) -> Tensor:
+        """Return (B, H, N, V)."""

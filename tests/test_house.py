@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,34 @@ def test_nobody_inside_comes_through_the_front_door_or_takes_a_private_name(path
             assert not names & EXPORTED
         if (node.module or "").startswith("ssmax"):
             assert not [name for name in names if name.startswith("_") and name != "__version__"]
+
+
+PYTHONS = {"_exit", "_getframe", "_processes", "_replace"}  # of the standard library, three of them documented
+
+
+def foreign(tree):
+    """Private names of other packages that a file reads: attributes of anything but the file's own objects, and names as text."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.value, ast.Call):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            yield owner not in ("self", "cls") and node.attr
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "hasattr", "setattr")
+        ):
+            yield isinstance(node.args[1], ast.Constant) and node.args[1].value
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("ssmax"):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_private_names_of_other_packages_stand_in_one_file_for_each(path):
+    if path in (SOURCE / "private.py", SOURCE / "hf" / "private.py", SOURCE / "hf" / "portable" / "pieces.py"):
+        return
+    found = [name for name in foreign(FILES[path]) if name and re.match("_[a-zA-Z]", name) and "ssmax" not in name]
+    own = {node.name for node in ast.walk(FILES[path]) if isinstance(node, ast.FunctionDef)}
+    assert not set(found) - own - PYTHONS
 
 
 def test_no_file_is_longer_than_350_lines():

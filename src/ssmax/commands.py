@@ -218,7 +218,7 @@ def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration 
             if found is not None:
                 write_card(model, "AutoModelForCausalLM", temporary, *_measured(found))
                 (temporary / "calibration.json").write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-            behind = copy_companions(source, temporary, getattr(model.config, "_commit_hash", None))
+            behind = copy_companions(source, temporary)
     except SafetensorError as error:
         if is_full(error):
             raise RunFailed(f"no space left to write {target}; nothing was kept") from error

@@ -131,8 +131,7 @@ def _checks():
         one = Shape(layers=1, heads=8, key_heads=8, size=64, number=4)
         screened = ScreenedKeys(torch.randn(1, 8, length, 64))
         screened.ready()
-        held = sum(x.filled.nbytes for x in (screened._codes, screened._lost, screened._most))
-        yield "screen bytes", {"length": length}, held, one.screen_bytes(length)
+        yield "screen bytes", {"length": length}, screened.screen_bytes, one.screen_bytes(length)
     yield from _attention_checks()
 
 
@@ -159,6 +158,7 @@ def _model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ssmax.conversion import convert
+    from ssmax.hf.private import set_implementation
 
     torch.manual_seed(0)
     t = TINY
@@ -166,7 +166,7 @@ def _model():
         vocab_size=t.vocabulary, hidden_size=t.width, intermediate_size=t.hidden, num_hidden_layers=t.layers,
         num_attention_heads=t.heads, num_key_value_heads=t.key_heads, head_dim=t.size,
     )  # fmt: skip
-    config._attn_implementation = "eager"
+    set_implementation(config, "eager")
     return convert(LlamaForCausalLM(config).eval())
 
 

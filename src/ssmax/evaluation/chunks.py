@@ -6,6 +6,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from ssmax.private import flash_with_log_sum
+
 __all__ = ["CausalBehindCache"]
 
 # With fewer queries there is nothing to gain: the mask hides few of their keys.
@@ -38,9 +40,8 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
         return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     (earlier, of_earlier), (new, of_new) = (
-        flash(query, key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
+        flash_with_log_sum(query, key[:, :, keys], value[:, :, keys], causal, scale)
         for keys, causal in ((slice(past), False), (slice(past, None), True))
     )
     return torch.lerp(new, earlier, torch.sigmoid(of_earlier - of_new).to(new.dtype)[..., None])

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ssmax.evaluation.chunks import CausalBehindCache
+from ssmax.hf.private import implementation_of
 from ssmax.hf.visibility import forward_scope
 
 __all__ = ["Memory", "Reader", "branch", "check_reads_text", "is_transformers", "relative_error", "tolerance"]
@@ -254,7 +255,7 @@ def _cut(sizes, total):
 @contextmanager
 def _plain_kernels(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block, use eager attention instead of FlexAttention, which would compile for each length of a sample."""
-    if model.config._attn_implementation != "flex_attention":
+    if implementation_of(model.config) != "flex_attention":
         yield
         return
     model.set_attn_implementation("eager")

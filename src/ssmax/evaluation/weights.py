@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from ssmax.evaluation.reading import is_transformers
+from ssmax.hf import private
 
 __all__ = ["Weights", "recorded"]
 
@@ -133,7 +134,7 @@ def recorded(model: PreTrainedModel, row: int, length: int) -> Iterator[Weights]
     """
     weights = Weights(model, row, length)
     handles = [module.register_forward_pre_hook(_entering(weights, *where)) for where, module in _numbered(model)]
-    before, interface = model.config._attn_implementation, AttentionInterface.get_interface
+    before, interface = private.implementation_of(model.config), AttentionInterface.get_interface
 
     def get_interface(self, attn_implementation, default):
         kernel = interface(self, attn_implementation, default)
@@ -160,7 +161,7 @@ def _choose(model, implementation):
     if is_transformers(model):
         model.set_attn_implementation(implementation)
     else:  # set_attn_implementation does nothing for such a class, but its layers read the config
-        model.config._attn_implementation = implementation
+        private.set_implementation(model.config, implementation)
 
 
 def _entering(weights, stack, layer):

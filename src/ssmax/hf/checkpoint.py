@@ -16,16 +16,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import (
     feature_extraction_auto,
     image_processing_auto,
-    modeling_auto,
     processing_auto,
     tokenization_auto,
     video_processing_auto,
 )
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from ssmax.hf import refusals
+from ssmax.hf import private, refusals
 from ssmax.hf.portable.card import CARD, keep_card, write_card
 from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
 from ssmax.hf.scales import attach, carriers, check_carried, check_whole, refuse_split_heads, shard_by_heads
@@ -38,11 +36,6 @@ __all__ = ["config_class", "model_class", "register", "softmax_class"]
 
 logger = logging.get_logger(__name__)
 
-AUTO_CLASSES: list[Any] = [
-    auto
-    for auto in vars(modeling_auto).values()
-    if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) and auto._model_mapping is not None
-]
 # What belongs to a model of a family beside it: a converted one has the same.
 COMPANIONS: list[Any] = [
     tokenization_auto.TOKENIZER_MAPPING,
@@ -64,7 +57,7 @@ class SSMaxModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QueryScale):
-            if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+            if not private.is_initialized(module):
                 module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -102,7 +95,7 @@ class SSMaxModel(PreTrainedModel):
             check_whole(self, state_dict)
         base: Any = softmax_class(type(self))
         own = not _is_transformers(base)  # a class of the user's own has its own code
-        if is_main_process and not own and not getattr(self, "_hf_peft_config_loaded", False):
+        if is_main_process and not own and not private.holds_adapter(self):
             classes, folder = heads(base), Path(save_directory)
             self.config.auto_map = auto_map(base)
             write_code(self, classes, folder)
@@ -126,7 +119,7 @@ class SSMaxModel(PreTrainedModel):
 def _made_on_demand(base):
     """Attributes of the class of a converted model or config. By its name pickle finds one made of transformers' own, no other."""
     # A file of code that was registered for the base class makes the base class.
-    attributes = {"__module__": __name__, "_auto_class": None}
+    attributes = {"__module__": __name__, **private.class_attributes()}
     return attributes if _is_transformers(base) else {**attributes, "__reduce_ex__": _reduced}
 
 
@@ -173,7 +166,7 @@ def _config_class(base):
 
 def _auto_heads(base):
     """Auto class -> transformers' class for a config class."""
-    found = {auto: auto._model_mapping.get(base, None) for auto in AUTO_CLASSES}
+    found = {auto: private.head_of(auto, base) for auto in private.AUTO_CLASSES}
     # Mllama's CausalLM class is found by the whole config, and takes the text config alone.
     return {auto: head for auto, head in found.items() if getattr(head, "config_class", None) is base}
 
@@ -183,7 +176,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class of converted models whose own class is base."""
     attributes = {
         "config_class": _config_class(base.config_class),
-        "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or []), "ssmax"],
+        **private.class_attributes([*private.float32_modules(base), "ssmax"]),
         "forward": _scoped(base.forward),
         **_made_on_demand(base),
     }
@@ -240,14 +233,13 @@ def _base_type(model_type: object) -> str | None:
     if not isinstance(model_type, str) or not model_type.startswith("ssmax_"):
         return None
     base = model_type.removeprefix("ssmax_")
-    return base if base in CONFIG_MAPPING._mapping else None
+    return base if private.is_family(base) else None
 
 
 def register() -> None:
     """Make transformers' Auto classes know the converted families, and plain classes refuse them."""
     refusals.install()
-    if not isinstance(CONFIG_MAPPING._extra_content, _SavedTypes):
-        CONFIG_MAPPING._extra_content = _SavedTypes(CONFIG_MAPPING._extra_content)
+    private.register_configs(_SavedTypes)
 
 
 def __getattr__(name: str) -> Any:

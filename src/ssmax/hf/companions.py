@@ -18,7 +18,7 @@ WEIGHTS = (
 CODE = (".py", ".pyc", ".so", ".ipynb", ".sh")  # not copied: somebody who trusts the new folder might run it
 
 
-def copy_companions(source: str, target: Path, commit: str | None = None) -> str | None:
+def copy_companions(source: str, target: Path) -> str | None:
     """Copy the files of a model except weights and code. Files that target has already stay as they are.
 
     Hidden files are not copied either, nor folders with weights (other models), nor links that lead out of the folder.
@@ -26,12 +26,11 @@ def copy_companions(source: str, target: Path, commit: str | None = None) -> str
     Args:
         source: a folder, or a name on a hub.
         target: a folder that the model was saved to.
-        commit: commit of the hub's model, from its config.
 
     Returns:
         One line about what was not copied, or None.
     """
-    folder = _folder(source, commit)
+    folder = _folder(source)
     if folder is None:
         return f"not copied: tokenizer and other files of {source}, which are neither here nor on the hub"
     behind = []
@@ -56,13 +55,11 @@ def copy_companions(source: str, target: Path, commit: str | None = None) -> str
     return f"not copied (code, links out of the folder, other models): {', '.join(sorted(behind))}" if behind else None
 
 
-def _folder(source, commit):
+def _folder(source):
     if Path(source).is_dir():
         return Path(source).resolve()
     try:
-        return Path(
-            snapshot_download(source, revision=commit, ignore_patterns=[f"*{end}" for end in WEIGHTS])
-        ).resolve()
+        return Path(snapshot_download(source, ignore_patterns=[f"*{end}" for end in WEIGHTS])).resolve()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
 

@@ -8,6 +8,7 @@ from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import language_layers
 from ssmax.modules.whole import scale_parameters, whole_or_not_at_all
 from ssmax.nn import SSMaxScale
+from ssmax.private import has_hooks
 
 __all__ = ["fold"]
 
@@ -87,7 +88,7 @@ def _obstacle(layer):
         return "q_proj's weight is offloaded, or on the meta device"
     if type(module.q_proj.weight.data) is not torch.Tensor or not module.q_proj.weight.is_floating_point():
         return f"q_proj's weight is quantised or sharded ({type(module.q_proj.weight.data).__name__})"
-    if module.q_proj._forward_pre_hooks or module.q_proj._forward_hooks:
+    if has_hooks(module.q_proj):
         return "q_proj has hooks"
     if module.q_proj.out_features != layer.heads * getattr(module, "head_dim", 0):
         return f"q_proj has {module.q_proj.out_features} rows, which is not heads x head size"

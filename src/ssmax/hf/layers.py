@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ssmax.hf import private
 from ssmax.modules.discovery import attends_itself
 
 __all__ = [
@@ -227,9 +228,9 @@ def refuse_own_law(module: Any, family: str) -> None:
 
 def computing_device(module: nn.Module, model: PreTrainedModel) -> torch.device:
     """Return the device on which an attention module computes, wherever and however its weights are stored."""
-    hooks: list[Any] = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
-    hooks = [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]
-    for hook in hooks:  # accelerate's: weights that are offloaded lie on the meta device until they are needed
+    for hook in private.forward_hooks(
+        module
+    ):  # accelerate's: weights that are offloaded lie on the meta device until they are needed
         if getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
     for owner in (module, model):  # quantised projections may hold buffers only, or nothing that torch can see

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ssmax.hf import private
+
 __all__ = ["carries_scales", "install", "is_converted", "wrap"]
 
 INSTEAD = "Load it with an Auto class such as AutoModelForCausalLM, then ssmax.revert(model) where softmax is meant"
@@ -14,7 +16,7 @@ INSTEAD = "Load it with an Auto class such as AutoModelForCausalLM, then ssmax.r
 
 def carries_scales(kind: type) -> bool:
     """Whether a class makes its scales itself: a converted model's, made here or by the code file of a checkpoint."""
-    return "ssmax" in (getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
+    return "ssmax" in private.float32_modules(kind)
 
 
 def is_converted(config: Any) -> bool:
@@ -33,7 +35,7 @@ def install() -> None:
     wrap(PreTrainedConfig, "from_dict", _refuse_dict)
     wrap(PreTrainedModel, "__init__", _refuse_config)
     wrap(PreTrainedModel, "from_pretrained", _refuse_folder)
-    wrap(PreTrainedModel, "_finalize_model_loading", _refuse_lost_scales)
+    wrap(PreTrainedModel, private.FINISH_LOADING, _refuse_lost_scales)
 
 
 def wrap(owner: type, name: str, around: Callable) -> None:

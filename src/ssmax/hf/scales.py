@@ -6,9 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ssmax.hf import private
 from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import QueryAwareScale
+from ssmax.private import drop_child
 from ssmax.query_scale import QueryScale
 
 __all__ = [
@@ -43,7 +45,7 @@ def detach(model: PreTrainedModel) -> None:
     """Remove what attach added."""
     model.__dict__.pop("_ssmax_carriers", None)
     for module in model.modules():
-        module._modules.pop("ssmax", None)
+        drop_child(module, "ssmax")
         module.__dict__.pop("ssmax_layer", None)
 
 
@@ -82,7 +84,7 @@ def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None
 
 def refuse_split_heads(model: PreTrainedModel) -> None:
     """Raise ValueError where the ranks of tensor parallelism cannot share the heads evenly."""
-    ranks = getattr(model, "_tp_size", None) or 1
+    ranks, _ = private.tensor_parallel(model)
     heads = {layer.heads for layer in layers_of(model, model.config.ssmax["layers"]).values()} if ranks > 1 else set()
     heads.add(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or ranks)
     uneven = sorted(n for n in heads if n % ranks)
@@ -96,7 +98,7 @@ def refuse_split_heads(model: PreTrainedModel) -> None:
 
 def shard_by_heads(model: PreTrainedModel) -> None:
     """Put s and b into the tensor parallel plan of the model where the query projection is split by heads."""
-    plan: dict[str, str] = getattr(model, "_tp_plan", None) or {}
+    _, plan = private.tensor_parallel(model)
     for name, module in list(model.named_modules()) if plan else ():
         scale = getattr(module, "ssmax", None)
         prefix = re.sub(r"\.\d+(?=\.|$)", ".*", name)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
+from ssmax.private import fsdp_parameter_group
 from ssmax.query_scale import QueryScale
 
 __all__ = ["install"]
@@ -18,9 +18,10 @@ def install() -> None:
 
     Classes are changed, not functions, so that it also holds if fully_shard was imported before.
     """
-    if getattr(FSDPParamGroup.__init__, "_ssmax", False):
+    group = fsdp_parameter_group()
+    if getattr(group.__init__, "_ssmax", False):
         return
-    for kind, apart in ((FSDPParamGroup, _apart_in_fsdp2), (FullyShardedDataParallel, _apart_in_fsdp1)):
+    for kind, apart in ((group, _apart_in_fsdp2), (FullyShardedDataParallel, _apart_in_fsdp1)):
         _before_init(kind, apart)
 
 

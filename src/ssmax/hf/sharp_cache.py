@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 
 from ssmax.backends.call import AttentionCall
+from ssmax.hf import private
 from ssmax.hf.checkpoint import SSMaxModel
 from ssmax.hf.layers import FULL, language_layers
 from ssmax.hf.visibility import kernel_visible_keys
@@ -53,7 +54,7 @@ class SharpCache(DynamicCache):
     def __init__(self, model: Any, tolerance: float = 1e-3):
         if not isinstance(model, SSMaxModel):
             raise ValueError(f"SharpCache needs a converted model, got {type(model).__name__}; see ssmax.convert")
-        implementation = model.config._attn_implementation
+        implementation = private.implementation_of(model.config)
         if implementation != "sdpa":
             raise ValueError(
                 f"SharpCache serves attention implementation 'sdpa', got {implementation!r}; use "

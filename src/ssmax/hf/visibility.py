@@ -20,8 +20,9 @@ from transformers.masking_utils import (
     flex_attention_mask,
     sdpa_mask,
 )
-from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
+from ssmax.hf import private
 from ssmax.scaling import log_visible
 from ssmax.visible import (
     as_bool,
@@ -121,7 +122,7 @@ def sees_what_it_is_handed(attend: Callable) -> bool:
     """
     while isinstance(attend, functools.partial):
         attend = attend.func
-    inner = attend.__globals__.get("_flash_attention_forward") if isinstance(attend, types.FunctionType) else None
+    inner = private.inner_flash(attend)
     return (
         all(f is None or getattr(f, "__module__", "").startswith("transformers.") for f in (attend, inner))
         and attend.__class__ is types.FunctionType
@@ -220,7 +221,7 @@ def _flash(module, query, key, mask, kwargs):
     if mask is not None:
         return count_unpadded(as_bool(mask), num_queries, window, causal)
     if any(part is None for part in (*offsets, *(() if cache is not None else lengths))):
-        if not _is_packed_sequence(position_ids, batch):
+        if not private.is_packed_sequence(position_ids, batch):
             place = torch.arange(num_keys - num_queries, num_keys, device=query.device)
             return count_range(place, num_keys, window, causal)[None]
         offsets, _ = prepare_fa_kwargs_from_position_ids(position_ids)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ssmax.modules import multihead, sdpa
+from ssmax.private import drop_child, hidden_from_modes
 
 __all__ = [
     "CALLS",
@@ -54,7 +55,7 @@ class AttentionScope(TorchFunctionMode):
             return func(*args, **kwargs)
         self.calls += 1
         if self.scale is None:
-            with sdpa.hidden_from_scopes():
+            with hidden_from_modes():
                 return func(*args, **kwargs)
         if self.learns and not torch.is_grad_enabled():
             raise ValueError(
@@ -199,7 +200,7 @@ def restore(module: Any) -> None:
         raise ValueError(
             f"the class of a converted module was changed to {type(module).__name__} (by sharding or parametrisation); undo that first"
         )
-    module._modules.pop("ssmax", None)
+    drop_child(module, "ssmax")
     module.__class__ = module.ssmax_base
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,13 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from ssmax.modules import sdpa
 from ssmax.modules.attach import CALLS
+from ssmax.private import SOFTMAX_CALLS, compiler_is_loaded
 from ssmax.visible import as_bool
 
 __all__ = ["Found", "Site", "attends_itself", "discover", "multihead_sites"]
 
 # The functions by which queries and keys become logits; linear counts if its weight is not a parameter.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner", "linear"}
-SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 
 
 @dataclass
@@ -152,7 +151,7 @@ class _Recorder(TorchFunctionMode):
         sources = _tensors((args, kwargs))
         if func in CALLS:
             self._note(func, *args, **kwargs)
-        elif name in SOFTMAX and sources:
+        elif name in SOFTMAX_CALLS and sources:
             self._note_by_hand(self._operands(sources[0]))
         elif "attention" in name or "attn" in name:  # a kernel that is not scaled, such as flex_attention
             self._note_by_hand(sources[:2])
@@ -179,7 +178,7 @@ class _Recorder(TorchFunctionMode):
             seen.add(id(x))
             sources, maker = self.made_from.get(id(x), []), self.made_by.get(id(x))
             if maker not in PRODUCTS:
-                mixes = maker in SOFTMAX or any(isinstance(y, nn.Parameter) and y.ndim > 1 for y in sources)
+                mixes = maker in SOFTMAX_CALLS or any(isinstance(y, nn.Parameter) and y.ndim > 1 for y in sources)
                 left.extend(() if mixes else sources)
             elif not any(self._is_weight(y) for y in sources):
                 return sources
@@ -274,7 +273,7 @@ def _copied(model):
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Run the block without gradients, warnings and compiled code; afterwards restore the random states."""
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    eager = torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()
     with torch.no_grad(), torch.random.fork_rng(devices), eager, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

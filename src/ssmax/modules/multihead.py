@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
-from ssmax.modules.sdpa import count, hidden_from_scopes
+from ssmax.modules.sdpa import count
+from ssmax.private import hidden_from_modes
 from ssmax.visible import as_bool
 
 __all__ = ["attend", "check"]
@@ -71,7 +72,7 @@ def attend(
         weights_BHNS = dropout(weights_BHNS, p) if p else weights_BHNS
         output, shown = weights_BHNS @ v_BHSD, weights_BHNS.mean(1) if average_attn_weights else weights_BHNS
     else:
-        with hidden_from_scopes():
+        with hidden_from_modes():
             output, shown = scaled_dot_product_attention(q_BHND, k_BHSD, v_BHSD, mask, p, causal), None
     output = linear(output.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     if query.ndim == 3:

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ssmax.private import hidden_from_modes
 from ssmax.visible import count_plain, visible_keys
 
-__all__ = ["attend", "count", "hidden_from_scopes", "num_heads"]
+__all__ = ["attend", "count", "num_heads"]
 
 
 def attend(
@@ -24,13 +24,8 @@ def attend(
     """Scale the query by the module ssmax, and call scaled_dot_product_attention; the other arguments are torch's."""
     n = count(query, key, attn_mask, is_causal)
     scaled = ssmax(_as_batch(query), n).reshape(query.shape)
-    with hidden_from_scopes():
+    with hidden_from_modes():  # outer scopes would scale the call again
         return scaled_dot_product_attention(scaled, key, value, attn_mask, dropout_p, is_causal, **options)
-
-
-def hidden_from_scopes() -> Any:
-    """Return a context that hides calls from outer scopes, so that no call is scaled twice."""
-    return torch._C.DisableTorchFunction()
 
 
 def num_heads(query: Tensor) -> int:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmax.private import int8_matmul
+
 __all__ = ["MIN_KEYS", "Grown", "ScreenedKeys"]
 
 # With fewer keys there is no screen: reading all of them costs less than choosing.
@@ -95,6 +97,11 @@ class ScreenedKeys:
     def possible(self) -> bool:
         """Whether a screen is possible: enough keys, on the CPU, and an exact int8 product."""
         return len(self) >= MIN_KEYS and self._keys.device.type == "cpu" and int8_is_exact()
+
+    @property
+    def screen_bytes(self) -> int:
+        """Memory of the screen: the rounded keys and what their bounds need."""
+        return sum(x.filled.nbytes for x in (self._codes, self._lost, self._most) if x is not None)
 
     def ready(self) -> bool:
         """Bring the screen up to date; return False if there is none."""
@@ -288,12 +295,11 @@ class Grown:
 
 def int8_product(query: Tensor, codes: Tensor, out: Tensor) -> None:
     """Write query (R, D) times codes (S, D) transposed into out, (R, S) int32."""
-    product: Any = torch._int_mm  # torch's only int8 product; it is private, so int8_is_exact tests it first
     if len(query) <= ROWS:
-        product(query, codes.t(), out=out)
+        int8_matmul(query, codes.t(), out)
         return
     for rows, products in zip(query.split(ROWS), out.split(ROWS), strict=True):
-        product(rows, codes.t(), out=products)
+        int8_matmul(rows, codes.t(), products)
 
 
 @functools.cache

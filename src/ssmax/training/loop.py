@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ssmax.errors import RunFailed, Stopped, UserError
-from ssmax.hf import parameter_groups
+from ssmax.hf import parameter_groups, private
 from ssmax.runs import signals
 from ssmax.training import checkpoints, nonfinite
 from ssmax.training.ranks import any_of, world_size
@@ -211,7 +211,7 @@ class _InOrder(Trainer):
 
     def create_accelerator_and_postprocess(self):
         """accelerate shards on accelerators only. For CPUs, where FSDP2 works too, it is told that they are GPUs."""
-        state = PartialState._shared_state
+        state = private.accelerator_state()
         kind = state.get("distributed_type")
         if self.args.fsdp and kind == DistributedType.MULTI_CPU:
             state["distributed_type"] = DistributedType.MULTI_GPU
@@ -254,9 +254,8 @@ class _InOrder(Trainer):
         """Save like the Trainer, with the losses since the last log entry, which the Trainer does not save."""
         nonfinite.check_weights(self.weights, self.state.global_step)
         super()._save_checkpoint(model, trial)
-        since = [float(self._tr_loss), self._globalstep_last_logged]
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        (folder / f"loss-{self.args.process_index}.json").write_text(json.dumps(since))
+        (folder / f"loss-{self.args.process_index}.json").write_text(json.dumps(private.unlogged_loss(self)))
 
 
 ADVICE = "lower --learning-rate or raise --warmup-steps with another --out. Finished stages and the last good checkpoint are kept"
@@ -276,8 +275,7 @@ class _Watch(TrainerCallback):
         self.progress(state.global_step * self.spec.step_tokens)
         if self.resumed is not None:  # the mean over ranks, whose number may have been different
             kept = [json.loads(path.read_text()) for path in self.resumed.glob("loss-*.json")]
-            self.trainer._tr_loss += sum(loss for loss, _ in kept) / len(kept)
-            self.trainer._globalstep_last_logged = kept[0][1]
+            private.unlogged_loss(self.trainer, (sum(loss for loss, _ in kept) / len(kept), kept[0][1]))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.before_step(kwargs["model"], state.global_step)

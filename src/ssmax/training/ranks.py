@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from ssmax.errors import RunFailed, UserError
+from ssmax.private import default_store
 from ssmax.runs import signals
 
 __all__ = ["agree", "any_of", "explained", "gpu_name", "join", "leave", "world_size"]
@@ -94,7 +95,7 @@ def explained(error: Exception) -> Exception:
 
 def _last_words(rank, word, others):
     """Leave a message for the other ranks in torchrun's store, and wait a moment for theirs."""
-    store = distributed.distributed_c10d._get_default_store()
+    store = default_store()
     store.set(f"ssmax/{rank}", word)
     words: dict[int, str] = {}
     deadline = time.monotonic() + LAST_WORDS.total_seconds()

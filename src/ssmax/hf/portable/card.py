@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmax.hf.portable.code_file import CODE_FILE, formula
+from ssmax.hf.private import NAME_KEY
 from ssmax.runs.files import write_atomically
 from ssmax.versions import INSTALL, SUPPORTED
 
@@ -103,7 +104,7 @@ def _text(model, auto, losses, measured):
     scales = {name: module.ssmax for name, module in model.named_modules() if hasattr(module, "ssmax")}
     first = next(iter(scales.values()))
     base = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")).__name__
-    facts = _facts(str(getattr(model.config, "_name_or_path", "") or ""))
+    facts = _facts(str(getattr(model.config, NAME_KEY, "") or ""))
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation" if auto == "AutoModelForCausalLM" else None,
@@ -161,7 +162,7 @@ def _is_plain(name, value):
 def _config_name(path):
     try:
         config = json.loads(path.read_bytes())
-        named = config.get("_name_or_path", "")
+        named = config.get(NAME_KEY, "")
     except (OSError, ValueError, AttributeError):
         return ""
     return named if isinstance(named, str) and not Path(named).exists() else ""

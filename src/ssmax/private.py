@@ -1,0 +1,61 @@
+"""Every private name of torch that ssmax touches; tests/operation/test_torch_private.py holds what is relied on.
+
+Overridden methods stand in their classes: QueryScale's _apply and _load_from_state_dict.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "SOFTMAX_CALLS", "compiler_is_loaded", "default_store", "drop_child", "flash_with_log_sum", "fsdp_parameter_group", "has_hooks", "hidden_from_modes", "int8_matmul",
+]  # fmt: skip
+
+# Names under which a softmax reaches a TorchFunctionMode.
+SOFTMAX_CALLS = {"softmax", "_softmax", "_safe_softmax"}
+
+
+def hidden_from_modes() -> Any:
+    """Return a context in which no TorchFunctionMode sees the calls."""
+    return torch._C.DisableTorchFunction()
+
+
+def compiler_is_loaded() -> bool:
+    """Whether torch.compile was used in this process; loading it takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+def drop_child(module: nn.Module, name: str) -> None:
+    """Take away a submodule, if the module itself has it."""
+    module._modules.pop(name, None)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after the module's forward."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def int8_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write the product of int8 matrices into out, int32. Whether it is exact depends on the machine."""
+    torch._int_mm(a, b, out=out)
+
+
+def flash_with_log_sum(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Any:
+    """Return flash attention on the CPU, and the log-sum-exp of each row's logits."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+
+def default_store() -> Any:
+    """Return the key-value store by which the ranks found one another; it outlives them."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def fsdp_parameter_group() -> Any:
+    """Return the class of FSDP2's parameter groups: its arguments are params, modules, mesh_info, mp_policy, offload_policy ..."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    return FSDPParamGroup

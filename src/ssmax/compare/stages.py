@@ -18,7 +18,7 @@ from ssmax.compare.tasks import TASKS
 from ssmax.errors import UserError
 from ssmax.evaluation import PromptForm
 from ssmax.evaluation.retrieval import grid_tokens
-from ssmax.evaluation.rows import attention_rows, draw_trials, loss_rows, retrieval_rows
+from ssmax.evaluation.rows import attention_rows, document_losses, draw_trials, loss_rows, retrieval_rows
 from ssmax.paper import training
 from ssmax.paper.recipes import Recipe, paper
 from ssmax.runs.files import written_whole
@@ -138,12 +138,13 @@ def run_stage(
     place: dict[str, Any] = {"theta_factor": s.theta_factor}
     if s.rope:
         place["rope"] = s.rope
-    options: dict[str, Any] = {"variant": variant, "chunk": chunk, "progress": progress}
-    if stage in ("loss", "attention"):
-        rows_of = loss_rows if stage == "loss" else attention_rows
-        return rows_of(model, material.documents, at=place, **options)
+    options: dict[str, Any] = {"chunk": chunk, "progress": progress}
+    if stage == "loss":
+        return loss_rows(document_losses(model, material.documents, **options), variant=variant, at=place)
+    if stage == "attention":
+        return attention_rows(model, material.documents, variant=variant, at=place, **options)
     place |= {"task": stage, "prompt": s.prompt, "finetune_steps": s.finetune_steps}
-    return retrieval_rows(model, material.trials(stage), at=place, **options)
+    return retrieval_rows(model, material.trials(stage), variant=variant, at=place, **options)
 
 
 def finetune(

@@ -16,7 +16,7 @@ from ssmax.evaluation.prefix import Node, prefill, prefix_tree, size
 from ssmax.evaluation.reading import Reader
 from ssmax.evaluation.tasks import NeedleExample
 
-__all__ = ["RetrievalTrial", "grid_tokens", "retrieve", "retrieve_grid"]
+__all__ = ["CHUNK", "RetrievalTrial", "grid_tokens", "retrieve", "retrieve_grid"]
 
 CHUNK = 4096
 

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from ssmax.evaluation.attention import sharpness_by_layer
 from ssmax.evaluation.position_loss import binned, loss_by_position
-from ssmax.evaluation.retrieval import RetrievalTrial, retrieve_grid
-from ssmax.evaluation.tasks import ABCDigits, NeedleTask, depth_grid
+from ssmax.evaluation.retrieval import CHUNK, RetrievalTrial, retrieve_grid
+from ssmax.evaluation.tasks import ABCDigits, Cell, NeedleTask, depth_grid
 from ssmax.runs.rows import Row
 
-__all__ = ["attention_rows", "draw_trials", "loss_rows", "retrieval_rows"]
+__all__ = [
+    "accuracy_rows", "attention_rows", "document_losses", "draw_trials", "grid_results", "loss_rows", "retrieval_rows", "score_rows",
+]  # fmt: skip
 
 # Tokens in a batch of the longest prompts; fewer if memory does not suffice.
 BATCH_TOKENS = 32_768
@@ -24,35 +26,51 @@ QUANTILES = (0.1, 0.5, 0.9)
 # The measures of sharpness_by_layer, in its order.
 MEASURED = [(metric, sink) for sink in ("with", "without") for metric in ("attention_entropy", "largest_weight")]
 
+# What makes an answer right.
+RIGHT: dict[str, Callable[[RetrievalTrial], bool]] = {
+    "retrieval_accuracy": lambda trial: trial.correct,
+    "first_digit_accuracy": lambda trial: trial.first_digit,
+}
+
 Progress = Callable[[int], Any]
 
 
-def loss_rows(
+def document_losses(
     model: PreTrainedModel,
     documents: Sequence[Tensor],
     *,
-    variant: str,
-    at: Mapping[str, Any],
     chunk: int = 1024,
+    batch_size: int = 1,
     progress: Progress | None = None,
-) -> list[Row]:
-    """Return rows of loss_by_position (nats per token) for documents (T,) of equal length, in log-spaced bins.
+) -> Tensor:
+    """Return the loss_by_position of documents (T,) of equal length as (documents, T - 1), batch_size at once.
 
-    A row's `at` holds position (the bin's last), from (its first) and, with several documents, low and high: the 95 %
-    confidence interval of the mean over documents (Student's t).
+    Raises:
+        FloatingPointError: losses that are not finite.
     """
-    losses = [loss_by_position(model, ids[None], chunk=chunk, progress=progress).cpu() for ids in documents]
-    together = torch.cat(losses)
-    if not together.isfinite().all():
-        first = int((~together.isfinite()).any(0).nonzero()[0]) + 1
+    batches = torch.stack(list(documents)).split(batch_size)
+    losses = torch.cat([loss_by_position(model, ids, chunk=chunk, progress=progress).cpu() for ids in batches])
+    if not losses.isfinite().all():
+        first = int((~losses.isfinite()).any(0).nonzero()[0]) + 1
         raise FloatingPointError(f"{type(model).__name__} gives a loss that is not finite, from position {first} on")
+    return losses
+
+
+def loss_rows(
+    losses: Tensor, *, variant: str, at: Mapping[str, Any], seed: int | None = None, band: bool = True
+) -> list[Row]:
+    """Return rows of loss_by_position (nats per token) in log-spaced bins, from losses (documents, positions).
+
+    A row's `at` holds position (the bin's last), from (its first) and, with a band and several documents, low and high:
+    the 95 % confidence interval of the mean over documents (Student's t).
+    """
     rows = []
-    for part in binned(together):
+    for part in binned(losses):
         place = {**at, "position": part.last, "from": part.first}
-        if part.low is not None:
+        if band and part.low is not None:
             place |= {"low": part.low, "high": part.high}
-        samples = len(documents) * (part.last - part.first + 1)
-        rows.append(Row("loss_by_position", variant, None, place, part.mean, samples))
+        samples = len(losses) * (part.last - part.first + 1)
+        rows.append(Row("loss_by_position", variant, seed, place, part.mean, samples))
     return rows
 
 
@@ -64,22 +82,16 @@ def draw_trials(
     return [task.grid(cells, np.random.default_rng([seed, trial])) for trial in range(trials)]
 
 
-def retrieval_rows(
+def grid_results(
     model: PreTrainedModel,
-    trials: Sequence[Mapping[tuple[int, float], Any]],
+    trials: Sequence[Mapping[Cell, Any]],
     *,
-    variant: str,
-    at: Mapping[str, Any],
-    chunk: int = 1024,
+    chunk: int = CHUNK,
     progress: Progress | None = None,
-) -> list[Row]:
-    """Return rows of the accuracy of each cell (length, depth), exact and of the first digit, and of one cell's needle scores.
-
-    needle_score (of each head, mean over trials) and top_needle_score (the highest of each trial) are measured at the
-    longest context and the depth nearest to the middle.
-    """
+) -> list[Mapping[Cell, RetrievalTrial]]:
+    """Return retrieve_grid of the trials, as many at once as memory allows."""
     longest = max(length for length, _ in trials[0])
-    found: list[Mapping[Any, RetrievalTrial]] = []
+    found: list[Mapping[Cell, RetrievalTrial]] = []
 
     @find_executable_batch_size(starting_batch_size=max(1, min(len(trials), BATCH_TOKENS // longest)))
     def batched(batch_size: int) -> None:
@@ -88,34 +100,58 @@ def retrieval_rows(
             found.extend(retrieve_grid(model, part, chunk=chunk, progress=progress))
 
     batched()  # pyrefly: ignore: the decorator gives the argument
+    return [{cell: trial[cell] for cell in trials[0]} for trial in found]
+
+
+def accuracy_rows(
+    found: Sequence[Mapping[Cell, RetrievalTrial]],
+    *,
+    variant: str,
+    at: Mapping[str, Any],
+    seed: int | None = None,
+    metrics: Sequence[str] = tuple(RIGHT),
+) -> list[Row]:
+    """Return rows of the accuracy of each cell (length, depth): of the whole answer and of its first digit."""
     rows = []
-    for length, depth in trials[0]:
+    for length, depth in found[0]:
         place = {**at, "length": length, "depth": depth}
-        cell = [trial[length, depth] for trial in found]
-        for metric, right in (
-            ("retrieval_accuracy", [trial.correct for trial in cell]),
-            ("first_digit_accuracy", [trial.first_digit for trial in cell]),
-        ):
-            rows.append(Row(metric, variant, None, place, sum(right) / len(cell), len(cell)))
-    return rows + _score_rows(found, longest, variant, at)
+        for metric in metrics:
+            right = sum(RIGHT[metric](trial[length, depth]) for trial in found)
+            rows.append(Row(metric, variant, seed, place, right / len(found), len(found)))
+    return rows
 
 
-def _score_rows(found, longest, variant, at):
-    depth = min((depth for length, depth in found[0] if length == longest), key=lambda depth: abs(depth - 0.5))
-    cell = [trial[longest, depth] for trial in found]
-    if not cell[0].by_layer:
-        return []
-    place = {**at, "length": longest, "depth": depth}
+def score_rows(
+    cell: Sequence[RetrievalTrial], *, variant: str, at: Mapping[str, Any], seed: int | None = None
+) -> list[Row]:
+    """Return rows of needle_score (of each head, mean over trials) and top_needle_score (the highest of each trial)."""
     rows = []
     for layer in cell[0].by_layer:
         for head, score in enumerate(torch.stack([trial.by_layer[layer] for trial in cell]).mean(0).tolist()):
-            rows.append(Row("needle_score", variant, None, {**place, "layer": layer, "head": head}, score, len(cell)))
-    for number, trial in enumerate(cell):
-        here = {**place, "trial": number, "correct": trial.correct}
-        rows.append(
-            Row("top_needle_score", variant, None, here, max(of.max().item() for of in trial.by_layer.values()), 1)
-        )
+            rows.append(Row("needle_score", variant, seed, {**at, "layer": layer, "head": head}, score, len(cell)))
+    for number, trial in enumerate(cell if cell[0].by_layer else ()):
+        place = {**at, "trial": number, "correct": trial.correct}
+        top = max(scores.max().item() for scores in trial.by_layer.values())
+        rows.append(Row("top_needle_score", variant, seed, place, top, 1))
     return rows
+
+
+def retrieval_rows(
+    model: PreTrainedModel,
+    trials: Sequence[Mapping[Cell, Any]],
+    *,
+    variant: str,
+    at: Mapping[str, Any],
+    chunk: int = 1024,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Return accuracy_rows of all cells, and score_rows of the longest context at the depth nearest to the middle."""
+    found = grid_results(model, trials, chunk=chunk, progress=progress)
+    length = max(length for length, _ in found[0])
+    depth = min((depth for size, depth in found[0] if size == length), key=lambda depth: abs(depth - 0.5))
+    place = {**at, "length": length, "depth": depth}
+    scores = score_rows([trial[length, depth] for trial in found], variant=variant, at=place)
+    return accuracy_rows(found, variant=variant, at=at) + scores
 
 
 def attention_rows(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["CITIES", "NEEDLE_WORDS", "ABCDigits", "NeedleExample", "NeedleTask", "PromptForm", "depth_grid"]
+__all__ = ["CITIES", "NEEDLE_WORDS", "ABCDigits", "Cell", "NeedleExample", "NeedleTask", "PromptForm", "depth_grid"]
 
 CITIES = ("Tokyo", "Paris", "London", "Berlin", "Madrid", "Rome", "Cairo", "Lima", "Oslo", "Delhi")
 # A tokenizer with a small vocabulary keeps these whole; otherwise the sentence would not fit into a small window.

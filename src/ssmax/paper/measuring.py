@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ssmax.data.corpus import Corpus
-from ssmax.evaluation import log_edges, loss_by_position, retrieve, retrieve_grid, rope_theta
+from ssmax.evaluation import rope_theta
+from ssmax.evaluation.rows import accuracy_rows, document_losses, grid_results, loss_rows, score_rows
 from ssmax.evaluation.tasks import depth_grid
 from ssmax.paper.recipes import Job, Recipe
 from ssmax.paper.stages import COUNT_TRIALS, count_lengths
@@ -28,21 +29,15 @@ def position_loss(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progre
     model = pretrained(job, recipe, models)
     length = recipe.length_factor * recipe.train_length
     texts = torch.from_numpy(corpus.held_out[:, : length + 1].astype(np.int64))
-    edges = log_edges(length)
     rows = []
     for factor in recipe.theta_factors:
         with rope_theta(model, factor):
-            losses = []
-            for batch in texts.split(max(1, BATCH_TOKENS // length)):
-                losses.append(loss_by_position(model, batch))
-                progress(batch.numel() // 3)
-        mean = torch.cat(losses).double().mean(0)
-        for first, last in zip([0, *edges], edges, strict=False):
-            at = {"form": job.form, "position": last, "from": first + 1, "theta_factor": factor}
-            value, samples = mean[first:last].mean().item(), len(texts) * (last - first)
-            rows.append(Row("loss_by_position", job.variant, job.seed, at, value, samples))
+            batch = max(1, BATCH_TOKENS // length)
+            losses = document_losses(model, list(texts), batch_size=batch, progress=lambda done: progress(done // 3))
+        at = {"form": job.form, "theta_factor": factor}
+        rows += loss_rows(losses, variant=job.variant, seed=job.seed, at=at, band=False)
         if factor == max(recipe.theta_factors):
-            rows += _text_rows(job, recipe, torch.cat(losses), factor)
+            rows += _text_rows(job, recipe, losses, factor)
     return rows
 
 
@@ -67,35 +62,25 @@ def retrieval(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: 
     rows = [] if factor == 1 else _accuracies(model, job, recipe, task, 1, [recipe.train_length], progress)
     for raised in recipe.needle_factors:
         rows += _accuracies(model, job, recipe, task, raised, recipe.lengths, progress)
+    length, depth = recipe.score_length_factor * recipe.train_length, 0.5
+    # The same examples for every model: the variants are compared on the same questions.
+    rng = np.random.default_rng([length, round(depth * 1000)])
+    examples = [{(length, depth): task.example(length, depth, rng)} for _ in range(recipe.score_trials)]
     with rope_theta(model, factor):
-        length = recipe.score_length_factor * recipe.train_length
-        trials = _trials(model, task, length, 0.5, recipe.score_trials, progress)
-    at = {"form": job.form, "length": length, "depth": 0.5, "theta_factor": factor}
-    mean = torch.stack([trial.scores for trial in trials]).mean(0)
-    for layer, heads in enumerate(mean.tolist()):
-        for head, score in enumerate(heads):
-            place = {**at, "layer": layer, "head": head}
-            rows.append(Row("needle_score", job.variant, job.seed, place, score, len(trials)))
-    for number, trial in enumerate(trials):
-        place = {**at, "trial": number, "correct": trial.correct}
-        rows.append(Row("top_needle_score", job.variant, job.seed, place, trial.scores.max().item(), 1))
-    return rows
+        found = grid_results(model, examples, progress=lambda done: progress(done // 3))
+    at = {"form": job.form, "length": length, "depth": depth, "theta_factor": factor}
+    trials = [trial[length, depth] for trial in found]
+    return rows + score_rows(trials, variant=job.variant, seed=job.seed, at=at)
 
 
 def _accuracies(model, job, recipe, task, factor, lengths, progress):
     """Rows of each length and depth. A trial's cells share their text, of which each part is read once; all models get the same."""
     cells = depth_grid(lengths, recipe.depths)
     trials = [task.grid(cells, np.random.default_rng([trial, 2])) for trial in range(recipe.trials)]
-    batch, found = max(1, BATCH_TOKENS // max(lengths)), []
     with rope_theta(model, factor):
-        for first in range(0, len(trials), batch):
-            found += retrieve_grid(model, trials[first : first + batch], progress=lambda done: progress(done // 3))
-    rows = []
-    for length, depth in cells:
-        at = {"form": job.form, "length": length, "depth": depth, "theta_factor": factor}
-        accuracy = sum(trial[length, depth].correct for trial in found) / len(found)
-        rows.append(Row("retrieval_accuracy", job.variant, job.seed, at, accuracy, len(found)))
-    return rows
+        found = grid_results(model, trials, progress=lambda done: progress(done // 3))
+    at = {"form": job.form, "theta_factor": factor}
+    return accuracy_rows(found, variant=job.variant, seed=job.seed, at=at, metrics=["retrieval_accuracy"])
 
 
 def counting(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: Callable[[int], Any]) -> list[Row]:
@@ -116,17 +101,3 @@ def counting(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: C
             at = {"form": job.form, "length": length, "theta_factor": factor}
             rows.append(Row("counting_accuracy", job.variant, job.seed, at, right / count, count))
     return rows
-
-
-def _trials(model, task, length, depth, count, progress):
-    # The same examples for every model: the variants are compared on the same questions.
-    rng = np.random.default_rng([length, round(depth * 1000)])
-    examples = [task.example(length, depth, rng) for _ in range(count)]
-    trials, batch = [], max(1, BATCH_TOKENS // length)
-    for start in range(0, count, batch):
-        # With digits that share tokens numbers differ in length; those of one length are asked together.
-        for size in sorted({len(example.answer) for example in examples[start : start + batch]}):
-            same = [example for example in examples[start : start + batch] if len(example.answer) == size]
-            trials += retrieve(model, same)
-        progress(length * len(examples[start : start + batch]) // 3)
-    return trials

@@ -18,7 +18,7 @@ class AttentionCall(NamedTuple):
         query: (B, H, N, D); rows that see nothing hold zeros.
         key: (B, H or a divisor of H, S, D).
         value: (B, heads as key, S, V).
-        multiplier: m, (B or 1, H or 1, N or 1), float32 or float64.
+        multiplier: m, (B or 1, H or 1, N or 1), float32 or float64. None where the query is multiplied already; sdpa and sharp take that.
         scale: factor of q k.
         mask: bool (True = visible) or a bias, (B or 1, H or 1, N or 1, S or 1); or a BlockMask.
         cu_seqlens: offsets of packed documents; a query sees its own only.
@@ -33,7 +33,7 @@ class AttentionCall(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    multiplier: Tensor
+    multiplier: Tensor | None
     scale: float
     mask: Any = None
     cu_seqlens: Tensor | None = None
@@ -47,7 +47,7 @@ class AttentionCall(NamedTuple):
     def wants_gradient(self) -> bool:
         """Whether a backward may follow."""
         inputs = (self.query, self.key, self.value, self.multiplier)
-        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
     def why_not_mask(self, rounds: bool = True) -> str | None:
         """Say why the mask does not suit a kernel that takes tensors and (if it rounds) adds them in the query's dtype."""

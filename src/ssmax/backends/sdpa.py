@@ -40,7 +40,8 @@ def forward(call: AttentionCall) -> Tensor:
     ):  # lengths that are read on the host would break the graph
         mask = call.in_one_document()
     # The scale is folded in too: an fp16 product near 1e5 overflows before a kernel could scale it down.
-    scaled = scale_query(query, call.multiplier * call.scale)
+    m = call.multiplier
+    scaled = query * call.scale if m is None else scale_query(query, m * call.scale)
     options: dict[str, Any] = {"dropout_p": call.dropout_p}
     if key.shape[1] != query.shape[1]:  # as a value it would be a symbol under torch.compile, which the kernel refuses
         options["enable_gqa"] = True

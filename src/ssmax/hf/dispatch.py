@@ -5,14 +5,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_utils import AttentionInterface
 
 from ssmax.backends import reference
 from ssmax.backends.call import AttentionCall
 from ssmax.hf.visibility import kernel_visible_keys, sees_what_it_is_handed
 from ssmax.query_scale import QueryAwareScale
+from ssmax.sharp import decode
+from ssmax.sharp.keys import MIN_KEYS
+from ssmax.visible import as_bool
 
-__all__ = ["install"]
+__all__ = ["SCREENS", "install"]
+
+# Keys that a SharpCache returned -> their screen and its tolerance, while these keys live.
+SCREENS = WeakTensorKeyDictionary()
 
 
 def _attend(attend: Callable, implementation: str, module, query, key, value, attention_mask, *args, **kwargs):
@@ -39,7 +46,30 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
                 "law 'query-aware' multiplies components of the query, which cannot come after a softcap; use 'ssmax'"
             )
         return _softcapped(scale, n, query, key, value, attention_mask, **kwargs)
-    return attend(module, scale(query, n, log_n), key, value, attention_mask, *args, **kwargs)
+    scaled = scale(query, n, log_n)
+    if SCREENS and key in SCREENS and _is_sharp_step(implementation, query, key, attention_mask, kwargs):
+        return _decoded_sharply(scaled, key, value, attention_mask, kwargs.get("scaling"))
+    return attend(module, scaled, key, value, attention_mask, *args, **kwargs)
+
+
+def _is_sharp_step(implementation, query, key, mask, kwargs):
+    return (
+        implementation == "sdpa"
+        and query.shape[2] <= decode.MAX_QUERIES
+        and key.shape[2] >= MIN_KEYS
+        and (mask is not None or query.shape[2] == 1)
+        and not torch.is_grad_enabled()
+        and kwargs.get("sliding_window") is None
+        and kwargs.get("s_aux") is None
+    )
+
+
+def _decoded_sharply(scaled, key, value, mask, scaling):
+    screen, tolerance = SCREENS[key]
+    scale = scaled.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = None if mask is None else as_bool(mask)
+    call = AttentionCall(scaled, key, value, None, scale, mask=mask, tolerance=tolerance, screen=screen)
+    return decode.forward(call).transpose(1, 2).contiguous(), None
 
 
 def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0, **kwargs):

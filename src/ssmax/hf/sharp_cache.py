@@ -1,24 +1,19 @@
 """SharpCache: a cache with which a converted model decodes sharply, reading only the keys and values that can matter."""
 
-import functools
 import warnings
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_utils import AttentionInterface
 
-from ssmax.backends.call import AttentionCall
 from ssmax.hf import private
 from ssmax.hf.checkpoint import SSMaxModel
+from ssmax.hf.dispatch import SCREENS
 from ssmax.hf.layers import FULL, language_layers
-from ssmax.hf.visibility import kernel_visible_keys
 from ssmax.sharp import decode
-from ssmax.sharp.keys import MIN_KEYS, Grown, ScreenedKeys
-from ssmax.visible import as_bool
+from ssmax.sharp.keys import Grown, ScreenedKeys
 
 __all__ = ["SharpCache"]
 
@@ -68,7 +63,6 @@ class SharpCache(DynamicCache):
         for index, layer in language_layers(model).items():
             if layer.kind == FULL and hasattr(layer.module, "ssmax") and type(self.layers[index]) is DynamicLayer:
                 self.layers[index] = _SharpLayer(tolerance)
-        _install()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """As in transformers."""
@@ -105,7 +99,7 @@ class SharpCache(DynamicCache):
 
 
 class _SharpLayer(DynamicLayer):
-    """A layer's keys, with their screen, and values, in buffers that grow. The keys that it returns carry their screen."""
+    """A layer's keys, with their screen, and values, in buffers that grow. The dispatch finds the screen of the keys that it returns."""
 
     def __init__(self, tolerance: float):
         super().__init__()
@@ -129,7 +123,7 @@ class _SharpLayer(DynamicLayer):
     def _show(self):
         self.keys, self.values = self.screened.keys, self.grown.filled
         if self.sharp is not False:
-            self.keys.__dict__["ssmax_sharp"] = (self.screened, self.tolerance)
+            SCREENS[self.keys] = (self.screened, self.tolerance)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -151,48 +145,3 @@ class _SharpLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
-
-
-def _attend(attend, implementation, module, query, key, value, attention_mask, *args, **kwargs):
-    """Decode sharply if the keys carry a screen; all other calls pass on to the interface unchanged."""
-    named = getattr(key, "ssmax_sharp", None)
-    served = (
-        named is not None
-        and implementation == "sdpa"
-        and query.shape[2] <= decode.MAX_QUERIES
-        and key.shape[2] >= MIN_KEYS
-        and (attention_mask is not None or query.shape[2] == 1)
-        and not torch.is_grad_enabled()
-        and not any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "sliding_window", "s_aux"))
-    )
-    if not served:
-        return attend(module, query, key, value, attention_mask, *args, **kwargs)
-    n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs)
-    scaled = module.ssmax(query, n, log_n)
-    scale = kwargs.get("scaling")
-    call = AttentionCall(
-        scaled,
-        key,
-        value,
-        torch.ones(1, 1, query.shape[2]),
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        mask=None if attention_mask is None else as_bool(attention_mask),
-        tolerance=named[1],
-        screen=named[0],
-    )
-    output = decode.forward(call)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _install():
-    """Wrap the dispatch once more, for the first SharpCache, so that models without one pay nothing."""
-    original = AttentionInterface.get_interface
-    if getattr(original, "_ssmax_sharp", False):
-        return
-
-    @functools.wraps(original)
-    def get_interface(self, attn_implementation, default):
-        return functools.partial(_attend, original(self, attn_implementation, default), attn_implementation)
-
-    get_interface.__dict__["_ssmax_sharp"] = True
-    AttentionInterface.get_interface = get_interface

@@ -72,11 +72,9 @@ def _read(call):
     if not tried:
         screen.count({})
         return sdpa.forward(call)
-    rows = (
-        (query.double() * (call.multiplier * call.scale).double()[..., None])
-        .unflatten(1, (heads, groups))
-        .flatten(2, 3)
-    )
+    wide = query.double()
+    scaled = wide * call.scale if call.multiplier is None else wide * (call.multiplier * call.scale).double()[..., None]
+    rows = scaled.unflatten(1, (heads, groups)).flatten(2, 3)
     seen = _visible(mask, call.is_causal, query, key.shape[2])
     seen = None if seen is None else seen.unflatten(1, (heads, groups)).flatten(2, 3)
     if not screened:
@@ -91,12 +89,12 @@ def _read(call):
     if not found:
         return sdpa.forward(call)
     output = _attend(rows, key, value, seen, found).to(query.dtype).view(*query.shape[:3], -1)
-    m = call.multiplier.expand(query.shape[:3])
+    m = None if call.multiplier is None else call.multiplier.expand(query.shape[:3])
     for batch, first, last in _runs(flat):
         ours, mine = (batch, slice(first, last)), (batch, slice(first * groups, last * groups))
         masked = None if mask is None else mask.expand(*query.shape[:2], -1, -1)[mine]
-        part = {"query": query[mine], "key": key[ours], "value": value[ours], "multiplier": m[mine], "mask": masked}
-        output[mine] = sdpa.forward(call._replace(**part))
+        part = call._replace(query=query[mine], key=key[ours], value=value[ours], mask=masked)
+        output[mine] = sdpa.forward(part if m is None else part._replace(multiplier=m[mine]))
     return output
 
 

@@ -21,7 +21,7 @@ __all__ = ["attention"]
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# "auto" takes the first that can.
+# impl="auto" takes the first of these that can compute the call.
 AUTO = ("sdpa", "reference", "flex")
 BACKENDS: dict[str, Backend] = {"reference": reference, "sdpa": sdpa, "flex": flex, "triton": triton, "sharp": decode}
 
@@ -128,16 +128,16 @@ def attention(
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     output = backend.forward(call)
     output = output if output.dtype == query.dtype else output.to(query.dtype)  # under autocast a kernel has its dtype
-    # A derived n is 0 only where the mask leaves nothing, and the backends return zeros there.
+    # A counted n is 0 only in rows whose mask hides all keys, and backends return zeros there.
     return output if blind is None or n is None else output.masked_fill(blind, 0.0)
 
 
 def _log_n(query, num_keys, is_causal, window):
-    """log n where nothing is masked, (1, 1, N), or a number where all rows see as many keys."""
+    """Return log n without a mask: (1, 1, N), or a number if all rows see equally many keys."""
     num_queries = query.shape[2]
     if not is_causal or num_queries == 1:
         n = num_keys if window is None else min(num_keys, window)
-        # torch.full takes a symbolic size as it is; a number would be compiled anew for each value.
+        # torch.full takes a symbolic size; a plain number would be compiled again for each value.
         return (
             log_of(torch.full((1, 1, 1), n, device=query.device), query)
             if torch.compiler.is_compiling()
@@ -152,13 +152,13 @@ def _log_n(query, num_keys, is_causal, window):
 
 @functools.lru_cache(maxsize=4)
 def _causal_logs(num_queries, num_keys, window, wide):
-    """The layers of a model ask for the same: made once, since small operations between two kernels cost 30 us each."""
+    """Return log n of a causal sequence. It is cached for the layers of a model, since small operations cost 30 us each."""
     n = np.arange(num_keys - num_queries + 1, num_keys + 1).clip(1, window)
     return np.log(n).astype(wide)[None, None]
 
 
 def _count(query, key, attn_mask, cu_seqlens, is_causal, window):
-    """n as rows_of returns it."""
+    """Return n in the form of rows_of."""
     n = _visible_keys(query, key, attn_mask, cu_seqlens, is_causal, window)
     return n[:, None] if n.ndim == 2 else n
 
@@ -187,7 +187,7 @@ def _visible_keys(query, key, attn_mask, cu_seqlens, is_causal, window):
 
 
 def _choose(impl: str, call: AttentionCall) -> Backend:
-    """Return the backend that computes exactly this, or raise ValueError where the one asked for cannot."""
+    """Return the backend for a call. Raise ValueError, with its reason, if the chosen one cannot compute the call exactly."""
     refused = ""
     for name in AUTO if impl == "auto" else (impl,):
         reason = BACKENDS[name].why_not(call)

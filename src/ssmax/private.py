@@ -1,6 +1,6 @@
-"""Every private name of torch that ssmax touches; tests/operation/test_torch_private.py holds what is relied on.
+"""All private names of torch that ssmax uses. tests/operation/test_torch_private.py tests what ssmax relies on.
 
-Overridden methods stand in their classes: QueryScale's _apply and _load_from_state_dict.
+Overridden methods are in their classes: _apply and _load_from_state_dict of QueryScale.
 """
 
 import sys
@@ -23,17 +23,17 @@ def hidden_from_modes() -> Any:
 
 
 def compiler_is_loaded() -> bool:
-    """Whether torch.compile was used in this process; loading it takes seconds."""
+    """Return whether torch.compile was used in this process; loading it takes seconds."""
     return "torch._dynamo" in sys.modules
 
 
 def drop_child(module: nn.Module, name: str) -> None:
-    """Take away a submodule, if the module itself has it."""
+    """Remove a submodule, if the module has it."""
     module._modules.pop(name, None)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run before or after the module's forward."""
+    """Return whether hooks run before or after the module's forward."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 

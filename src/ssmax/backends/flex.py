@@ -1,7 +1,7 @@
 """torch's FlexAttention: block masks, and the softcap inside z, without an N x S table on a GPU.
 
-Compiled on CUDA. On the CPU torch's kernel is forward only and its unfused form materialises the scores: right, not fast.
-Not yet run on a GPU by this project.
+It is compiled on CUDA. On the CPU torch's kernel has no backward, and its unfused form writes out the scores: right, but slow.
+This project has not yet run it on a GPU.
 """
 
 import functools
@@ -15,7 +15,7 @@ from ssmax.scaling import scale_query
 
 
 def why_not(call: AttentionCall) -> str | None:
-    """No dropout, and not every gradient: torch has none on the CPU, and none of what a score_mod captures."""
+    """Return why FlexAttention cannot: dropout, or gradients that torch lacks (on the CPU, and of values in a score_mod)."""
     if call.dropout_p > 0:
         return "has no dropout; use another impl, or dropout_p=0"
     if call.wants_gradient() and (call.query.device.type == "cpu" or call.softcap is not None):
@@ -27,7 +27,7 @@ def why_not(call: AttentionCall) -> str | None:
 
 
 def forward(call: AttentionCall) -> Tensor:
-    """Fold the multiplier into the query; with a softcap apply it after that, inside the kernel."""
+    """Fold the multiplier into the query. With a softcap, apply it after the softcap, inside the kernel."""
     query, key, multiplier, softcap, scale = call.query, call.key, call.multiplier, call.softcap, call.scale
     if softcap is None:
         query, multiplier_inside, cap = scale_query(query, multiplier * scale), None, None
@@ -36,7 +36,7 @@ def forward(call: AttentionCall) -> Tensor:
         multiplier_inside = multiplier.expand(*query.shape[:3])
         cap = torch.full(
             (), softcap, dtype=multiplier.dtype, device=query.device
-        )  # the kernel takes no symbolic number
+        )  # a tensor, since the kernel takes no symbolic number
     block_mask, bias = _masks(call)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def forward(call: AttentionCall) -> Tensor:
 
 
 def _masks(call):
-    """Return the block mask, and the additive mask where there is one."""
+    """Return the block mask and the additive mask; None for each that is not needed."""
     query, key, mask, is_causal, window = call.query, call.key, call.mask, call.is_causal, call.window
     if mask is not None and not isinstance(mask, Tensor):
         return mask, None

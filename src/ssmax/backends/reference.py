@@ -1,4 +1,4 @@
-"""The specification: the formula written out, slow, for any floating dtype. Every other backend is compared with it."""
+"""The specification: the formula as code, slow and exact, for any floating dtype. All other backends are compared with it."""
 
 import math
 
@@ -9,12 +9,12 @@ from ssmax.backends.call import AttentionCall
 
 
 def why_not(call: AttentionCall) -> str | None:
-    """Everything but a BlockMask, whose keys only FlexAttention finds."""
+    """Return why not: only a BlockMask, which FlexAttention alone can read."""
     return call.why_not_mask(rounds=False)
 
 
 def forward(call: AttentionCall) -> Tensor:
-    """softmax(m softcap(scale q k) + mask) v, in float32 or float64; rows that see nothing give zeros."""
+    """Return softmax(m softcap(scale q k) + mask) v, computed in float32 or float64. Rows that see no key give zeros."""
     query, key, value, multiplier, mask = call.query, call.key, call.value, call.multiplier, call.mask
     wide = multiplier.dtype
     visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)

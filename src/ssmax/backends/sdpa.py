@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ssmax.backends.call import AttentionCall
 from ssmax.scaling import scale_query
 
-# Rows of a block where the kernel has no flag for the pattern: bounds the mask to BLOCK x (BLOCK + window).
+# Rows of a block for patterns without a kernel flag. The mask has at most BLOCK x (BLOCK + window) entries.
 BLOCK = 512
 
 Attend = Callable[..., Tensor]
@@ -19,14 +19,14 @@ Block = tuple[slice, slice, Tensor]  # rows, keys, mask
 
 
 def why_not(call: AttentionCall) -> str | None:
-    """No softcap, which would have to come before the multiplier."""
+    """Return why torch's kernel cannot: a softcap, which would have to come before the multiplier, or the mask."""
     if call.softcap is not None:
         return "has no softcap; use impl='reference', 'flex' or 'auto'"
     return call.why_not_mask()
 
 
 def forward(call: AttentionCall) -> Tensor:
-    """By one call of torch's kernel, or one for each document or block of rows."""
+    """Compute by one call of torch's kernel, or by one for each document or block of rows."""
     query, key, value, mask, cu_seqlens, window = (
         call.query,
         call.key,
@@ -35,9 +35,7 @@ def forward(call: AttentionCall) -> Tensor:
         call.cu_seqlens,
         call.window,
     )
-    if (
-        cu_seqlens is not None and torch.compiler.is_compiling()
-    ):  # lengths that are read on the host would break the graph
+    if cu_seqlens is not None and torch.compiler.is_compiling():  # reading lengths on the host would break the graph
         mask = call.in_one_document()
     # The scale is folded in too: an fp16 product near 1e5 overflows before a kernel could scale it down.
     m = call.multiplier
@@ -69,7 +67,7 @@ def forward(call: AttentionCall) -> Tensor:
 
 
 def _sequence(attend, scaled, key, value, is_causal, window, dropout_p):
-    """One sequence without a mask."""
+    """Compute one sequence without a mask."""
     num_queries, num_keys = scaled.shape[2], key.shape[2]
     offset = num_keys - num_queries
     if not is_causal:
@@ -85,7 +83,7 @@ def _sequence(attend, scaled, key, value, is_causal, window, dropout_p):
     blind = min(max(0, -offset), num_queries)  # rows before the first key see nothing
     num_seeing, offset = num_queries - blind, offset + blind
     window = num_keys if window is None else min(window, num_keys)
-    # All blocks look at the same band, so that one mask is kept for the backward and not one a block.
+    # All blocks use the same band, so that one mask is kept for the backward instead of one for each block.
     band = _band(min(BLOCK, num_seeing), window, scaled)
     blocks = []
     for block in range(-(-num_seeing // BLOCK)):  # torch.compile guards on the number of blocks, not on the length
@@ -110,7 +108,7 @@ def _attend_blocks(query, key, value, attend, blocks):
 
 
 class _Blocks(torch.autograd.Function):
-    """The blocks one by one, in the backward too: autograd would make a gradient of all keys for each block."""
+    """The blocks one by one, also in the backward. autograd would make a gradient of all keys for each block."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, attend: Attend, blocks: list[Block]) -> Tensor:
@@ -139,14 +137,14 @@ class _Blocks(torch.autograd.Function):
 
 
 def _band(rows, window, like):
-    """Row r sees columns r to r + window - 1; additive, in the query's dtype, so that the kernel keeps no copy."""
+    """Return an additive mask in which row r sees columns r to r + window - 1. In the query's dtype the kernel needs no copy."""
     gap = torch.arange(rows + window - 1, device=like.device) - torch.arange(rows, device=like.device)[:, None]
     hidden = (gap < 0) | (gap >= window)
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(hidden, -torch.inf)
 
 
 def _narrow(mask, offset, is_causal, window, num_queries, num_keys, device):
-    """Put causality and window into the mask."""
+    """Return the mask with causality and window."""
     if not is_causal:
         return mask
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)
@@ -158,7 +156,7 @@ def _narrow(mask, offset, is_causal, window, num_queries, num_keys, device):
 
 
 def _masked(attend, scaled, key, value, mask):
-    """Attend under a mask; a row that sees nothing is computed open and then zeroed, since kernels differ on it."""
+    """Attend with a mask. A row that sees no key is computed without the mask and then set to zero, since kernels differ."""
     if mask.dtype == torch.bool:
         alive = mask.any(-1, keepdim=True)
         mask = mask | ~alive

@@ -1,6 +1,6 @@
-"""impl="triton": flash attention with the multiplier inside the kernel, and its gradients; triton_kernels.py holds the kernels.
+"""impl="triton": flash attention with the multiplier inside the kernel. The kernels are in triton_kernels.py.
 
-Not yet run on a GPU by this project: tested in Triton's interpreter, compiled for sm_80, sm_90 and sm_100.
+This project has not yet run it on a GPU. It is tested in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100.
 
 Shapes: N queries, S keys, D head size of query and key, E of value; BLOCK_M rows and BLOCK_N keys make a tile.
 """
@@ -17,7 +17,7 @@ from ssmax.backends.call import AttentionCall
 
 
 def why_not(call: AttentionCall) -> str | None:
-    """What no kernel of triton_kernels.py has, and what is needed to run them."""
+    """Return why the kernels cannot compute the call, or what is missing to run them."""
     query, sizes = call.query, sorted({call.query.shape[-1], call.value.shape[-1]})
     refused = {
         "an attn_mask": call.mask is not None,
@@ -41,7 +41,7 @@ def _interpreted():
 
 
 def forward(call: AttentionCall) -> Tensor:
-    """One kernel for the output, and two for the gradients."""
+    """Compute the output by one kernel; the backward runs two more."""
     query, key, window, start, end = call.query, call.key, call.window, None, None
     if call.cu_seqlens is not None:
         _, start, end = (bound.int() for bound in call.documents())
@@ -125,7 +125,7 @@ class _Attention(torch.autograd.Function):
 
 
 def tiles(size: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Return tile, warps and pipeline stages of each kernel: at most 99 KiB of shared memory up to sm_90, hardly a register spilt."""
+    """Return tile, warps and pipeline stages of each kernel, with at most 99 KiB of shared memory up to sm_90."""
     if dtype == torch.float32:  # its products run without tensor cores
         rows = keys = 16 if size > 128 else 32
         forward_tile = query_tile = key_tile = (rows, keys, 4 if size > 128 else 8, 1)

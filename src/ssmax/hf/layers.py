@@ -122,7 +122,7 @@ def part_by_hand(model: PreTrainedModel) -> str | None:
 
 
 def own_part_by_hand(model: PreTrainedModel) -> str | None:
-    """Return the name of a module of no class of transformers that attends without the interface, or None."""
+    """Return the name of a module that is not transformers' own and attends without the interface, or None."""
     for name, module in _undispatched(model):
         if not type(module).__module__.startswith("transformers.") and attends_itself(type(module)):
             return f"{name} ({type(module).__name__})"

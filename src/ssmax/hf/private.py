@@ -1,7 +1,7 @@
-"""Every private name of transformers and accelerate that ssmax touches; tests/hf/test_private.py holds what is relied on.
+"""All private names of transformers and accelerate that ssmax uses. tests/hf/test_private.py tests what ssmax relies on.
 
-Overridden methods stand in their classes: _init_weights and _upload_modified_files in checkpoint.py, and those of the Trainer in
-training/loop.py. The code that a checkpoint carries (portable/pieces.py) imports nothing of ours and has its own.
+Overridden methods are in their classes: _init_weights and _upload_modified_files in checkpoint.py, and those of the Trainer in
+training/loop.py. The code that a checkpoint carries (portable/pieces.py) does not import ssmax and uses its own names.
 """
 
 import types
@@ -27,7 +27,7 @@ AUTO_CLASSES: list[Any] = [
 ]
 # The method of PreTrainedModel that ends each loading. It returns the missing, unexpected and mismatched keys.
 FINISH_LOADING = "_finalize_model_loading"
-# What config.json calls the source from which the model was loaded.
+# The entry of config.json for the source from which the model was loaded.
 NAME_KEY = "_name_or_path"
 
 
@@ -37,12 +37,12 @@ def head_of(auto: Any, config_class: type) -> Any:
 
 
 def is_family(model_type: str) -> bool:
-    """Whether transformers itself has models of this type."""
+    """Return whether transformers itself has models of this type."""
     return model_type in CONFIG_MAPPING._mapping
 
 
 def register_configs(kind: type[dict]) -> None:
-    """Make the dict in which CONFIG_MAPPING looks for types that others registered one of this kind, once."""
+    """Replace the dict of types that others registered in CONFIG_MAPPING by one of this class, once."""
     if not isinstance(CONFIG_MAPPING._extra_content, kind):
         CONFIG_MAPPING._extra_content = kind(CONFIG_MAPPING._extra_content)
 
@@ -53,17 +53,17 @@ def float32_modules(kind: type) -> list[str]:
 
 
 def class_attributes(float32: list[str] | None = None) -> dict[str, Any]:
-    """Return attributes of a class whose code is in no file of its own, and of a model class what it keeps in float32."""
+    """Return the attributes of a class that is made at run time: no code file, and for a model what it keeps in float32."""
     return {"_auto_class": None} | ({} if float32 is None else {"_keep_in_fp32_modules_strict": float32})
 
 
 def is_initialized(module: nn.Module) -> bool:
-    """Whether all parameters came from a checkpoint."""
+    """Return whether all parameters came from a checkpoint."""
     return all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
 
 
 def holds_adapter(model: nn.Module) -> bool:
-    """Whether transformers loaded an adapter of PEFT into the model, which it then saves alone."""
+    """Return whether transformers loaded a PEFT adapter into the model. It then saves only the adapter."""
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
@@ -88,7 +88,7 @@ def inner_flash(attend: Any) -> Any:
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:
-    """Return accelerate's hooks in a module: those that offload weights know the device that computes."""
+    """Return accelerate's hooks in a module. Those that offload weights hold the device that computes."""
     hooks = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
     return [inner for hook in hooks for inner in getattr(hook, "hooks", (hook,))]
 
@@ -101,7 +101,7 @@ def accelerator_state() -> dict[str, Any]:
 
 
 def unlogged_loss(trainer: Any, found: tuple[float, int] | None = None) -> tuple[float, int]:
-    """Return the Trainer's sum of losses since its last log entry, and the step of that; add to the one and set the other first."""
+    """Return the Trainer's sum of losses since its last log entry, and the step of that entry; first add and set `found`."""
     if found is not None:
         trainer._tr_loss += found[0]
         trainer._globalstep_last_logged = found[1]

@@ -15,7 +15,7 @@ INSTEAD = "Load it with an Auto class such as AutoModelForCausalLM, then ssmax.r
 
 
 def carries_scales(kind: type) -> bool:
-    """Whether a class makes its scales itself: a converted model's, made here or by the code file of a checkpoint."""
+    """Return whether a class is that of a converted model, made by ssmax or by the code file of a checkpoint."""
     return "ssmax" in private.float32_modules(kind)
 
 

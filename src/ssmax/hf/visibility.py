@@ -38,8 +38,8 @@ from ssmax.visible import (
 
 __all__ = ["RULES", "forward_scope", "kernel_visible_keys", "sees_what_it_is_handed"]
 
-# What this forward has counted already: layers share their masks. Holding the masks keeps their ids theirs. Beside it the
-# forward's position_ids, which some families do not hand to their kernel.
+# Counts of the present forward, since layers share their masks. The masks are kept, so that no id is used twice. The forward's
+# position_ids are kept too, since some families do not pass them to their kernel.
 _counted: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("_counted", default=None)
 
 

@@ -1,4 +1,4 @@
-"""What is measured of the paper's models: loss by position, retrieval with needle scores, and counting, as rows."""
+"""The measurements of the paper's models as rows: loss by position, retrieval with needle scores, and counting."""
 
 import itertools
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from ssmax.runs.rows import Row
 
 __all__ = ["counting", "position_loss", "retrieval"]
 
-# Tokens that pass at once in an evaluation: bounds its memory.
+# Tokens in a forward pass of an evaluation, which limits its memory.
 BATCH_TOKENS = 32_768
 
 
 def position_loss(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: Callable[[int], Any]) -> list[Row]:
-    """Measure the loss at each position of held-out texts, under each theta."""
+    """Return rows of the loss at each position of held-out texts, under each theta."""
     model = pretrained(job, recipe, models)
     length = recipe.length_factor * recipe.train_length
     texts = torch.from_numpy(corpus.held_out[:, : length + 1].astype(np.int64))
@@ -42,7 +42,7 @@ def position_loss(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progre
 
 
 def _text_rows(job, recipe, losses, factor):
-    """Each text's own loss in wide spans of positions, for a bootstrap over texts; at the largest theta alone."""
+    """Return rows of each text's own loss in wide spans of positions, for a bootstrap over texts."""
     short, length = recipe.train_length, losses.shape[1]
     edges = [0, *(short * k for k in (1, 8, 16) if short * k < length), length]
     rows = []
@@ -54,11 +54,11 @@ def _text_rows(job, recipe, losses, factor):
 
 
 def retrieval(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: Callable[[int], Any]) -> list[Row]:
-    """Measure how many needles are found, by context size and depth, and each head's attention on them."""
+    """Return rows of the share of needles found, by context size and depth, and of each head's attention on them."""
     model = load_stage(models / job.name / FINETUNED["finetune"], recipe)
     task = needle_task(corpus, recipe, corpus.held_out.reshape(-1))
     factor = max(recipe.needle_factors)
-    # Whether a model has learned the task shows under the theta of its training, at the length of its training.
+    # Whether a model has learned the task is measured at the training length, under its trained theta.
     rows = [] if factor == 1 else _accuracies(model, job, recipe, task, 1, [recipe.train_length], progress)
     for raised in recipe.needle_factors:
         rows += _accuracies(model, job, recipe, task, raised, recipe.lengths, progress)
@@ -74,7 +74,7 @@ def retrieval(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: 
 
 
 def _accuracies(model, job, recipe, task, factor, lengths, progress):
-    """Rows of each length and depth. A trial's cells share their text, of which each part is read once; all models get the same."""
+    """Return rows of the accuracy at each length and depth. Cells of a trial share their text; all models get the same trials."""
     cells = depth_grid(lengths, recipe.depths)
     trials = [task.grid(cells, np.random.default_rng([trial, 2])) for trial in range(recipe.trials)]
     with rope_theta(model, factor):
@@ -84,10 +84,10 @@ def _accuracies(model, job, recipe, task, factor, lengths, progress):
 
 
 def counting(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: Callable[[int], Any]) -> list[Row]:
-    """Measure how many counts are right, by context size."""
+    """Return rows of the share of right counts, by context size."""
     model = load_stage(models / job.name / FINETUNED["count"], recipe)
     task = count_task(corpus, corpus.held_out.reshape(-1))
-    # Counting depends on positions so much that nothing is left of it under a theta that was not trained.
+    # Counting depends so much on positions that models lose it under a theta that was not trained.
     factor = min(recipe.theta_factors)
     rows = []
     with rope_theta(model, factor):

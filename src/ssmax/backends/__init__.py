@@ -1,1 +1,1 @@
-"""Private: one forward(query, key, value, multiplier, ...) per kernel; reference.py is the specification."""
+"""Private: why_not(call) and forward(call) for each kernel; reference.py is the specification."""

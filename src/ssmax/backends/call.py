@@ -34,7 +34,7 @@ class AttentionCall(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    multiplier: Tensor | None
+    multiplier: Any
     scale: float
     mask: Any = None
     cu_seqlens: Tensor | None = None

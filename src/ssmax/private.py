@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "SOFTMAX_CALLS", "compiler_is_loaded", "default_store", "drop_child", "flash_with_log_sum", "fsdp_parameter_group", "has_hooks", "hidden_from_modes", "int8_matmul",
+    "SOFTMAX_CALLS", "compiler_is_loaded", "default_store", "drop_child", "drop_hook", "flash_with_log_sum",
+    "fsdp_parameter_group", "has_hooks", "hidden_from_modes", "int8_matmul", "is_batched", "set_hook",
 ]  # fmt: skip
 
 # Names under which a softmax reaches a TorchFunctionMode.
@@ -32,9 +33,24 @@ def drop_child(module: nn.Module, name: str) -> None:
     module._modules.pop(name, None)
 
 
+def set_hook(module: Any, name: str, hook: Any) -> None:
+    """Run hook(module, inputs, output) after each forward of the module; by its name, copies can drop it too."""
+    module._forward_hooks[name] = hook
+
+
+def drop_hook(module: Any, name: str) -> None:
+    """Remove a hook that set_hook added, if the module has it."""
+    module._forward_hooks.pop(name, None)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Return whether hooks run before or after the module's forward."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Return whether torch.func.vmap runs over a dimension of the tensor, so that its values cannot be read."""
+    return torch._C._functorch.is_batchedtensor(tensor)
 
 
 def int8_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -149,6 +149,20 @@ def test_an_encoder_of_images(family, implementation):
         assert (got - softmax(pixels).last_hidden_state).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("swin", {"embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2}),
+        *(("beit", {f"use_{which}relative_position_bias": True}) for which in ("", "shared_")),
+    ],
+)
+def test_a_bias_of_positions_is_refused_while_it_is_zero(family, changes):
+    model = made(family, **changes)
+    with pytest.raises(ValueError, match="adds a bias of the position to its logits"):
+        ssmax.convert(model, 0.5)
+    assert not scaled(model)
+
+
 @pytest.mark.parametrize("family", TRANSLATION)
 @pytest.mark.parametrize("cross", [False, True])
 def test_an_encoder_decoder_whole_and_cached(family, cross):

@@ -102,3 +102,23 @@ def test_what_queryscale_overrides_is_called():
     assert "module._apply(" in inspect.getsource(nn.Module._apply)
     assert "fn" in inspect.signature(nn.Module._apply).parameters
     assert list(inspect.signature(nn.Module._load_from_state_dict).parameters)[1:3] == ["state_dict", "prefix"]
+
+
+def test_a_hook_has_a_name():
+    calls, module = [], nn.Linear(2, 2)
+    private.set_hook(module, "mine", lambda *given: calls.append(given))
+    x = torch.ones(1, 2)
+    output = module(x)
+    assert calls == [(module, (x,), output)]
+    private.drop_hook(module, "mine")
+    private.drop_hook(module, "mine")
+    module(x)
+    assert len(calls) == 1
+    assert not private.has_hooks(module)
+
+
+def test_what_vmap_runs_over_is_batched():
+    found = []
+    torch.func.vmap(lambda x: (found.append(private.is_batched(x)), x)[1])(torch.ones(2, 2))
+    assert found == [True]
+    assert not private.is_batched(torch.ones(2))

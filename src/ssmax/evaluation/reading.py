@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ssmax.evaluation.chunks import CausalBehindCache
 from ssmax.hf.private import implementation_of
 from ssmax.hf.visibility import forward_scope
+from ssmax.modules import attended
 
 __all__ = ["Memory", "Reader", "branch", "check_reads_text", "is_transformers", "relative_error", "tolerance"]
 
@@ -298,7 +299,12 @@ def _answering(backbone: Any, output: Any, states: Tensor) -> Iterator[None]:
     answer = copy.copy(output)
     answer.last_hidden_state = states
     before = vars(backbone).get("forward")
-    backbone.forward = lambda *args, **kwargs: answer
+
+    def answered(*args, **kwargs):
+        attended.note(backbone)  # its attention ran when the states were made
+        return answer
+
+    backbone.forward = answered
     try:
         yield
     finally:

@@ -26,9 +26,18 @@ from transformers.utils import logging
 from ssmax.hf import private, refusals
 from ssmax.hf.portable.card import CARD, keep_card, write_card
 from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
-from ssmax.hf.scales import attach, carriers, check_carried, check_whole, refuse_split_heads, shard_by_heads
+from ssmax.hf.scales import (
+    attach,
+    carriers,
+    check_attended,
+    check_carried,
+    check_whole,
+    refuse_split_heads,
+    shard_by_heads,
+)
 from ssmax.hf.spec import ScaleSpec
 from ssmax.hf.visibility import forward_scope
+from ssmax.modules import attended
 from ssmax.query_scale import QueryScale
 from ssmax.versions import __version__
 
@@ -191,11 +200,14 @@ def softmax_class(kind: type) -> type[PreTrainedModel]:
 def _scoped(forward: Callable) -> Callable:
     @functools.wraps(forward)
     def scoped(*args, **kwargs):
+        check_carried(args[0])
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        check_carried(args[0])
+        attended.noticed_any()  # what came before this forward does not count
         with forward_scope(kwargs.get("position_ids")):
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+        check_attended(args[0])
+        return output
 
     return scoped
 

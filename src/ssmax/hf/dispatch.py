@@ -11,6 +11,7 @@ from transformers.modeling_utils import AttentionInterface
 from ssmax.backends import reference
 from ssmax.backends.call import AttentionCall
 from ssmax.hf.visibility import kernel_visible_keys, sees_what_it_is_handed
+from ssmax.modules import attended
 from ssmax.query_scale import QueryAwareScale
 from ssmax.sharp import decode
 from ssmax.sharp.keys import MIN_KEYS
@@ -31,6 +32,7 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
                 "softmax. ssmax.revert(model) takes SSMax out of a model"
             )
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
+    attended.note(module)
     if kwargs.get("position_bias") is not None:
         raise ValueError("this model adds a position bias to its logits; SSMax is not defined for it here")
     closed = implementation == "vllm" or sees_what_it_is_handed(attend)  # vLLM's n depends only on positions
@@ -47,14 +49,17 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
             )
         return _softcapped(scale, n, query, key, value, attention_mask, **kwargs)
     scaled = scale(query, n, log_n)
-    if SCREENS and key in SCREENS and _is_sharp_step(implementation, query, key, attention_mask, kwargs):
+    if _is_sharp_step(implementation, query, key, attention_mask, kwargs):
         return _decoded_sharply(scaled, key, value, attention_mask, kwargs.get("scaling"))
     return attend(module, scaled, key, value, attention_mask, *args, **kwargs)
 
 
 def _is_sharp_step(implementation, query, key, mask, kwargs):
     return (
-        implementation == "sdpa"
+        not torch.compiler.is_compiling()  # torch.compile cannot trace the table
+        and SCREENS
+        and key in SCREENS
+        and implementation == "sdpa"
         and query.shape[2] <= decode.MAX_QUERIES
         and key.shape[2] >= MIN_KEYS
         and (mask is not None or query.shape[2] == 1)

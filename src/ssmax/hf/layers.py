@@ -122,9 +122,10 @@ def part_by_hand(model: PreTrainedModel) -> str | None:
 
 
 def own_part_by_hand(model: PreTrainedModel) -> str | None:
-    """Return the name of a module that is not transformers' own and attends without the interface, or None."""
+    """Return the name of a module that attends without the interface, by code that is not transformers' own, or None."""
     for name, module in _undispatched(model):
-        if not type(module).__module__.startswith("transformers.") and attends_itself(type(module)):
+        own = not type(module).__module__.startswith("transformers.") and attends_itself(type(module))
+        if own or ("Attention" in type(module).__name__ and _is_patched(module)):
             return f"{name} ({type(module).__name__})"
     return None
 
@@ -171,12 +172,18 @@ def _takes_other_keys(module):
     return bool(OTHER_KEYS & set(arguments))
 
 
+def _is_patched(module):
+    """Return whether an instance has another forward than its class. Hooks of accelerate wrap that of the class."""
+    own, of_class = vars(module).get("forward"), inspect.unwrap(type(module).forward)
+    return own is not None and getattr(inspect.unwrap(own), "__func__", inspect.unwrap(own)) is not of_class
+
+
 def _dispatches(module):
     """Whether the forward asks transformers' attention interface for its kernel."""
-    for kind in type(module).__mro__:
-        if "forward" not in vars(kind):
+    for owner in (module, *type(module).__mro__):
+        if "forward" not in vars(owner):
             continue
-        code = getattr(inspect.unwrap(vars(kind)["forward"]), "__code__", None)
+        code = getattr(inspect.unwrap(vars(owner)["forward"]), "__code__", None)
         names = () if code is None else code.co_names
         if "super" not in names or "get_interface" in names:
             return "get_interface" in names
@@ -203,7 +210,13 @@ def _kind(module, text_config):
 def refuse_own_law(module: Any, family: str) -> None:
     """Raise ValueError if SSMax is not defined for a module: it has another law of n, or adds a bias to its logits."""
     config = getattr(module, "config", None)
-    if "position_bias" in inspect.signature(inspect.unwrap(type(module).forward)).parameters:
+    # BEiT's layers hand their bias, which starts at zero, to the attention as its mask.
+    switches = ("use_relative_position_bias", "use_shared_relative_position_bias")
+    if (
+        "position_bias" in inspect.signature(inspect.unwrap(type(module).forward)).parameters
+        or any("relative_position_bias" in name for name, _ in module.named_parameters())
+        or any(getattr(config, name, False) for name in switches)
+    ):
         raise ValueError(
             f"{family} adds a bias of the position to its logits ({type(module).__name__}), which s log n would multiply or not: two "
             "different models. Choose a family with RoPE or learned positions, or call ssmax.attention, which adds a float "

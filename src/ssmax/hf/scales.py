@@ -1,6 +1,7 @@
 """The scales of a converted model: made from config.ssmax, listed, and checked for missing ones."""
 
 import functools
+import math
 import re
 from typing import Any
 
@@ -10,12 +11,14 @@ from ssmax.hf import private
 from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import QueryAwareScale
+from ssmax.modules import attended
 from ssmax.private import drop_child
 from ssmax.query_scale import QueryScale
 
 __all__ = [
     "attach",
     "carriers",
+    "check_attended",
     "check_carried",
     "check_whole",
     "detach",
@@ -38,6 +41,7 @@ def attach(model: PreTrainedModel) -> None:
     for index, scale in scales.items():
         module = layers[index].module
         module.ssmax, module.ssmax_layer = scale, index
+        attended.watch(module)
     model.__dict__["_ssmax_carriers"] = [name for name, _ in carriers(model)]
 
 
@@ -47,6 +51,7 @@ def detach(model: PreTrainedModel) -> None:
     for module in model.modules():
         drop_child(module, "ssmax")
         module.__dict__.pop("ssmax_layer", None)
+        attended.unwatch(module)
 
 
 def carriers(model: PreTrainedModel) -> list[tuple[str, Any]]:
@@ -63,6 +68,25 @@ def check_carried(model: PreTrainedModel) -> None:
             continue
         if getattr(module, "ssmax", None) is None:
             raise ValueError(f"{name} was converted to SSMax and its scale is gone: it would be plain softmax")
+
+
+def check_attended(model: PreTrainedModel) -> None:
+    """Raise ValueError if no scale was used in a forward: other code attended in place of the layers.
+
+    Of a model that has parts, such as an encoder and a decoder, not all run in each forward; it is checked by its modules alone.
+    """
+    if "_ssmax_carriers" not in model.__dict__:  # reverted; a hook of accelerate still calls the converted forward
+        return
+    config, layers = model.config.get_text_config(decoder=True), model.config.ssmax["layers"]
+    drops = model.training and any(value for name, value in vars(config).items() if "layerdrop" in name)
+    parts = getattr(model.config, "is_encoder_decoder", False) or type(model.config).sub_configs
+    depth = getattr(config, "num_hidden_layers", math.inf)  # lower during an early exit
+    run = [key for key in layers if (key < depth if isinstance(key, int) else not parts)]
+    if run and not drops and not attended.noticed_any():
+        raise ValueError(
+            f"layers {layers} were converted to SSMax, and none of them used its scale in this forward, which was plain softmax. Did a "
+            "library replace the forward around them? Undo that, or call ssmax.revert(model)"
+        )
 
 
 def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ssmax.modules import multihead, sdpa
+from ssmax.modules import attended, multihead, sdpa
 from ssmax.private import drop_child, hidden_from_modes
 
 __all__ = [
@@ -80,10 +80,20 @@ class Changed:
         return (_rebuild, (self.ssmax_kind, make, arguments), *rest)
 
 
-class Scoped(Changed):
-    """A module that calls attention in its forward."""
+class _Watched(Changed):
+    """A module with a scale. Each call checks that the scale was used, also if another function replaced the forward."""
 
     ssmax: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; raise ValueError if its scale was not used."""
+        output = super().__call__(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
+        attended.require(self, args, output)
+        return output
+
+
+class Scoped(_Watched):
+    """A module that calls attention in its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, with its calls of attention scaled.
@@ -100,6 +110,7 @@ class Scoped(Changed):
                 "scaled_dot_product_attention, so it was plain softmax. Turn its fused attention on "
                 "(timm: fused_attn, x-transformers: flash), or call ssmax.revert(model)"
             )
+        attended.note(self)
         return output
 
 
@@ -118,10 +129,8 @@ class _NoFastPath:
     _qkv_same_embed_dim = property(lambda self: False, lambda self, value: None)
 
 
-class Multihead(_NoFastPath, Changed):
+class Multihead(_NoFastPath, _Watched):
     """nn.MultiheadAttention with a scale."""
-
-    ssmax: nn.Module
 
     def forward(
         self: Any,
@@ -164,6 +173,7 @@ class Multihead(_NoFastPath, Changed):
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
+        attended.note(self)
         return output.transpose(0, 1) if turned else output, weights
 
 

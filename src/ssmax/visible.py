@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmax.arguments import check_flag, check_plain, moved, whole_number
+from ssmax.private import is_batched
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -290,6 +291,8 @@ def as_bool(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     if mask.is_floating_point():
+        if mask.requires_grad:  # a bias also where it starts at zero
+            raise ValueError("an additive mask that is learned is a bias; pass a bool mask, and n itself beside a bias")
         floor = torch.finfo(mask.dtype).min / 2
         if is_readable(mask) and not ((mask == 0) | (mask <= floor)).all():
             bad = mask[(mask != 0) & ~(mask <= floor)][0].item()
@@ -306,8 +309,8 @@ def as_bool(mask: Tensor) -> Tensor:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Return whether values can be read without a device synchronisation or a graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Return whether values can be read without a device synchronisation, a graph break or an error of vmap."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(tensor)
 
 
 def rows_of(n: Tensor | int, query: Tensor) -> Tensor:

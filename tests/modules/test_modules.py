@@ -163,6 +163,40 @@ def test_a_bias_is_refused_at_convert_and_later():
     ssmax.convert(model, 0.5, example=(q, q, q))
     with pytest.raises(ValueError, match="an additive mask holds 0"):
         model(q, q, q, bias)
+    with pytest.raises(ValueError, match="an additive mask that is learned is a bias"):
+        model(q, q, q, torch.zeros(3, 3).double().requires_grad_())
+
+
+class Windows(nn.Module):
+    """Attends within windows; heads are the third last of the query's dimensions, as torch has it, or the second."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.heads, self.order = HEADS, order
+
+    def forward(self, x_BWTE):
+        q = x_BWTE.unflatten(-1, (HEADS, -1)).permute(0, *self.order, 2, 4)
+        return F.scaled_dot_product_attention(q, q, q)
+
+
+def test_heads_of_a_query_of_five_dimensions_are_where_the_module_says_it_has_as_many():
+    x = inputs(2, 3, 5, WIDTH)
+    model, ((s, b),) = converted(Windows((1, 3)), (x,))
+    q = x.unflatten(-1, (HEADS, -1)).transpose(-2, -3)
+    close(model(x), naive_attention(q, q, q, s, b, OPEN)[0])
+    with pytest.raises(ValueError, match="says that it has 4 heads, and calls attention with a query of 5 dimensions"):
+        ssmax.convert(Windows((3, 1)), 0.5, example=(x,))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_masks_is_a_batch():
+    model, q = Sdpa(), inputs(3, 2, HEADS, 5, 8)
+    mask = torch.zeros(3, 1, 1, 5, 5).double().masked_fill(torch.rand(3, 1, 1, 5, 5) < 0.3, -torch.inf)
+    mask[..., 0] = 0
+    model, _ = converted(model, (q[0], q[0], q[0], mask[0]))
+    for given in (mask, mask == 0):
+        want = torch.stack([model(x, x, x, m) for x, m in zip(q, given, strict=True)])
+        close(torch.func.vmap(lambda x, m: model(x, x, x, m))(q, given), want)
 
 
 @pytest.mark.parametrize("name", ["packet", "overload", "context", "autocast", "checkpoint"])
@@ -300,6 +334,7 @@ class ByHand(nn.Module):
     def __init__(self, way):
         super().__init__()
         self.qkv, self.way = nn.Linear(WIDTH, 3 * WIDTH), way
+        self.temperature, self.bias = nn.Parameter(torch.ones(HEADS, 1, 1)), nn.Parameter(torch.zeros(HEADS, 5, 5))
 
     def forward(self, x):
         q, k, v = (split(part) for part in self.qkv(x).chunk(3, -1))
@@ -311,12 +346,14 @@ class ByHand(nn.Module):
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
             y = torch.baddbmm(torch.zeros(1, 1, 1).to(q), q, k.mT, alpha=0.5).softmax(-1) @ v
             y = y.unflatten(0, (x.shape[0], -1))
+        elif self.way == "temperature":
+            y = (q @ k.mT * self.temperature + self.bias).softmax(-1) @ v
         elif self.way == "kernel":
             y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
         return merge(y).to(x.dtype)
 
 
-@pytest.mark.parametrize("way", ["einsum", "baddbmm", "kernel"])
+@pytest.mark.parametrize("way", ["einsum", "baddbmm", "temperature", "kernel"])
 def test_attention_by_hand_beside_what_converts_is_refused(way):
     model, x = made(Beside, ByHand(way)), inputs(2, 5, WIDTH)
     before = copy.deepcopy(model.state_dict())

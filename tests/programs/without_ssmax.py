@@ -87,6 +87,10 @@ def refusals(folder, softcapped, model, jobs):
     model.set_attn_implementation("flex_attention")
     raises(lambda: model(tokens), "flex_attention", "sdpa")
     model.set_attn_implementation("eager")
+    scale = model.model.layers[1].self_attn.ssmax
+    model.model.layers[1].self_attn.ssmax = None
+    raises(lambda: model(tokens), "layers.1.self_attn had a scale", "gone")
+    model.model.layers[1].self_attn.ssmax = scale
     bias = torch.zeros(2, 1, 30, 30) - 0.5
     raises(lambda: model(tokens, attention_mask=bias), "bias")
     capped = AutoModelForCausalLM.from_pretrained(softcapped, trust_remote_code=True, attn_implementation="eager")

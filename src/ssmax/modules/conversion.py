@@ -11,6 +11,9 @@ from ssmax.nn import SSMaxScale, starting_values
 
 __all__ = ["convert", "revert"]
 
+# What modules call the number of their heads.
+HEADS = ("num_heads", "n_heads", "n_head", "heads", "num_attention_heads")
+
 
 def convert(model: nn.Module, options: Options) -> None:
     """Convert the attention of any module to SSMax, in place; see ssmax.convert."""
@@ -139,6 +142,12 @@ def _scale(name, module, site, values):
     shown = f"{name or 'the model'} ({type(module).__name__})"
     if len(set(site.heads)) > 1:
         raise ValueError(f"{shown} calls attention with {sorted(set(site.heads))} heads; one scale cannot serve both")
+    said = [getattr(module, name) for name in HEADS if isinstance(getattr(module, name, None), int)]
+    if site.dimensions > 4 and said and site.heads[0] not in said:
+        raise ValueError(
+            f"{shown} says that it has {said[0]} heads, and calls attention with a query of {site.dimensions} dimensions, whose third last "
+            f"is {site.heads[0]}; SSMax takes the heads there, as torch does. Leave it out by layers=[...]"
+        )
     if "forward" in vars(module):
         raise ValueError(f"{shown} has a forward set on the instance, which would bypass the scale; remove it first")
     if hasattr(module, "ssmax"):

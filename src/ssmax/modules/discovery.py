@@ -32,11 +32,13 @@ class Site:
         device: device of its queries.
         heads: number of query heads in each of its calls.
         crossing: for each call, whether keys and queries are made from different inputs.
+        dimensions: number of dimensions of its queries, the largest.
     """
 
     device: torch.device
     heads: list[int] = field(default_factory=list)
     crossing: list[bool] = field(default_factory=list)
+    dimensions: int = 0
 
     @property
     def cross(self) -> bool:
@@ -178,7 +180,7 @@ class _Recorder(TorchFunctionMode):
             seen.add(id(x))
             sources, maker = self.made_from.get(id(x), []), self.made_by.get(id(x))
             if maker not in PRODUCTS:
-                mixes = maker in SOFTMAX_CALLS or any(isinstance(y, nn.Parameter) and y.ndim > 1 for y in sources)
+                mixes = maker in SOFTMAX_CALLS or any(isinstance(y, nn.Parameter) and _mixes(y, x) for y in sources)
                 left.extend(() if mixes else sources)
             elif not any(self._is_weight(y) for y in sources):
                 return sources
@@ -200,6 +202,7 @@ class _Recorder(TorchFunctionMode):
                         as_bool(mask)
             else:
                 site.heads.append(sdpa.num_heads(query))
+                site.dimensions = max(site.dimensions, query.ndim)
                 _count(query, key, value, *args, **kwargs)
         except ValueError as error:
             raise _Refused(f"the attention of {name or 'the model'} cannot be converted: {error}") from None
@@ -230,6 +233,14 @@ class _Recorder(TorchFunctionMode):
                 found[id(x)] = x
                 left.extend(self.made_from.get(id(x), ()))
         return found
+
+
+def _mixes(weight, output):
+    """Return whether a weight mixes entries, as that of a convolution does. One that broadcasts to the output scales or shifts it."""
+    fits = weight.ndim <= output.ndim and all(
+        n in (1, m) for n, m in zip(weight.shape[::-1], output.shape[::-1], strict=False)
+    )
+    return weight.ndim > 1 and not fits
 
 
 def _same(x, y):

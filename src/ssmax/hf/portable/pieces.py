@@ -184,6 +184,8 @@ def attend(kernel, implementation, module, query, key, value, mask, *args, **kwa
         if given:
             raise ValueError(f"attention with {given[0]} is not SSMax where the query carries the scale")
         query = scale(query, visible_keys(implementation, module, query, key, mask, kwargs))
+    elif getattr(module, "ssmax_layer", None) is not None:
+        raise ValueError(f"{module.ssmax_layer} had a scale of SSMax, which is gone: it would be plain softmax")
     return kernel(module, query, key, value, mask, *args, **kwargs)
 
 
@@ -220,7 +222,7 @@ class Converted:
                 raise ValueError(
                     f"{name} does not pass through transformers' attention interface in this version of it"
                 )
-            attention.ssmax = Scale(heads)
+            attention.ssmax, attention.ssmax_layer = Scale(heads), name
 
     def _init_weights(self, module):
         if isinstance(module, Scale):

@@ -9,6 +9,7 @@ import torch
 from test_named_families import made
 from tiny_models import tiny_model
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
@@ -134,6 +135,15 @@ def test_parts_that_are_compiled_still_count(family):
     for length in (7, 5, 7):
         model(TOKENS[:, :length])
     torch.testing.assert_close(model(TOKENS)[0], want)
+
+
+def test_a_converted_model_inside_a_converted_model_counts_for_both(tmp_path):
+    """transformers builds the backbone of a classifier by an Auto class."""
+    config = tiny_model("llama").config
+    ssmax.convert(LlamaForSequenceClassification(config), 0.5).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert type(model.model).__name__ == "SSMaxLlamaModel"
+    assert model(TOKENS[:1]).logits.isfinite().all()
 
 
 def test_layers_that_do_not_run_are_not_missed():

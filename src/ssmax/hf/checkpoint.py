@@ -203,7 +203,7 @@ def _scoped(forward: Callable) -> Callable:
         check_carried(args[0])
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        attended.noticed_any()  # what came before this forward does not count
+        attended.forget()  # a converted model inside this one forgets too, and notes anew
         with forward_scope(kwargs.get("position_ids")):
             output = forward(*args, **kwargs)
         check_attended(args[0])

@@ -155,7 +155,10 @@ def _reason(model):
     names = ", ".join(sorted(kind.__name__ for kind in attention))
     if any(_dispatches(module) for module in attention.values()):
         return f"its attention ({names}) is not that of a causal decoder"
-    return f"its attention ({names}) does not pass through transformers' attention interface"
+    return (
+        f"its attention ({names}) does not pass through transformers' attention interface. Choose a family whose attention does, "
+        "or call ssmax.attention in an attention of your own"
+    )
 
 
 def _is_attention(module, text_config_type):

@@ -11,7 +11,10 @@ from ssmax.hf import private
 
 __all__ = ["carries_scales", "install", "is_converted", "wrap"]
 
-INSTEAD = "Load it with an Auto class such as AutoModelForCausalLM, then ssmax.revert(model) where softmax is meant"
+INSTEAD = (
+    "Load it with an Auto class such as AutoModelForCausalLM (a class of your own: type(model).from_pretrained, where model is a "
+    "converted instance), then call ssmax.revert(model) if softmax is meant"
+)
 
 
 def carries_scales(kind: type) -> bool:

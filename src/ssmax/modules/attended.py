@@ -5,7 +5,7 @@ from typing import Any
 
 from ssmax.private import drop_hook, set_hook
 
-__all__ = ["note", "noticed_any", "require", "unwatch", "watch"]
+__all__ = ["forget", "note", "noticed_any", "require", "unwatch", "watch"]
 
 
 # For each thread: module, the last one that noted itself, and any, whether there was one. torch.compile traces writes to this
@@ -18,10 +18,14 @@ def note(module: Any) -> None:
     _last.module, _last.any = module, True
 
 
+def forget() -> None:
+    """Forget which modules noted themselves on this thread."""
+    _last.any = False
+
+
 def noticed_any() -> bool:
-    """Return whether a module noted itself on this thread since the last call of this function."""
-    found, _last.any = getattr(_last, "any", False), False
-    return found
+    """Return whether a module noted itself on this thread since forget."""
+    return getattr(_last, "any", False)
 
 
 def watch(module: Any) -> None:

@@ -45,7 +45,7 @@ __all__ = ["config_class", "model_class", "register", "softmax_class"]
 
 logger = logging.get_logger(__name__)
 
-# What belongs to a model of a family beside it: a converted one has the same.
+# Mappings from a config to a tokenizer, processor and so on, which a converted model shares with its family.
 COMPANIONS: list[Any] = [
     tokenization_auto.TOKENIZER_MAPPING,
     processing_auto.PROCESSOR_MAPPING,
@@ -126,8 +126,8 @@ class SSMaxModel(PreTrainedModel):
 
 
 def _made_on_demand(base):
-    """Attributes of the class of a converted model or config. By its name pickle finds one made of transformers' own, no other."""
-    # A file of code that was registered for the base class makes the base class.
+    """Return attributes of the class of a converted model or config. Pickle finds only classes of transformers by their names."""
+    # _auto_class: code that is registered for the base class would make the base class.
     attributes = {"__module__": __name__, **private.class_attributes()}
     return attributes if _is_transformers(base) else {**attributes, "__reduce_ex__": _reduced}
 
@@ -249,7 +249,7 @@ def _base_type(model_type: object) -> str | None:
 
 
 def register() -> None:
-    """Make transformers' Auto classes know the converted families, and plain classes refuse them."""
+    """Register the converted families with transformers' Auto classes, and make plain classes refuse them."""
     refusals.install()
     private.register_configs(_SavedTypes)
 

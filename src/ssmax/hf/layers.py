@@ -182,7 +182,7 @@ def _is_patched(module):
 
 
 def _dispatches(module):
-    """Whether the forward asks transformers' attention interface for its kernel."""
+    """Return whether a module's forward gets its kernel from transformers' attention interface."""
     for owner in (module, *type(module).__mro__):
         if "forward" not in vars(owner):
             continue
@@ -243,7 +243,7 @@ def refuse_own_law(module: Any, family: str) -> None:
 
 
 def computing_device(module: nn.Module, model: PreTrainedModel) -> torch.device:
-    """Return the device on which an attention module computes, wherever and however its weights are stored."""
+    """Return the device on which an attention module computes, also if its weights are offloaded or quantised."""
     for hook in private.forward_hooks(
         module
     ):  # accelerate's: weights that are offloaded lie on the meta device until they are needed

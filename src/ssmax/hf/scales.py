@@ -107,7 +107,7 @@ def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None
 
 
 def refuse_split_heads(model: PreTrainedModel) -> None:
-    """Raise ValueError where the ranks of tensor parallelism cannot share the heads evenly."""
+    """Raise ValueError if the ranks of tensor parallelism cannot share the heads evenly."""
     ranks, _ = private.tensor_parallel(model)
     heads = {layer.heads for layer in layers_of(model, model.config.ssmax["layers"]).values()} if ranks > 1 else set()
     heads.add(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or ranks)
@@ -121,7 +121,7 @@ def refuse_split_heads(model: PreTrainedModel) -> None:
 
 
 def shard_by_heads(model: PreTrainedModel) -> None:
-    """Put s and b into the tensor parallel plan of the model where the query projection is split by heads."""
+    """Add s and b to the tensor parallel plan of the model if it splits the query projection by heads."""
     _, plan = private.tensor_parallel(model)
     for name, module in list(model.named_modules()) if plan else ():
         scale = getattr(module, "ssmax", None)

@@ -242,13 +242,13 @@ The claim that two models do not differ "holds" if the interval contains zero. T
 - Training takes {steps} steps of 64 sets, with AdamW and `ssmax.parameter_groups`, so that s is not decayed. Nothing was tuned for
   either variant.
 - The design changed twice after pilots: a needle that is found by its content was not learned in 1,000 steps, and a full encoder
-  was too slow. Then one seed that is not among the five was trained on the needle, with 600 steps, to see that it can be learned.
+  was too slow. Then one seed that is not among these was trained on the needle, with 600 steps, to see that it can be learned.
   The claims were written after that and before the first run, of seeds 0 to 4. Steps and test sets were cut to fit the machine.
 - The first run left the first and the third claim open: +0.347 (−0.034 to 0.728) and 5.0e-04 (−2.2e-04 to 1.2e-03). The same claims are
   judged here on ten new seeds; nothing else was changed. docs/results/sets.jsonl keeps the rows of the first run, which name no commit.
 - This is one small model, on two tasks that were made for it. It shows a mechanism; it is not a benchmark.
 
-The following command trains and measures again, in about two minutes on one core:
+The following command trains and measures again, in about three minutes on one core:
 
     python docs/sets.py --run
 """

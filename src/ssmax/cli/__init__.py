@@ -1,7 +1,6 @@
 """The command line: ssmax reproduce, train, prepare, evaluate, convert, calibrate, inspect, bench, export, demo."""
 
 import dataclasses
-import errno
 import os
 import select
 import signal
@@ -19,7 +18,8 @@ from ssmax.cli.options import parse
 from ssmax.cli.swallowed import check_values
 from ssmax.errors import LeftOut, RunFailed, Stopped, UserError
 from ssmax.runs import signals
-from ssmax.versions import INSTALL, __version__
+from ssmax.runs.failures import AGAIN, line_of
+from ssmax.versions import __version__
 
 __all__ = ["COMMANDS", "main", "parsed"]
 
@@ -35,8 +35,6 @@ COMMANDS: dict[str, Any] = {
     "export": Export,
     "demo": Demo,
 }
-# Errors of the machine, which may be gone when the same command runs again.
-OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,7 +62,7 @@ def parsed(arguments: list[str]) -> Any:
         check_values(COMMANDS, arguments)
         return _parse(arguments)
     except UserError as error:
-        sys.exit(_say(str(error), 2))
+        sys.exit(_say(*line_of(error)))
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -92,26 +90,14 @@ def _summary(command: Any) -> Any:
 def _run(command: Any) -> int:
     signals.install()
     resumes = isinstance(command, (Reproduce, Train, Prepare, Evaluate))
-    again = "the same command continues, finished stages are kept" if resumes else "nothing was written"
     try:
         with warnings.catch_warnings():
             _show_left_out()
             command.run()
-    except UserError as error:
-        return _say(str(error), 2)
-    except RunFailed as error:
-        return _say(str(error), 1)
-    except Stopped as stopped:
-        return _say(f"stopped by {signal.Signals(stopped.args[0]).name}; {again}", 128 + stopped.args[0])
-    except ModuleNotFoundError as error:
-        return _say(f"the package {error.name!r} is missing; {INSTALL.replace('NAME', 'lab')} brings it", 2)
-    except ImportError as error:
-        return _say(str(error), 2)
     except BrokenPipeError:
         raise
-    except OSError as error:
-        what = f"{error.filename or 'the output folder'}: {error.strerror or error}"
-        return _say(f"{what}; {again}", 1) if error.errno in OF_THE_MACHINE else _say(what, 2)
+    except (UserError, RunFailed, Stopped, ImportError, OSError) as error:
+        return _say(*line_of(error, AGAIN if resumes else "nothing was written"))
     return 0
 
 

@@ -1,12 +1,20 @@
 """Turns errors into one line for the user: UserError for bad input, RunFailed for a run that failed."""
 
+import errno
+import signal
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ssmax.errors import RunFailed, UserError
+from ssmax.errors import RunFailed, Stopped, UserError
+from ssmax.versions import INSTALL
 
-__all__ = ["failures", "is_full", "out_of_memory", "user_errors"]
+__all__ = ["AGAIN", "failures", "is_full", "line_of", "out_of_memory", "user_errors"]
+
+KEPT = "finished stages are kept"
+AGAIN = f"the same command continues, {KEPT}"
+# The machine's own failures, which may be gone when the same command runs again.
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 
 # Words of safetensors and torch.save for a full disk.
 NO_SPACE = ("os error 28", "PytorchStreamWriter failed writing", "unexpected pos")
@@ -33,6 +41,34 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def line_of(error: BaseException, again: str = AGAIN) -> tuple[str, int]:
+    """Return the line that the user reads of an error, and the exit status.
+
+    Args:
+        error: any error.
+        again: what is kept, which is said after a signal and after the machine's own failures.
+
+    Returns:
+        The line, and 2 for what the user can mend, 1 for a run that failed, 128 plus a signal's number.
+    """
+    if isinstance(error, (UserError, RunFailed)):
+        return str(error), 2 if isinstance(error, UserError) else 1
+    if isinstance(error, Stopped):
+        return f"stopped by {signal.Signals(error.args[0]).name}; {again}", 128 + error.args[0]
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name!r} is missing; {INSTALL.replace('NAME', 'lab')} brings it", 2
+    if isinstance(error, ImportError):
+        return str(error), 2
+    if is_full(error):
+        return f"No space left on device; {again}", 1
+    if isinstance(error, OSError):
+        what = f"{error.filename or 'the output folder'}: {error.strerror}" if error.strerror else str(error)
+        passes = error.errno in OF_THE_MACHINE or isinstance(error, ConnectionError | TimeoutError)
+        return (f"{what}; {again}", 1) if passes else (what, 2)
+    what = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+    return f"{what}; {again if isinstance(error, MemoryError) else KEPT}", 1
+
+
 @contextmanager
 def failures(where: str, explained: Callable[[Exception], Exception] = lambda error: error) -> Iterator[None]:
     """Turn any error in a stage into a UserError or RunFailed of one line.
@@ -45,15 +81,6 @@ def failures(where: str, explained: Callable[[Exception], Exception] = lambda er
         yield
     except Exception as error:  # a worker's traceback does not help the user; finished stages are kept
         told = explained(error)
-        if isinstance(told, (UserError, RunFailed)):
-            raise type(told)(f"{where}{told}") from error
-        again = ", the same command continues" if isinstance(error, OSError | MemoryError) or is_full(error) else ""
-        raise RunFailed(f"{where}{_reason(error)}; finished stages are kept{again}") from error
-
-
-def _reason(error):
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if is_full(error):
-        return "No space left on device"
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+        line, status = line_of(told)
+        kind = type(told) if isinstance(told, UserError) else UserError if status == 2 else RunFailed
+        raise kind(f"{where}{line}") from error

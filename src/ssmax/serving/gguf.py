@@ -20,6 +20,7 @@ from ssmax.errors import UserError
 from ssmax.hf.layers import FULL, language_layers
 from ssmax.hf.loading import load_model
 from ssmax.nn import SSMaxScale
+from ssmax.runs.failures import user_errors
 from ssmax.runs.files import check_destination
 from ssmax.serving.gguf_tokenizer import add_tokenizer
 from ssmax.versions import INSTALL
@@ -63,11 +64,9 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     logging.disable_progress_bar()
-    try:
+    with user_errors():
         model = load_model(source)
         scales = _scales(model)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     done = f"{type(model).__name__}: " + (f"s log n in {len(scales)} layers" if scales else "plain softmax")
     if dry_run:
         return [done, "dry run: nothing was written"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ssmax.errors import UserError
 from ssmax.hf.loading import load_tokenizer
+from ssmax.runs.failures import user_errors
 
 __all__ = ["add_tokenizer"]
 
@@ -34,10 +35,8 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder} has no tokenizer.json; a GGUF file carries its tokenizer")
-    try:
+    with user_errors():
         tokenizer, content = load_tokenizer(folder), json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(str(error)) from error
     model = content["model"]
     if model["type"] == "BPE" and model.get("byte_fallback"):
         kind, name = "llama", _sentencepiece(content)

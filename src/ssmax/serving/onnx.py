@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ssmax.errors import RunFailed, UserError
 from ssmax.hf.companions import copy_companions
 from ssmax.hf.loading import load_model
+from ssmax.runs.failures import user_errors
 from ssmax.runs.files import written_whole
 from ssmax.versions import INSTALL
 
@@ -40,10 +41,8 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
     if target.exists():
         raise UserError(f"{target} exists already; give a new folder")
     logging.disable_progress_bar()
-    try:
+    with user_errors():
         model = load_model(source, dtype=torch.float32).eval()
-    except ValueError as error:
-        raise UserError(str(error)) from error
     inputs = sample_inputs(model)
     cached = (
         "with a KV cache" if "past_key_values" in inputs else "without a KV cache (a layer's cache does not only grow)"

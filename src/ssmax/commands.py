@@ -20,6 +20,7 @@ from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer
 from ssmax.hf.portable.card import write_card
+from ssmax.hf.spec import ScaleSpec
 from ssmax.runs.failures import is_full, user_errors
 from ssmax.runs.files import check_destination, write_atomically, written_whole
 from ssmax.runs.rows import Row
@@ -127,13 +128,12 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
 
 def _describe(model):
     """Return lines that say which layers carry SSMax, by which law, and s and b of each head."""
-    recipe = getattr(model.config, "ssmax", None)
     layers = _layers(model)
     lines = [f"{type(model).__name__}: {len(layers)} self-attention layers that can carry SSMax"]
-    if recipe is None:
+    if not hasattr(model.config, "ssmax"):
         return [*lines, "not converted: plain softmax"]
-    started = f"init {recipe['init']}" if "init" in recipe else _words(recipe["parameters"])
-    lines.append(f"law {recipe['law']}, {started}, converted by ssmax {recipe['version']}")
+    spec = ScaleSpec.of(model.config, type(model))
+    lines.append(f"{spec}, converted by ssmax {spec.version}")
     scales = [layer.module.ssmax for layer in layers.values() if hasattr(layer.module, "ssmax")]
     names = " / ".join(f"{name} of each head" for name in scales[0].learned) if scales else ""
     lines.append(f"{'layer':>5}  {'kind':<18} {names or 'scale'}")
@@ -158,10 +158,6 @@ def _scale_words(scale):
     if not scale.learned:
         return f"{type(scale).__name__}({scale.extra_repr()})"
     return " / ".join(" ".join(f"{x:.4f}" for x in part.tolist()) for part in scale.learned.values())
-
-
-def _words(parameters):
-    return ", ".join(f"{name} {value:g}" for name, value in parameters.items()) or "no parameters"
 
 
 def _layers(model: PreTrainedModel) -> dict[int, Layer]:

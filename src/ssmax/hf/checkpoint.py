@@ -59,7 +59,8 @@ class SSMaxModel(PreTrainedModel):
     """Added to the transformers class of a converted model: scales built from config.ssmax, and strict loading and saving."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        ScaleSpec.of(config, type(self))  # before anything large is made
+        spec = ScaleSpec.of(config, type(self))  # before anything large is made
+        config.ssmax = {**config.ssmax, **spec.held()}  # as this version writes it
         super().__init__(config, *args, **kwargs)
         attach(self)
         shard_by_heads(self)

@@ -106,7 +106,7 @@ def _learned_scales(options, config):
     if options.law_parameters:
         raise ValueError("law 'ssmax' takes init and bias, not law_parameters")
     values = starting_values(options.init, options.bias, _train_length(options.train_length, config))
-    return {"law": "s log n + b" if values["bias"] else "s log n", "init": options.init, **values}
+    return {"law": "ssmax", "init": options.init, **values}
 
 
 def _other_law(options, config, kinds):

@@ -72,7 +72,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
                 factor = s.to(parameter.device).reshape(-1, *(1,) * (rows.ndim - 1))
                 parameter.copy_((rows * factor).flatten(0, 1))
         s.fill_(1.0).requires_grad_(False)
-    model.config.ssmax = {**model.config.ssmax, "law": "log n (s is folded into q_proj)", "s": 1.0}
+    model.config.ssmax = {**model.config.ssmax, "folded": True, "s": 1.0}
     return model
 
 

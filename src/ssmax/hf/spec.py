@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ssmax.hf.layers import Layer
@@ -17,12 +17,11 @@ __all__ = ["ScaleSpec"]
 class ScaleSpec:
     """The scales of a converted model, as config.ssmax holds them in JSON.
 
-    With the law s log n + b, config.ssmax has init, s, b and bias. With another law it has parameters instead. Both are starting
-    values; learned values are in the weights. ssmax.calibrate adds the key calibrated_at, the length of its texts in tokens.
-    ssmax.fold sets s to 1 and writes into law that s is folded into q_proj.
+    The law "ssmax" has init, s, b and bias, other laws have parameters instead. Both are starting values; learned values are
+    in the weights.
 
     Attributes:
-        law: "s log n", "s log n + b", or a name in ssmax.laws.LAWS.
+        law: a name in ssmax.laws.LAWS.
         layers: indices of decoder layers; in all other models names of attention modules.
         version: version of ssmax that converted the model.
         init: the init of convert: "matched", "identity" or a number.
@@ -30,6 +29,8 @@ class ScaleSpec:
         b: starting value of b of each head.
         bias: whether b is learned.
         parameters: parameters of another law, with their starting values.
+        folded: ssmax.fold has multiplied q_proj by s and set s to 1.
+        calibrated_at: length in tokens of the texts on which ssmax.calibrate fitted s and b.
     """
 
     law: str
@@ -40,6 +41,8 @@ class ScaleSpec:
     b: float | None = None
     bias: bool | None = None
     parameters: Mapping[str, Any] | None = None
+    folded: bool | None = None
+    calibrated_at: int | None = None
 
     @classmethod
     def of(cls, config: Any, kind: type) -> "ScaleSpec":
@@ -74,15 +77,27 @@ class ScaleSpec:
             raise ValueError(
                 f"config.ssmax must hold finite numbers s and b and bias true or false; got {held!r}; convert the model again"
             )
-        return cls(**{name: held[name] for name in cls.__dataclass_fields__ if name in held})
+        spec = cls(**{name: held[name] for name in cls.__dataclass_fields__ if name in held})
+        if not learned or spec.law == "ssmax":
+            return spec
+        # Versions before wrote the law as text: "s log n", "s log n + b" or "log n (s is folded into q_proj)".
+        return replace(spec, law="ssmax", folded=True if "folded" in str(spec.law) else None)
 
     def held(self) -> dict[str, Any]:
         """Return the spec as the JSON object for config.ssmax."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def __str__(self) -> str:
+        """Return the law and where it starts, in words."""
+        if self.parameters is None:
+            law = "log n (s is folded into q_proj)" if self.folded else "s log n + b" if self.bias else "s log n"
+            return f"law {law}, init {self.init}"
+        started = ", ".join(f"{name} {value:g}" for name, value in self.parameters.items())
+        return f"law {self.law}, {started or 'no parameters'}"
+
     def make(self, layer: Layer) -> QueryScale:
         """Return the scale of a layer, with its starting values."""
-        if self.s is not None and self.bias is not None and self.b is not None:
+        if self.s is not None and self.bias is not None and self.b is not None:  # law "ssmax"
             return SSMaxScale(layer.heads, self.s, self.bias, self.b)
         parameters: Any = self.parameters
         return make_scale(self.law, layer.heads, layer.head_size, **parameters)

@@ -18,7 +18,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import ssmax
@@ -146,29 +146,8 @@ def naive(module, query, key, value, attention_mask, scaling=None, dropout=0.0, 
     return (weights @ v).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def flash_standin(module, query, key, value, attention_mask, scaling=None, softcap=None, is_causal=None, **kwargs):
-    """What FlashAttention computes from a 2-D mask, a window and restarting positions."""
-    rows, keys = query.shape[2], key.shape[2]
-    position = torch.arange(keys - rows, keys)[:, None]
-    seen = torch.arange(keys) <= position
-    if kwargs.get("sliding_window") is not None:
-        seen = seen & (torch.arange(keys) > position - kwargs["sliding_window"])
-    seen = seen.expand(query.shape[0], 1, rows, keys)
-    if attention_mask is not None:
-        seen = seen & attention_mask.bool()[:, None, None]
-    elif query.shape[0] == 1 and rows == keys and kwargs.get("position_ids") is not None:
-        document = (kwargs["position_ids"][0].diff(prepend=torch.tensor([-1])) != 1).cumsum(0)
-        seen = seen & (document[:, None] == document)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
 AttentionInterface.register("naive", naive)
 AttentionMaskInterface.register("naive", lambda **arguments: None)
-AttentionInterface.register("standin_of_fa2", flash_standin)
-AttentionMaskInterface.register("standin_of_fa2", flash_attention_mask)
 
 
 def converted_and_naive(family, **changes):

@@ -4,6 +4,8 @@ import inspect
 
 import torch
 import transformers
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -50,3 +52,26 @@ def implementations(model):
     if special or any(hasattr(module, "sinks") for module in model.modules()):
         return ["eager"]
     return ["sdpa", "eager", "standin_of_fa2"]
+
+
+def flash_standin(module, query, key, value, attention_mask, scaling=None, softcap=None, is_causal=None, **kwargs):
+    """What FlashAttention computes from a 2-D mask, a window and restarting positions."""
+    rows, keys = query.shape[2], key.shape[2]
+    position = torch.arange(keys - rows, keys)[:, None]
+    seen = torch.arange(keys) <= position
+    if kwargs.get("sliding_window") is not None:
+        seen = seen & (torch.arange(keys) > position - kwargs["sliding_window"])
+    seen = seen.expand(query.shape[0], 1, rows, keys)
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, None]
+    elif query.shape[0] == 1 and rows == keys and kwargs.get("position_ids") is not None:
+        document = (kwargs["position_ids"][0].diff(prepend=torch.tensor([-1])) != 1).cumsum(0)
+        seen = seen & (document[:, None] == document)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("standin_of_fa2", flash_standin)
+AttentionMaskInterface.register("standin_of_fa2", flash_attention_mask)

@@ -24,7 +24,7 @@ STEPS = 90  # the Trainer logs the loss of each step, up to 99
 
 
 def measurements() -> Iterator[Comparison]:
-    """The first 100 steps of a pretraining of 400, always from the same weights; all contenders end at the same loss."""
+    """The first 90 steps of a pretraining of 400, always from the same weights; all contenders end at the same loss."""
     recipe = dataclasses.replace(tiny(), steps=STEPS, warmup_steps=0)
     tokens = np.random.default_rng(0).integers(0, recipe.vocab_size, 400_000).astype(np.uint16)
     model = build_model(recipe, "paper", "b", 0, recipe.vocab_size)

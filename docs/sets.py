@@ -149,6 +149,11 @@ def run(seeds) -> Iterator[Row]:
                     yield Row(task.metric, variant, seed, at, measured(task, model, size, seed), SETS[size], provenance)
 
 
+def judged() -> list[Row]:
+    """Return the rows of the page's seeds; the file also keeps those of the earlier run."""
+    return [row for row in read_rows(ROWS) if row.seed in SEEDS]
+
+
 def values(rows, task: str, variant: str, keys: int) -> list[float]:
     found = {row.seed: row.value for row in rows if row.variant == variant and row.at == {"task": task, "keys": keys}}
     return [found[seed] for seed in sorted(found)]
@@ -263,7 +268,7 @@ def main() -> None:
         seeds = SEEDS if options.seed is None else [options.seed]
         kept = [row for row in read_rows(ROWS) if row.seed not in seeds] if ROWS.exists() else []
         write_rows(ROWS, sorted([*kept, *run(seeds)], key=lambda row: row.seed))
-    rows = [row for row in read_rows(ROWS) if row.seed in SEEDS]
+    rows = judged()
     draw(rows)
     write_atomically(PAGE, page(rows))
 

@@ -439,7 +439,7 @@ def test_the_command_says_what_was_prepared(rows, tokenizer, tmp_path, capsys):
         ("{root}/saved#body", "no column 'body', but id, text"),
         ("{root}/nothing.parquet=1", "does not exist"),
         ("parquet", "does not exist"),
-        ("{root}/short.txt", "too short: of 1 documents"),
+        ("{root}/short.txt", "too short: 1 documents"),
     ],
 )
 def test_bad_sources(source, words, rows, tokenizer, tmp_path, monkeypatch):

@@ -302,6 +302,19 @@ def test_the_late_switch_continues_the_softmax_model_s_training_where_both_are_t
     assert not list((tmp_path / "both").glob("*/*checkpoints"))
 
 
+def test_a_softmax_training_that_began_without_the_late_switch_goes_on_without_it(loaded, tmp_path):
+    both = dataclasses.replace(smoke(), steps=16, checkpoint_steps=8, models=("paper:af",), retrieval=(), counting=())
+    a, scratch = Job("paper", "a", 0), tmp_path / "paper-a-0" / training.SCRATCH
+    half = dataclasses.replace(both, steps=8, warmup_steps=5)
+    model = build_model(both, "paper", "a", 0, loaded.vocab_size, loaded.end)
+    training.pretrain(model, half, loaded.train, 0, scratch, lambda tokens: None)
+    checkpoints.seal(scratch / "checkpoint-8", checkpoints.owner(scratch, both))
+    done = []
+    STAGES["pretrain"].run(a, both, loaded, tmp_path, done.append)
+    assert done[0] == 8 * both.batch_size * both.train_length  # the checkpoint is continued
+    assert not (tmp_path / "paper-f-0").exists()
+
+
 def test_the_afterwards_switched_model_is_the_trained_softmax_model(loaded, tmp_path):
     recipe = dataclasses.replace(smoke(), steps=4)
     a, e = Job("paper", "a", 0), Job("paper", "e", 0)

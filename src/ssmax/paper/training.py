@@ -34,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 SCRATCH = "pretrain-checkpoints"
+SWITCHABLE = "switchable"  # a file there: the checkpoints are those of a model that could switch
 FINETUNED = {"finetune": "finetuned", "count": "counting"}  # folders of fine-tuned models
 
 
@@ -132,10 +133,13 @@ def pretrain_stage(
 ) -> list[Row]:
     """Pretrain a model from its seed, save it, and return rows of its training loss and of what its scales learned."""
     folder = models / job.name
+    scratch = folder / SCRATCH
     branch = _branch(job, recipe, models)
+    if branch and PartialState().is_main_process:
+        scratch.mkdir(parents=True, exist_ok=True)
+        (scratch / SWITCHABLE).touch()
     variant = branch[0].variant if branch else job.variant
     model = build_model(recipe, job.form, variant, job.seed, corpus.vocab_size, corpus.end)
-    scratch = folder / SCRATCH
     trained = pretrain(model, recipe, corpus.train, job.seed, scratch, progress, setup, branch and branch[1])
     if branch:
         revert(trained.model)
@@ -153,10 +157,18 @@ def pretrain_stage(
 
 
 def _branch(job, recipe, models):
-    """Return the job that shares this job's training until it switches, and its Branch; None if the run trains none."""
+    """Return the job that shares this job's training until it switches, and its Branch; None if the run trains none.
+
+    A training goes on as it began: a checkpoint of a model that cannot switch does not fit one that can, nor the reverse.
+    """
+    scratch = models / job.name / SCRATCH
+    switchable = (scratch / SWITCHABLE).exists()
+    if any(scratch.glob("checkpoint-*")) and not switchable:
+        return None
     jobs = [other for other in recipe.jobs if other == replace(job, variant=other.variant)]
     for other in jobs:
-        if VARIANTS[other.variant].branch_of == job.variant and not (models / other.name / "pretrained").exists():
+        trained = (models / other.name / "pretrained").exists()
+        if VARIANTS[other.variant].branch_of == job.variant and (switchable or not trained):
             folder = models / other.name / SCRATCH
             return other, Branch(switch_at(recipe), folder, owner(folder, recipe))
     return None

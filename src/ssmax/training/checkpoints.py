@@ -43,7 +43,7 @@ def copy(checkpoint: Path, folder: Path, whose: str) -> None:
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
         shutil.copytree(checkpoint, folder / checkpoint.name)
     seal(folder / checkpoint.name, whose)
 

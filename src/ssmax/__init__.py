@@ -1,7 +1,8 @@
 """ssmax: attention that stays sharp at any context length (Scalable-Softmax, arXiv 2501.19399).
 
-SSMax is query scaling: fold m = s log n + b into the query, and every attention kernel computes it. The hard part is n,
-the number of keys that a query sees. Importing this package loads no heavy package, not even torch.
+SSMax is query scaling: fold m = s log n + b into the query, and every attention kernel computes it.
+The hard part is n, the number of keys that a query sees. Importing this package loads no heavy
+package, not even torch.
 """
 
 from importlib import import_module

@@ -71,7 +71,8 @@ def calibrate_folder(
         options: options of ssmax.calibrate.
 
     Raises:
-        UserError: target exists, source is not a model or cannot be converted, or the texts are too short.
+        UserError: target exists, source is not a model or cannot be converted, or the texts are too
+            short.
         RunFailed: a loss is not finite, or the disk is full.
     """
     check_destination(target, new=True)
@@ -107,7 +108,8 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
     """Return lines that describe the model in source; if figure is given, draw s and b of its heads as PNG or SVG.
 
     Raises:
-        UserError: source is not a model, it has no learned scale to draw, or figure does not end in .png or .svg.
+        UserError: source is not a model, it has no learned scale to draw, or figure does not end in
+            .png or .svg.
     """
     if figure is not None:
         if figure.suffix not in (".png", ".svg"):

@@ -29,46 +29,57 @@ def convert(
 ) -> Any:
     """Convert a softmax model to SSMax, in place: softmax((s log n + b) z) in each chosen layer (arXiv 2501.19399).
 
-    A transformers model is converted as a whole: its class, config and checkpoints become those of an SSMax model. In any
-    other torch.nn.Module the attention modules change. These are the modules whose forward calls torch's
-    scaled_dot_product_attention, which one forward of the example finds, and nn.MultiheadAttention (also in
-    nn.TransformerEncoder, nn.TransformerDecoder and nn.Transformer), which needs no example. Each gets a submodule ssmax,
-    an SSMaxScale with float32 s and b for each head.
+    A transformers model is converted as a whole: its class, config and checkpoints become those of
+    an SSMax model. In any other torch.nn.Module the attention modules change. These are the modules
+    whose forward calls torch's scaled_dot_product_attention, which one forward of the example
+    finds, and nn.MultiheadAttention (also in nn.TransformerEncoder, nn.TransformerDecoder and
+    nn.Transformer), which needs no example. Each gets a submodule ssmax, an SSMaxScale with float32
+    s and b for each head.
 
-    n follows from the arguments of the call. is_causal means that query i sees the keys 0 to i, also if N and S differ.
-    Masks are bool, or 0 and -inf. A converted module that makes no such call in a forward raises ValueError, so that it
-    never computes softmax silently.
+    n follows from the arguments of the call. is_causal means that query i sees the keys 0 to i,
+    also if N and S differ. Masks are bool, or 0 and -inf. A converted module that makes no such
+    call in a forward raises ValueError, so that it never computes softmax silently.
 
     Args:
-        model: a transformers model, also one that PEFT wraps, or any torch.nn.Module that is not yet wrapped for training
-            (DDP, FSDP). An adapter saved by PEFT holds s and b too; with "ssmax" in modules_to_save each adapter learns its own.
-        init: "matched": s = matched_scale(train_length) without bias, on average as sharp as before (the paper's start).
-            "identity": s = 0 and b = 1, the same model, ready to learn. Or a number for s.
-        train_length: training length for "matched", in tokens. Default for transformers models: max_position_embeddings.
+        model: a transformers model, also one that PEFT wraps, or any torch.nn.Module that is not
+            yet wrapped for training (DDP, FSDP). An adapter saved by PEFT holds s and b too; with
+            "ssmax" in modules_to_save each adapter learns its own.
+        init: "matched": s = matched_scale(train_length) without bias, on average as sharp as before
+            (the paper's start). "identity": s = 0 and b = 1, the same model, ready to learn. Or a
+            number for s.
+        train_length: training length for "matched", in tokens. Default for transformers models:
+            max_position_embeddings.
         bias: learn b as well. Default: only with "identity".
-        layers: attention to convert, by the names of named_modules; names may include cross attention. Default: all
-            self-attention (in transformers models, layers with full attention). For decoder-only language models also
-            indices. Without names, only the language model is converted, not a vision or audio tower.
-        law: law of n, for transformers models: "ssmax", or another of ssmax.laws, without init and bias. Learned:
-            "ssmax-power" (s (log n)^gamma), "query-aware" (TabICLv2's) and "temperature" (a control without n). Fixed:
-            "ssmax-fixed" (log n), "qwen-1", "yarn", "llama-4" and "ministral-3". See docs/laws.md.
-        law_parameters: parameters of such a law; learned ones start there. The training length defaults to train_length or
-            the config's, s to what makes the law on average as sharp as Softmax over it.
-        example: for other modules, the inputs of one forward: positional as a tuple, by keyword as a dict. The forward runs
-            on a copy in eval mode and leaves no trace. Only attention that runs in it is found.
-        cross: convert cross attention too. With an example, this is attention whose keys and queries are made from different
-            inputs. Without one: nn.TransformerDecoderLayer's multihead_attn, and attention with kdim or vdim.
+        layers: attention to convert, by the names of named_modules; names may include cross
+            attention. Default: all self-attention (in transformers models, layers with full
+            attention). For decoder-only language models also indices. Without names, only the
+            language model is converted, not a vision or audio tower.
+        law: law of n, for transformers models: "ssmax", or another of ssmax.laws, without init and
+            bias. Learned: "ssmax-power" (s (log n)^gamma), "query-aware" (TabICLv2's) and
+            "temperature" (a control without n). Fixed: "ssmax-fixed" (log n), "qwen-1", "yarn",
+            "llama-4" and "ministral-3". See docs/laws.md.
+        law_parameters: parameters of such a law; learned ones start there. The training length
+            defaults to train_length or the config's, s to what makes the law on average as sharp as
+            Softmax over it.
+        example: for other modules, the inputs of one forward: positional as a tuple, by keyword as
+            a dict. The forward runs on a copy in eval mode and leaves no trace. Only attention that
+            runs in it is found.
+        cross: convert cross attention too. With an example, this is attention whose keys and
+            queries are made from different inputs. Without one: nn.TransformerDecoderLayer's
+            multihead_attn, and attention with kdim or vdim.
 
     Returns:
-        The same model. Its weights stay. Its state_dict also has the scales: loading it into an unconverted model, or an
-        unconverted one into it, fails because of the keys.
+        The same model. Its weights stay. Its state_dict also has the scales: loading it into an
+        unconverted model, or an unconverted one into it, fails because of the keys.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: nothing to convert, a converted model, an argument that does not fit, or attention for which SSMax is not
-            defined (a bias on the logits, keys that are not tokens, another law of n). The model stays as it was.
+        ValueError: nothing to convert, a converted model, an argument that does not fit, or
+            attention for which SSMax is not defined (a bias on the logits, keys that are not
+            tokens, another law of n). The model stays as it was.
 
-    Exclude s and b from weight decay. A module that is called twice in a forward uses one scale for both and warns.
+    Exclude s and b from weight decay. A module that is called twice in a forward uses one scale for
+    both and warns.
 
     Example:
         >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)
@@ -124,7 +135,8 @@ def revert(model: Any) -> Any:
 def converted(model: Any, init: str | float = "matched", **options: Any) -> Iterator[Any]:
     """Convert a model inside a with block, and revert it at the end, also if the block raises.
 
-    Arguments and errors are those of ssmax.convert. What s and b learn inside the block is lost at its end.
+    Arguments and errors are those of ssmax.convert. What s and b learn inside the block is lost at
+    its end.
 
     Example:
         >>> with ssmax.converted(model, "matched"):

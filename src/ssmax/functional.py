@@ -49,35 +49,42 @@ def attention(
 
     Args:
         query: (B, H, N, D).
-        key: (B, H, S, D); with enable_gqa (B, K, S, D), where K divides H. Or a ScreenedKeys, for impl="sharp".
+        key: (B, H, S, D); with enable_gqa (B, K, S, D), where K divides H. Or a ScreenedKeys, for
+            impl="sharp".
         value: (B, H or K, S, V).
         s: scale, a number or (H,).
         b: bias, a number or (H,). None is 0.
-        n: number of keys that each query sees: a number, (N,), (B, N) or (B, H, N). Default: counted from attn_mask,
-            cu_seqlens, is_causal and window. A row with n = 0 gives zeros.
-        attn_mask: broadcasts to (B, H, N, S). bool: True = visible. Floating point: added after the multiplier; if it holds
-            other values than 0 and -inf it is a bias, and needs n and the query's dtype. Or FlexAttention's BlockMask.
-        cu_seqlens: (D + 1,), integer offsets of D packed documents, from 0, as in FlashAttention. query, key and value are
-            (1, ., T, .), and a query sees its own document only. Documents may be empty. Positions after the last offset are
-            padding: they are not seen and give zeros. Not with attn_mask.
-        is_causal: the queries are the last N of the S positions, as in FlashAttention and a cached decode (torch aligns them
-            with the first). Combines with attn_mask.
+        n: number of keys that each query sees: a number, (N,), (B, N) or (B, H, N). Default:
+            counted from attn_mask, cu_seqlens, is_causal and window. A row with n = 0 gives zeros.
+        attn_mask: broadcasts to (B, H, N, S). bool: True = visible. Floating point: added after the
+            multiplier; if it holds other values than 0 and -inf it is a bias, and needs n and the
+            query's dtype. Or FlexAttention's BlockMask.
+        cu_seqlens: (D + 1,), integer offsets of D packed documents, from 0, as in FlashAttention.
+            query, key and value are (1, ., T, .), and a query sees its own document only. Documents
+            may be empty. Positions after the last offset are padding: they are not seen and give
+            zeros. Not with attn_mask.
+        is_causal: the queries are the last N of the S positions, as in FlashAttention and a cached
+            decode (torch aligns them with the first). Combines with attn_mask.
         window: largest number of keys that a query sees, itself included. Needs is_causal.
         softcap: c, for c tanh(z / c). It is part of z, so that the multiplier is applied after it.
         scale: factor of query key. Default: 1 / sqrt(D).
         dropout_p: probability of dropping a weight.
         enable_gqa: allow fewer heads in key and value than in query.
-        impl: the backend. "auto": sdpa if it can, flex for a BlockMask, reference for a softcap. "sdpa": torch's fused kernels;
-            packed documents run one by one, which reads cu_seqlens on the host (under torch.compile: one T x T mask). "flex":
-            FlexAttention, with block masks and softcap; no dropout, on the CPU forward only. "triton": a kernel that does
-            not round the scaled query and has accurate gradients of s and b; no mask, softcap or dropout; it needs a GPU and
-            has not run on one yet. "sharp": a decode step on the CPU that reads only the keys that matter; inference only.
-            "reference": the specification; slow, exact, N x S.
-        tolerance: for impl="sharp", the weight that may be left out of a row. The error of each component is then at most
-            2 tolerance max|value|, certified, plus the rounding of any kernel.
+        impl: the backend. "auto": sdpa if it can, flex for a BlockMask, reference for a softcap.
+            "sdpa": torch's fused kernels; packed documents run one by one, which reads cu_seqlens
+            on the host (under torch.compile: one T x T mask). "flex": FlexAttention, with block
+            masks and softcap; no dropout, on the CPU forward only. "triton": a kernel that does not
+            round the scaled query and has accurate gradients of s and b; no mask, softcap or
+            dropout; it needs a GPU and has not run on one yet. "sharp": a decode step on the CPU
+            that reads only the keys that matter; inference only. "reference": the specification;
+            slow, exact, N x S.
+        tolerance: for impl="sharp", the weight that may be left out of a row. The error of each
+            component is then at most 2 tolerance max|value|, certified, plus the rounding of any
+            kernel.
 
     Returns:
-        (B, H, N, V) in the query's dtype. The multiplier is float32 (float64 for float64); the scaled query is rounded once.
+        (B, H, N, V) in the query's dtype. The multiplier is float32 (float64 for float64); the
+        scaled query is rounded once.
 
     Raises:
         TypeError: tensors that are not floating point, or have different dtypes.

@@ -1,7 +1,7 @@
 """The laws of n, one entry each: the multiplier m of the logits in softmax(m z), as a function of n or of the position.
 
-To add a law, add its entry to LAWS. Backends do not know laws: m is folded into the query. The modules that do this are
-QueryScales; make_scale returns the one of a law.
+To add a law, add its entry to LAWS. Backends do not know laws: m is folded into the query. The
+modules that do this are QueryScales; make_scale returns the one of a law.
 """
 
 import math
@@ -25,13 +25,17 @@ class Law:
     """One law of n.
 
     Attributes:
-        formula: m as a formula; n is the number of visible keys, p the position in the document, from 0.
+        formula: m as a formula; n is the number of visible keys, p the position in the document,
+            from 0.
         of: what m depends on: "n", "p", or "query" if it depends on the query as well.
         source: where the law is used.
-        function: (n or p in float32 or float64, parameters) -> m. For "query": its class of QueryScale.
-        defaults: the parameters with the values of the source; learned parameters start there. None must be given, except that
-            convert sets s to make the law on average as sharp as Softmax.
-        learned: names of the parameters that a LawScale learns, one number for each head. (SSMaxScale learns s and b.)
+        function: (n or p in float32 or float64, parameters) -> m. For "query": its class of
+            QueryScale.
+        defaults: the parameters with the values of the source; learned parameters start there. None
+            must be given, except that convert sets s to make the law on average as sharp as
+            Softmax.
+        learned: names of the parameters that a LawScale learns, one number for each head.
+            (SSMaxScale learns s and b.)
     """
 
     formula: str
@@ -49,7 +53,8 @@ class Law:
             parameters: some of `defaults`, numbers or tensors that broadcast against x.
 
         Raises:
-            ValueError: an unknown parameter, a missing parameter without a default, or a law of the query.
+            ValueError: an unknown parameter, a missing parameter without a default, or a law of the
+                query.
         """
         if self.of == "query":
             raise ValueError(f"the law {self.formula!r} depends on the query; use its module, {self.function.__name__}")
@@ -104,7 +109,8 @@ def _temperature(n, t):
 class LawScale(QueryScale):
     """Multiply each query by a law of n. Each learned parameter of the law is a module parameter of its name, (H,), float32.
 
-    A law of the position p gets p = n - 1. This is right for full causal attention, padded or packed, and not for windows.
+    A law of the position p gets p = n - 1. This is right for full causal attention, padded or
+    packed, and not for windows.
 
     Args:
         law: a name in LAWS, except laws of the query.

@@ -18,12 +18,14 @@ def starting_values(init: str | float, bias: bool | None, train_length: int | No
     """Return s, b and bias of an SSMaxScale as ssmax.convert's init names them.
 
     Args:
-        init: "matched" (s = matched_scale(train_length), b = 0), "identity" (s = 0, b = 1), or a number for s.
+        init: "matched" (s = matched_scale(train_length), b = 0), "identity" (s = 0, b = 1), or a
+            number for s.
         bias: learn b as well. Default: only with "identity".
         train_length: training length for "matched", in tokens.
 
     Raises:
-        ValueError: another init, bias=False with "identity", or "matched" without a training length.
+        ValueError: another init, bias=False with "identity", or "matched" without a training
+            length.
     """
     learned = init == "identity" if bias is None else bias
     if init == "identity":
@@ -42,18 +44,21 @@ def starting_values(init: str | float, bias: bool | None, train_length: int | No
 class SSMaxScale(QueryScale):
     """Multiply each query by s log n + b, with s and b learned for each head (Eq. 2 of arXiv 2501.19399).
 
-    s and b are float32 parameters of shape (H,). They stay float32 through .to(bfloat16), .half() and autocast, since in bfloat16
-    small steps of s would be lost and products would be inexact. Only .double() widens them.
+    s and b are float32 parameters of shape (H,). They stay float32 through .to(bfloat16), .half()
+    and autocast, since in bfloat16 small steps of s would be lost and products would be inexact.
+    Only .double() widens them.
 
     Args:
         num_heads: number of query heads, H.
         s: starting value of s. Default: ssmax.matched_scale(1024).
         bias: learn b as well.
         b: starting value of b.
-        shared: use one s and b for all heads of the layer. To share them between layers, give the layers the same module.
+        shared: use one s and b for all heads of the layer. To share them between layers, give the
+            layers the same module.
 
     Attributes:
-        weight: s, (H,), or (1,) if shared. Exclude it from weight decay: the paper decays matrices only.
+        weight: s, (H,), or (1,) if shared. Exclude it from weight decay: the paper decays matrices
+            only.
         bias: b, of the same shape, or None.
 
     Raises:
@@ -109,7 +114,8 @@ class SSMaxScale(QueryScale):
 
         Args:
             query: (B, H, N, D), after position encoding and QK-norm.
-            n: number of visible keys: a number, (N,), (B, N) or (B, H, N); see ssmax.visible_keys. n = 0 counts as 1.
+            n: number of visible keys: a number, (N,), (B, N) or (B, H, N); see ssmax.visible_keys.
+                n = 0 counts as 1.
             log_n: ssmax.scaling.log_visible of n, to share it between layers.
 
         Raises:
@@ -132,7 +138,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer: matrices, vectors, and the scales s and b.
 
-    Only matrices (rank >= 2) are decayed, as in the paper (Table 2 of arXiv 2501.19399). Frozen parameters are left out.
+    Only matrices (rank >= 2) are decayed, as in the paper (Table 2 of arXiv 2501.19399). Frozen
+    parameters are left out.
 
     Args:
         module: any module, also one that DDP, FSDP2 or PEFT wraps.

@@ -18,8 +18,9 @@ __all__ = ["QueryAwareScale", "QueryScale", "is_number", "own_part"]
 class QueryScale(nn.Module):
     """A module that multiplies the queries of one attention layer. Its parameters are float32.
 
-    They stay float32 through .to(bfloat16), .half() and autocast, since in bfloat16 small steps of s would be lost and products
-    would be inexact. Only .double() widens them. ssmax.parameter_groups excludes them from weight decay.
+    They stay float32 through .to(bfloat16), .half() and autocast, since in bfloat16 small steps of
+    s would be lost and products would be inexact. Only .double() widens them.
+    ssmax.parameter_groups excludes them from weight decay.
 
     Attributes:
         law: its name in ssmax.laws.LAWS.
@@ -74,8 +75,9 @@ def own_part(parameter: Any) -> Any:
 class QueryAwareScale(QueryScale):
     """TabICLv2's law: multiply each component of the query by MLP(log n) (1 + tanh(MLP(q))).
 
-    Both networks have one hidden layer with GELU; their parameters are float32. At the start they compute s log n + b for all
-    components: two hidden units hold log n, since GELU(x) - GELU(-x) = x, and the last layer of MLP(q) is zero.
+    Both networks have one hidden layer with GELU; their parameters are float32. At the start they
+    compute s log n + b for all components: two hidden units hold log n, since GELU(x) - GELU(-x) =
+    x, and the last layer of MLP(q) is zero.
 
     Args:
         num_heads: query heads, H.

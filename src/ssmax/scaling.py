@@ -37,10 +37,12 @@ def multiplier(n: Tensor, s: Tensor | float, b: Tensor | float | None = None, *,
     """Return s log n + b, computed in at least float32.
 
     Args:
-        n: number of visible keys, any real dtype. n = 0 counts as 1: such a row has no weight to sharpen.
+        n: number of visible keys, any real dtype. n = 0 counts as 1: such a row has no weight to
+            sharpen.
         s: scale, broadcast against n.
         b: bias, broadcast against n.
-        dtype: float64 if the query is float64, else float32; nothing narrower, since log n in bfloat16 is wrong by 8e-3.
+        dtype: float64 if the query is float64, else float32; nothing narrower, since log n in
+            bfloat16 is wrong by 8e-3.
     """
     m = torch.as_tensor(s, dtype=dtype, device=n.device) * n.clamp(min=1).to(dtype).log()
     return m if b is None else m + torch.as_tensor(b, dtype=dtype, device=n.device)
@@ -126,8 +128,8 @@ def scalable_softmax(
         dim: the dimension that sums to 1.
 
     Returns:
-        Weights of z's shape and dtype, computed in float32 (float64 for float64). A row with no visible entry, or with n = 0,
-        is all zeros and passes no gradient.
+        Weights of z's shape and dtype, computed in float32 (float64 for float64). A row with no
+        visible entry, or with n = 0, is all zeros and passes no gradient.
 
     Raises:
         TypeError: z is not floating point, or mask is not bool.

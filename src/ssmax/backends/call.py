@@ -18,8 +18,8 @@ class AttentionCall(NamedTuple):
         query: (B, H, N, D); rows that see no key hold zeros.
         key: (B, H or a divisor of H, S, D).
         value: (B, heads as key, S, V).
-        multiplier: m, (B or 1, H or 1, N or 1), float32 or float64. None if the query is multiplied already; only sdpa and sharp
-            take that.
+        multiplier: m, (B or 1, H or 1, N or 1), float32 or float64. None if the query is multiplied
+            already; only sdpa and sharp take that.
         scale: factor of q k.
         mask: bool (True = visible) or a bias, (B or 1, H or 1, N or 1, S or 1); or a BlockMask.
         cu_seqlens: offsets of packed documents; a query sees only its own document.

@@ -1,7 +1,7 @@
 """torch's FlexAttention: block masks, and the softcap inside z, without an N x S table on a GPU.
 
-It is compiled on CUDA. On the CPU torch's kernel has no backward, and its unfused form writes out the scores: right, but slow.
-This project has not yet run it on a GPU.
+It is compiled on CUDA. On the CPU torch's kernel has no backward, and its unfused form writes out
+the scores: right, but slow. This project has not yet run it on a GPU.
 """
 
 import functools

@@ -1,8 +1,10 @@
 """impl="triton": flash attention with the multiplier inside the kernel. The kernels are in triton_kernels.py.
 
-This project has not yet run it on a GPU. It is tested in Triton's interpreter, and compiled for sm_80, sm_90 and sm_100.
+This project has not yet run it on a GPU. It is tested in Triton's interpreter, and compiled for
+sm_80, sm_90 and sm_100.
 
-Shapes: N queries, S keys, D head size of query and key, E of value; BLOCK_M rows and BLOCK_N keys make a tile.
+Shapes: N queries, S keys, D head size of query and key, E of value; BLOCK_M rows and BLOCK_N keys
+make a tile.
 """
 
 import importlib.util

@@ -43,7 +43,8 @@ def bench(names: list[str], out: Path, *, dry_run: bool, **generate: Any) -> Non
         generate: options of the case "generate"; see ssmax.bench.generate.
 
     Raises:
-        UserError: an unknown case, one whose package is missing, or options of a case that is not named.
+        UserError: an unknown case, one whose package is missing, or options of a case that is not
+            named.
     """
     if generate and "generate" not in names:
         raise UserError(f"--{next(iter(generate))} is an option of the case generate: ssmax bench generate ...")

@@ -34,17 +34,18 @@ def measurements(
 ) -> Iterator[Row]:
     """Yield rows for each context and batch: seconds and their ratio to StaticCache, tokens a second, shares of keys read.
 
-    The prompt is the source of Python's standard library. The model without SSMax decodes after the same cached keys: its
-    time does not depend on their values.
+    The prompt is the source of Python's standard library. The model without SSMax decodes after the
+    same cached keys: its time does not depend on their values.
 
     Args:
-        model: folder of a model and its tokenizer; a model without SSMax is converted in memory. Default: the SSMax model that
-            ships with the package.
+        model: folder of a model and its tokenizer; a model without SSMax is converted in memory.
+            Default: the SSMax model that ships with the package.
         contexts: tokens of a prompt.
         batches: prompts in a batch, each from another part of the text.
 
     Raises:
-        UserError: contexts or batches below 1, a model that cannot be loaded, a text shorter than the prompts.
+        UserError: contexts or batches below 1, a model that cannot be loaded, a text shorter than
+            the prompts.
     """
     for what, numbers in (("contexts", contexts), ("batches", batches)):
         if min(numbers) < (2 if what == "contexts" else 1):

@@ -1,7 +1,8 @@
 """impl="triton" on a GPU: its errors and times beside the best plain flash kernel. Without a GPU: whether it compiles.
 
-Times are for bfloat16, causal, measured in alternation in one process: medians and quartiles of the rounds' ratios. Errors are
-relative (L2) to float64 with the same inputs: those of impl="triton" to SSMax, those of the plain kernel to softmax.
+Times are for bfloat16, causal, measured in alternation in one process: medians and quartiles of the
+rounds' ratios. Errors are relative (L2) to float64 with the same inputs: those of impl="triton" to
+SSMax, those of the plain kernel to softmax.
 """
 
 import itertools

@@ -29,7 +29,8 @@ class Comparison:
         at: coordinates of its rows, such as {"length": 4096, "pass": "forward"}.
         contenders: calls by name.
         repeats: number of rounds; each contender runs once in a round.
-        errors: for each contender, a function that returns its largest error. Contenders without one are not checked.
+        errors: for each contender, a function that returns its largest error. Contenders without
+            one are not checked.
         allowed: largest error at which a contender still counts as right.
         base: name of the contender by whose time the others are divided.
         memory: measure peak memory as well.
@@ -73,7 +74,8 @@ def run(case: Case, **options: Any) -> Iterator[Row]:
 def compare(comparison: Comparison) -> Iterator[Row]:
     """Yield error, seconds, time_ratio, cpu_ratio and peak_bytes of each contender; for a wrong one only the error.
 
-    cpu_ratio is the ratio of CPU times, over all cores: it stays comparable on a machine that runs other programs.
+    cpu_ratio is the ratio of CPU times, over all cores: it stays comparable on a machine that runs
+    other programs.
     """
     base, at, right = comparison.base, comparison.at, {}
     for name, call in comparison.contenders.items():

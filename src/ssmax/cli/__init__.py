@@ -40,8 +40,8 @@ COMMANDS: dict[str, Any] = {
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments, run the command, and exit.
 
-    The exit status is 2 for bad input, 1 for a failed run, 130 for Ctrl-C, 143 for SIGTERM, and 141 if the reader of the output
-    has gone away.
+    The exit status is 2 for bad input, 1 for a failed run, 130 for Ctrl-C, 143 for SIGTERM, and 141
+    if the reader of the output has gone away.
     """
     try:
         try:

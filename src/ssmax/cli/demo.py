@@ -13,8 +13,8 @@ __all__ = ["Demo"]
 class Demo:
     """Show what SSMax changes, in a minute: two small models that ship with the package read long texts.
 
-    Prints loss by position, needles found and the attention of the best head. Leaves a page with a slider over the
-    context length. Downloads nothing.
+    Prints loss by position, needles found and the attention of the best head. Leaves a page with a
+    slider over the context length. Downloads nothing.
 
     Example: ssmax demo --out demo.html
     """

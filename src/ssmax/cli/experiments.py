@@ -74,9 +74,9 @@ def _recipe(name: str, options: Any, **more: Any) -> Recipe:
 class Reproduce:
     """Train the paper's models, measure them far past their training length, and judge each claim of the paper.
 
-    Leaves OUT/rows.jsonl (every number), OUT/figures/ (PNG and SVG) and OUT/report.html. The same command continues an
-    interrupted run and repeats nothing that is finished. Defaults below are those of the recipe: see ssmax reproduce
-    laptop --help.
+    Leaves OUT/rows.jsonl (every number), OUT/figures/ (PNG and SVG) and OUT/report.html. The same
+    command continues an interrupted run and repeats nothing that is finished. Defaults below are
+    those of the recipe: see ssmax reproduce laptop --help.
 
     Example: ssmax reproduce tiny --corpus books/ --seeds 0 1 2
 
@@ -127,8 +127,9 @@ class Reproduce:
 class Train:
     """Pretrain one model on your own text, and save it as a folder that transformers loads.
 
-    Leaves OUT/model, which loads with AutoModelForCausalLM after "import ssmax.hf", and OUT/rows.jsonl with the training
-    loss. The same command continues an interrupted run from its last checkpoint, on any number of devices.
+    Leaves OUT/model, which loads with AutoModelForCausalLM after "import ssmax.hf", and
+    OUT/rows.jsonl with the training loss. The same command continues an interrupted run from its
+    last checkpoint, on any number of devices.
 
     Example: ssmax train runs/mine --recipe tiny --variant b --corpus books/
 
@@ -185,9 +186,10 @@ class Train:
 class Prepare:
     """Tokenise a corpus ahead of a run, so that no accelerator waits for it.
 
-    Prints a folder; give it to ssmax train or reproduce as --corpus. With --tokenizer the text may have any size: it is
-    read as a stream and written in shards, and the same command continues an interrupted preparation after its last
-    complete shard. Without --tokenizer the text is held in memory.
+    Prints a folder; give it to ssmax train or reproduce as --corpus. With --tokenizer the text may
+    have any size: it is read as a stream and written in shards, and the same command continues an
+    interrupted preparation after its last complete shard. Without --tokenizer the text is held in
+    memory.
 
     Example: ssmax prepare paper --corpus org/web-text --tokenizer gpt2
     """

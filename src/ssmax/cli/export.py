@@ -15,11 +15,12 @@ __all__ = ["Export"]
 class Export:
     """Write a model for another engine that computes the same, or say why that is not possible.
 
-    gguf: one file for stock llama.cpp, with the tokenizer. It takes models of the families Llama, Mistral and Qwen 2
-    whose layers are all converted, without b.
+    gguf: one file for stock llama.cpp, with the tokenizer. It takes models of the families Llama,
+    Mistral and Qwen 2 whose layers are all converted, without b.
 
-    onnx: a folder with the tokenizer and a graph for ONNX Runtime and OpenVINO, in float32. The graph has a KV cache if all
-    layers attend in full. It takes the models that transformers' own exporter takes.
+    onnx: a folder with the tokenizer and a graph for ONNX Runtime and OpenVINO, in float32. The
+    graph has a KV cache if all layers attend in full. It takes the models that transformers' own
+    exporter takes.
 
     Example: ssmax export gguf SmolLM2-ssmax SmolLM2-ssmax.gguf --dtype f16
     """

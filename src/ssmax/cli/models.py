@@ -29,9 +29,9 @@ Layers: Any = Annotated[
 class Evaluate:
     """Measure models at long context, side by side: loss by position, sharpness of attention, retrieval.
 
-    Takes any causal model of transformers, converted or not. Leaves OUT/rows.jsonl (every number), OUT/figures/ (PNG and
-    SVG) and OUT/report.html, and prints tables. The same command continues an interrupted run and repeats nothing that is
-    finished.
+    Takes any causal model of transformers, converted or not. Leaves OUT/rows.jsonl (every number),
+    OUT/figures/ (PNG and SVG) and OUT/report.html, and prints tables. The same command continues an
+    interrupted run and repeats nothing that is finished.
 
     Example: ssmax evaluate SmolLM2 SmolLM2-ssmax --length 8192 --tasks needle several
     """
@@ -79,7 +79,8 @@ class Evaluate:
 class Convert:
     """Convert a softmax model to SSMax and save it as a new folder.
 
-    The new folder loads with AutoModelForCausalLM after "import ssmax.hf", or with trust_remote_code=True.
+    The new folder loads with AutoModelForCausalLM after "import ssmax.hf", or with
+    trust_remote_code=True.
 
     Example: ssmax convert SmolLM2 SmolLM2-ssmax --init identity
     """
@@ -152,8 +153,8 @@ class Fit:
 class Calibrate:
     """Fit s and b of each head on long texts, with all other weights frozen, and save the model as a new folder.
 
-    Tries each starting point, keeps the best on held-out text, and prints the loss by position before and after. If no
-    fit is better than the model as it was, it says so and writes nothing.
+    Tries each starting point, keeps the best on held-out text, and prints the loss by position
+    before and after. If no fit is better than the model as it was, it says so and writes nothing.
 
     Example: ssmax calibrate SmolLM2 SmolLM2-ssmax --texts books/ --length 4096
     """
@@ -212,9 +213,9 @@ class Inspect:
 class Bench:
     """Measure the cost of SSMax on this machine, as a ratio to plain attention.
 
-    Contenders run in turn, in one process. Each is compared with a float64 reference first; a wrong one is not timed.
-    Prints a table and leaves OUT/CASE.jsonl (every number, with versions) and OUT/CASE.png. Run nothing else at the same
-    time.
+    Contenders run in turn, in one process. Each is compared with a float64 reference first; a wrong
+    one is not timed. Prints a table and leaves OUT/CASE.jsonl (every number, with versions) and
+    OUT/CASE.png. Run nothing else at the same time.
 
     Example: ssmax bench attention decode --out bench
     """

@@ -25,7 +25,8 @@ def check_fit(config: PreTrainedConfig, tokenizer: Any, needs: Mapping[str, Need
     """Compare the tokenizer and the stages' needs with the shapes of the model that config describes.
 
     Raises:
-        UserError: a context is longer than the model's table of positions, or a token lies beyond its vocabulary.
+        UserError: a context is longer than the model's table of positions, or a token lies beyond
+            its vocabulary.
     """
     model = _shape_of(config)
     if model is None:  # the family cannot be built without weights; check_model's forward finds problems later
@@ -88,7 +89,8 @@ def check_model(model: PreTrainedModel, material: Material, attention: bool, chu
         chunk: positions in each forward pass.
 
     Raises:
-        UserError: the forward fails, uses later tokens or gives NaN, or attention weights are needed and not available.
+        UserError: the forward fails, uses later tokens or gives NaN, or attention weights are
+            needed and not available.
     """
     ids = torch.tensor([material.sample(SAMPLE)], device=model.device)
     try:

@@ -111,7 +111,8 @@ def evaluate(settings: Settings, source: str | None, run: RunFolder, machine: Ma
         machine: how it runs.
 
     Raises:
-        UserError: a bad model or text, a model that cannot be measured, or a folder that belongs to another configuration.
+        UserError: a bad model or text, a model that cannot be measured, or a folder that belongs to
+            another configuration.
         RunFailed: a stage failed, or memory ran out; finished stages are kept.
     """
     quiet()

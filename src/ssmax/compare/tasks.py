@@ -14,8 +14,8 @@ class Task:
     Attributes:
         title: its name in reports.
         help: its text on the command line.
-        make: (ssmax.compare.stages.Material of one model, prompt form) -> an object with grid(cells, rng), like
-            ssmax.evaluation.NeedleTask.
+        make: (ssmax.compare.stages.Material of one model, prompt form) -> an object with
+            grid(cells, rng), like ssmax.evaluation.NeedleTask.
     """
 
     title: str

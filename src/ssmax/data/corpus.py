@@ -55,8 +55,9 @@ def prepare(
 ) -> tuple[Path, str]:
     """Tokenise a corpus into a folder of the cache, unless it is there already; return the folder and the corpus's name.
 
-    With a tokenizer, documents are read as a stream: see prepare_stream. Without one, they are held in memory and a byte-pair
-    tokenizer is trained on them. The folder's name is a hash of the text and of the way in which it was tokenised.
+    With a tokenizer, documents are read as a stream: see prepare_stream. Without one, they are held
+    in memory and a byte-pair tokenizer is trained on them. The folder's name is a hash of the text
+    and of the way in which it was tokenised.
 
     Args:
         source: see ssmax.data.sources.Documents; or a folder that was prepared before.
@@ -151,7 +152,8 @@ def _tokenised(texts, vocab_size, held_out, words):
 def _split(encoded, end, count, length):
     """Cut `count` held-out texts of `length` tokens from as many documents as possible, at most a tenth of all tokens.
 
-    Documents of up to four times that length come first: a longer one would take more text from the training.
+    Documents of up to four times that length come first: a longer one would take more text from the
+    training.
     """
     budget = sum(map(len, encoded)) // 10 + length
     long_enough = [i for i, ids in enumerate(encoded) if len(ids) >= length - 1]

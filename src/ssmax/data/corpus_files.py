@@ -34,7 +34,8 @@ def visible_files(folder: Path) -> list[Path]:
 def find_corpus(folder: Path, files: list[Path], wanted: str | None, account: Account) -> tuple[list[Path], str | None]:
     """Return the files that are a folder's corpus, and their column of text; the column is None for text files.
 
-    If the folder has files of rows with a column of text, these are the corpus, and all other files are left out.
+    If the folder has files of rows with a column of text, these are the corpus, and all other files
+    are left out.
 
     Args:
         folder: the folder.

@@ -32,9 +32,9 @@ def prepare_stream(
 ) -> Path:
     """Tokenise documents into a folder of the cache, until there are enough training tokens or no more documents.
 
-    What cannot be read is left out, with a LeftOut warning. An interrupted preparation continues after its last complete shard
-    and ends with the same shards. The hash of a text decides whether it is held out, with all its copies, so that a held-out
-    text is never trained on.
+    What cannot be read is left out, with a LeftOut warning. An interrupted preparation continues
+    after its last complete shard and ends with the same shards. The hash of a text decides whether
+    it is held out, with all its copies, so that a held-out text is never trained on.
 
     Args:
         source: see ssmax.data.sources.Documents.
@@ -134,8 +134,8 @@ class _Preparation:
     def _is_enough(self):
         """Return whether to stop reading.
 
-        After the training tokens, up to 1,000 held-out lengths are read to find more held-out texts. If so much text has shown
-        none, reading stops early, with an error.
+        After the training tokens, up to 1,000 held-out lengths are read to find more held-out
+        texts. If so much text has shown none, reading stops early, with an error.
         """
         searched = self.seen >= 1000 * self.length
         if self.done < self.target:

@@ -42,7 +42,8 @@ class Manifest:
 
     Attributes:
         source: name of the corpus.
-        tokenizer: its name as given, end (id of the end-of-text token), vocabulary, and sha256 of its tokenizer.json.
+        tokenizer: its name as given, end (id of the end-of-text token), vocabulary, and sha256 of
+            its tokenizer.json.
         dtype: dtype of the shards, little-endian.
         documents: number of documents read.
         bytes: bytes of text read.

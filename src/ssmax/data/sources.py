@@ -51,15 +51,17 @@ class _Part:
 class Documents:
     """An iterator over the documents of a corpus, whose position can be saved and restored.
 
-    With several sources, the next document comes from the source that is furthest below its share of the text. Nothing is
-    random, and the shares hold at any point. The mixture ends when its first source ends. What cannot be read is left out
-    and counted; at the end, a LeftOut warning for each kind says how much and where.
+    With several sources, the next document comes from the source that is furthest below its share
+    of the text. Nothing is random, and the shares hold at any point. The mixture ends when its
+    first source ends. What cannot be read is left out and counted; at the end, a LeftOut warning
+    for each kind says how much and where.
 
     Args:
-        source: None for Python's own standard library without its tests; or SPELLING. Each NAME is a text file, a folder of
-            text files, a file of rows (see ssmax.data.row_files) or a folder of them, a folder that save_to_disk of datasets
-            wrote, or a data set on a hub. Without #COLUMN the text is the column text, content, or the only column that
-            holds text.
+        source: None for Python's own standard library without its tests; or SPELLING. Each NAME is
+            a text file, a folder of text files, a file of rows (see ssmax.data.row_files) or a
+            folder of them, a folder that save_to_disk of datasets wrote, or a data set on a hub.
+            Without #COLUMN the text is the column text, content, or the only column that holds
+            text.
         piece: characters of a text file in one document; -1 for a whole file.
 
     Raises:

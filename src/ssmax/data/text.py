@@ -125,8 +125,8 @@ def decoded(value: bytes) -> str:
 def cleaned(text: str) -> tuple[str, int]:
     """Return text without the bytes that could not be decoded, and the number of bytes left out.
 
-    If more than one character in a hundred of a line is bad, the whole line is left out, since it has another encoding.
-    Of other lines only the bad bytes are left out.
+    If more than one character in a hundred of a line is bad, the whole line is left out, since it
+    has another encoding. Of other lines only the bad bytes are left out.
     """
     if text.isascii() or BAD.search(text) is None:
         return text, 0

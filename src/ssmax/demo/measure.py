@@ -33,7 +33,8 @@ class Shipped:
 
     Attributes:
         pretrained: name in MODELS -> the pretrained model.
-        retrieval: the same models, fine-tuned to find the needle on contexts up to the training length.
+        retrieval: the same models, fine-tuned to find the needle on contexts up to the training
+            length.
         tokenizer: tokenizer of both models.
         texts: (K, L) token ids that neither model was trained on.
         provenance: recipe, corpus, commit, seed and versions of the run that made the models.

@@ -31,8 +31,9 @@ CHUNK = 1024
 def needle_scores(model: PreTrainedModel, token_ids: Tensor, span: tuple[int, int], *, chunk: int = CHUNK) -> Tensor:
     """Return the needle score of each head: the attention that the last query gives to the tokens of span.
 
-    The score is the sum over span of softmax(m z), where m = s log n + b in a converted layer. The paper does not define its
-    score precisely; this is the attention of the query that predicts the first token of the answer.
+    The score is the sum over span of softmax(m z), where m = s log n + b in a converted layer. The
+    paper does not define its score precisely; this is the attention of the query that predicts the
+    first token of the answer.
 
     Args:
         model: a causal language model of transformers with eager attention.
@@ -41,12 +42,12 @@ def needle_scores(model: PreTrainedModel, token_ids: Tensor, span: tuple[int, in
         chunk: positions in each forward pass. Fewer need less memory.
 
     Returns:
-        (layers, heads), float32, each in [0, 1]. A layer without attention weights (a state space model, a convolution) has no
-        row; a warning names it.
+        (layers, heads), float32, each in [0, 1]. A layer without attention weights (a state space
+        model, a convolution) has no row; a warning names it.
 
     Raises:
-        ValueError: token_ids are not one sequence of at least 2 tokens, span is not inside it, the attention weights of a layer
-            are not available, or the number of heads differs by layer.
+        ValueError: token_ids are not one sequence of at least 2 tokens, span is not inside it, the
+            attention weights of a layer are not available, or the number of heads differs by layer.
         FloatingPointError: weights are NaN.
 
     Example:
@@ -73,9 +74,11 @@ class Sharpness:
 
     Attributes:
         n: number of tokens up to the query, itself included.
-        entropy: entropy of the weights divided by the log of the layer's number of keys: 1 for uniform attention.
+        entropy: entropy of the weights divided by the log of the layer's number of keys: 1 for
+            uniform attention.
         largest: the largest weight.
-        entropy_without_sink: entropy, with the first token left out and the other weights renormalised.
+        entropy_without_sink: entropy, with the first token left out and the other weights
+            renormalised.
         largest_without_sink: the largest of these weights.
     """
 
@@ -104,7 +107,8 @@ def attention_sharpness(
         One Sharpness for each n.
 
     Raises:
-        ValueError: token_ids are not one sequence, lengths do not ascend from 3 to T, or a reason of needle_scores.
+        ValueError: token_ids are not one sequence, lengths do not ascend from 3 to T, or a reason
+            of needle_scores.
         FloatingPointError: weights are NaN.
 
     Example:
@@ -160,8 +164,9 @@ def _largest(weights):
 def attend(reader: Reader, memory: Memory, token_ids: Tensor, length: int) -> tuple[Tensor, Weights]:
     """Read tokens (B, T) after memory; return their logits (B, T, V) and the attention weights of the first of them.
 
-    The first is the last of `length` tokens. Only it runs on eager attention, whose weights can be read: some families give other
-    logits when they return weights (Falcon ignores its mask). Afterwards a cache holds all tokens.
+    The first is the last of `length` tokens. Only it runs on eager attention, whose weights can be
+    read: some families give other logits when they return weights (Falcon ignores its mask).
+    Afterwards a cache holds all tokens.
     """
     if isinstance(memory, Tensor) and not (length > 1 and reader.steps):
         return _whole(reader, torch.cat([memory, token_ids], 1), length)

@@ -17,9 +17,10 @@ FEWEST = 128
 class CausalBehindCache(TorchFunctionMode):
     """Inside the block, scaled_dot_product_attention on a CPU computes a chunk after a cache without a mask.
 
-    The kernel has a causal form only for equal numbers of queries and keys. After a cache it needs a T x S mask, and computes
-    every pair. Here T queries attend to the S - T earlier keys without a mask, and to the T new keys causally. The two outputs
-    are merged by the log-sum-exp of their logits, which gives the softmax over all keys.
+    The kernel has a causal form only for equal numbers of queries and keys. After a cache it needs
+    a T x S mask, and computes every pair. Here T queries attend to the S - T earlier keys without a
+    mask, and to the T new keys causally. The two outputs are merged by the log-sum-exp of their
+    logits, which gives the softmax over all keys.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

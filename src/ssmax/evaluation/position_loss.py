@@ -28,9 +28,10 @@ def loss_by_position(
 ) -> Tensor:
     """Return the loss of each token given all tokens before it.
 
-    Entry t is -log p(token t+1 | tokens 0..t), in nats. The text is read in chunks through a key-value cache, and the
-    projection to the vocabulary (with softcap and scaling, if the model has them) in slices of a chunk: neither length x
-    vocabulary nor chunk x vocabulary is in memory. A model that does not continue exactly from a cache reads the text at once.
+    Entry t is -log p(token t+1 | tokens 0..t), in nats. The text is read in chunks through a
+    key-value cache, and the projection to the vocabulary (with softcap and scaling, if the model
+    has them) in slices of a chunk: neither length x vocabulary nor chunk x vocabulary is in memory.
+    A model that does not continue exactly from a cache reads the text at once.
 
     Args:
         model: a causal language model of transformers; it is evaluated in eval mode.
@@ -42,7 +43,8 @@ def loss_by_position(
         (B, T - 1), float32.
 
     Raises:
-        ValueError: token_ids are not (B, T) integers with T >= 2, chunk is below 1, or the model is not causal.
+        ValueError: token_ids are not (B, T) integers with T >= 2, chunk is below 1, or the model is
+            not causal.
 
     Example:
         >>> losses = ssmax.evaluation.loss_by_position(model, token_ids)  # token_ids (2, 4096)
@@ -95,7 +97,8 @@ class Bin:
         first: first position, from 1.
         last: last position.
         mean: in nats per token.
-        low: lower end of the 95 % confidence interval over documents (Student's t); None for one document.
+        low: lower end of the 95 % confidence interval over documents (Student's t); None for one
+            document.
         high: its upper end.
     """
 

@@ -74,8 +74,9 @@ def prefill(
 ) -> Iterator[tuple[int, Memory]]:
     """Yield each prompt's index and what the model has read of it (Memory), in the order of the tree; the caller may extend it.
 
-    At most a few caches of the longest prompt exist at once, one for each branching above the present prompt. If the model does
-    not continue exactly from a cache, the memory is the prompt itself and nothing is shared.
+    At most a few caches of the longest prompt exist at once, one for each branching above the
+    present prompt. If the model does not continue exactly from a cache, the memory is the prompt
+    itself and nothing is shared.
     """
     reader = reader or Reader(model, max(prompts, key=lambda prompt: prompt.shape[1]), chunk)
     yield from _walk(reader, prompts, tree, reader.empty(len(prompts[0])), progress or (lambda tokens: None))

@@ -39,7 +39,8 @@ def is_transformers(model: PreTrainedModel) -> bool:
 def check_reads_text(model: nn.Module) -> None:
     """Raise ValueError if a model is not a transformers model that reads tokens from left to right.
 
-    Encoders are not recognised here, but when they read: their result for a token depends on later tokens.
+    Encoders are not recognised here, but when they read: their result for a token depends on later
+    tokens.
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -53,14 +54,15 @@ def check_reads_text(model: nn.Module) -> None:
 class Reader:
     """A model in eval mode, with the ways in which it can read a text. They are tried on the first tokens of the text.
 
-    A cache is used only if a text in pieces gives the same states as the whole text. Some families ignore arguments that they
-    do not know (Mamba does not take past_key_values), or lose a part of their state between two pieces (the convolutions of
-    Mamba and Jamba). Such a model reads a text at once.
+    A cache is used only if a text in pieces gives the same states as the whole text. Some families
+    ignore arguments that they do not know (Mamba does not take past_key_values), or lose a part of
+    their state between two pieces (the convolutions of Mamba and Jamba). Such a model reads a text
+    at once.
 
     Attributes:
         model: the model.
-        backbone: the module whose last_hidden_state the model's own forward turns into logits. None if there is no such module,
-            and for code that is not transformers' own.
+        backbone: the module whose last_hidden_state the model's own forward turns into logits. None
+            if there is no such module, and for code that is not transformers' own.
     """
 
     def __init__(self, model: PreTrainedModel, token_ids: Tensor, chunk: int):
@@ -68,7 +70,8 @@ class Reader:
 
         Args:
             model: a causal language model of transformers, in eval mode.
-            token_ids: (B, T) of the text that it will read. The first tokens of the first row are used for the trial.
+            token_ids: (B, T) of the text that it will read. The first tokens of the first row are
+                used for the trial.
             chunk: positions in each forward pass.
 
         Raises:

@@ -28,7 +28,8 @@ class RetrievalTrial:
     Attributes:
         correct: whether the whole answer was right.
         first_digit: whether the answer was right up to the token of its first digit.
-        by_layer: needle score of each head, (heads,) by the layer's index. Empty if the model has no attention weights.
+        by_layer: needle score of each head, (heads,) by the layer's index. Empty if the model has
+            no attention weights.
         problem: if the model has attention but no scores, the reason; else None.
     """
 
@@ -69,11 +70,13 @@ def retrieve_grid(
 ) -> list[dict[Any, RetrievalTrial]]:
     """Return the result of each cell of each trial. An answer is right if greedy decoding gives exactly its tokens.
 
-    A prefix that prompts of a trial share is read once. Trials whose prompts have the same lengths run as one batch.
+    A prefix that prompts of a trial share is read once. Trials whose prompts have the same lengths
+    run as one batch.
 
     Args:
         model: a causal language model of transformers.
-        trials: for each trial, its cells and their examples, as a task's grid returns them. All trials have the same cells.
+        trials: for each trial, its cells and their examples, as a task's grid returns them. All
+            trials have the same cells.
         chunk: positions in each forward pass. Fewer need less memory.
         progress: called with the number of tokens that were read.
 

@@ -19,7 +19,8 @@ FULL = "full_attention"
 def rope_theta(model: nn.Module, factor: float) -> Iterator[None]:
     """Multiply RoPE's theta by factor inside the block, as the paper does at test time (50; Figures 5 and 6).
 
-    If layers with a window have a RoPE of their own (Gemma 3), only that of the layers with full attention changes.
+    If layers with a window have a RoPE of their own (Gemma 3), only that of the layers with full
+    attention changes.
 
     Args:
         model: a model of transformers.
@@ -47,9 +48,10 @@ def rope_scaling(model: nn.Module, parameters: Mapping[str, Any] | None) -> Iter
 
     Args:
         model: a model of transformers.
-        parameters: as a config's rope_parameters: rope_type and its values (linear, dynamic, yarn: factor; longrope: short_factor
-            and long_factor; llama3: factor, low_freq_factor and high_freq_factor). original_max_position_embeddings
-            defaults to the config's max_position_embeddings. None changes nothing.
+        parameters: as a config's rope_parameters: rope_type and its values (linear, dynamic, yarn:
+            factor; longrope: short_factor and long_factor; llama3: factor, low_freq_factor and
+            high_freq_factor). original_max_position_embeddings defaults to the config's
+            max_position_embeddings. None changes nothing.
 
     Raises:
         ValueError: the model has no RoPE of transformers, or the parameters are incomplete.

@@ -61,8 +61,8 @@ def loss_rows(
 ) -> list[Row]:
     """Return rows of loss_by_position (nats per token) in log-spaced bins, from losses (documents, positions).
 
-    A row's `at` holds position (the bin's last), from (its first) and, with a band and several documents, low and high:
-    the 95 % confidence interval of the mean over documents (Student's t).
+    A row's `at` holds position (the bin's last), from (its first) and, with a band and several
+    documents, low and high: the 95 % confidence interval of the mean over documents (Student's t).
     """
     rows = []
     for part in binned(losses):
@@ -165,9 +165,9 @@ def attention_rows(
 ) -> list[Row]:
     """Return rows that say how sharply the heads attend after n tokens of documents (T,), for n = 64, 128, ... and T.
 
-    The metrics are attention_entropy (divided by log n) and largest_weight, with and without the first token ("sink": "with"
-    or "without"). Each head's mean over documents is taken; the rows hold the mean and quantiles of these over all heads
-    ("heads").
+    The metrics are attention_entropy (divided by log n) and largest_weight, with and without the
+    first token ("sink": "with" or "without"). Each head's mean over documents is taken; the rows
+    hold the mean and quantiles of these over all heads ("heads").
     """
     longest = len(documents[0])
     lengths = sorted({2**k for k in range(6, 40) if 2**k < longest} | {longest})

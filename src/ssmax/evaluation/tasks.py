@@ -42,8 +42,8 @@ class PromptForm:
     Attributes:
         head: token ids before the context: the tokenizer's first tokens, and the opening of a chat.
         opening: the opening of a chat as text, whose tokens are in head; "" for a base model.
-        tail: text of a chat between the question and the reply. None for a base model, which continues the text without a
-            question.
+        tail: text of a chat between the question and the reply. None for a base model, which
+            continues the text without a question.
     """
 
     head: tuple[int, ...] = ()
@@ -55,8 +55,8 @@ class PromptForm:
         """Return the form for a tokenizer: "base", or "chat" by its chat template.
 
         Raises:
-            ValueError: the tokenizer has no chat template, or one that changes the message ("chat"); or it encodes a word
-                differently next to special tokens ("base").
+            ValueError: the tokenizer has no chat template, or one that changes the message
+                ("chat"); or it encodes a word differently next to special tokens ("base").
         """
         if style == "base":
             with_special, bare = (tokenizer("a", add_special_tokens=x)["input_ids"] for x in (True, False))
@@ -104,8 +104,9 @@ def _inside(encode: Encode, text: str) -> list[int]:
 class _Asked:
     """The end of a prompt and its answer, cut from the tokens of one text.
 
-    A token that holds the end of the prompt and the beginning of the answer belongs to the answer. So does a token that holds
-    the answer's last digit and the text after it, since a model that continues the text gives this token.
+    A token that holds the end of the prompt and the beginning of the answer belongs to the answer.
+    So does a token that holds the answer's last digit and the text after it, since a model that
+    continues the text gives this token.
 
     Attributes:
         prompt: tokens before the answer.
@@ -155,7 +156,8 @@ class NeedleTask:
         haystack: (T,) token ids of the text.
         digits: digits of the number (the paper: 7).
         distractors: number of needles for other cities, at random depths, that are not asked for.
-        several: put a needle for a different city at each depth of the grid, and ask for each in turn.
+        several: put a needle for a different city at each depth of the grid, and ask for each in
+            turn.
         form: how the prompt is made.
 
     Example:
@@ -268,8 +270,8 @@ class _Parts:
 class ABCDigits:
     """Lines such as "A=482910", one number of 6 digits for each of 26 letters. The letter that is asked for occurs once.
 
-    Lines of the other 25 letters fill the context in random order. The task needs no language, so base models can answer it
-    without fine-tuning.
+    Lines of the other 25 letters fill the context in random order. The task needs no language, so
+    base models can answer it without fine-tuning.
 
     Attributes:
         encode: text -> token ids, without special tokens.

@@ -21,7 +21,8 @@ class Weights:
     """The attention weights of one query.
 
     Attributes:
-        layers: (B, heads, keys up to the query) by layer index; a layer with a window holds only its last keys.
+        layers: (B, heads, keys up to the query) by layer index; a layer with a window holds only
+            its last keys.
         without: layers that ran and have no attention weights.
         problem: the reason why weights of a layer with attention are not available, or None.
     """

@@ -1,7 +1,7 @@
 """Classes of converted models: their own model_type, config.ssmax, and an error for every checkpoint that lost a scale.
 
-SSMaxLlamaForCausalLM, SSMaxLlamaConfig and so on are made on demand from the class of transformers with that name, so that
-they can be imported, pickled and named in auto_map.
+SSMaxLlamaForCausalLM, SSMaxLlamaConfig and so on are made on demand from the class of transformers
+with that name, so that they can be imported, pickled and named in auto_map.
 """
 
 import functools
@@ -99,7 +99,8 @@ class SSMaxModel(PreTrainedModel):
         """Save as transformers does, together with modeling_ssmax.py and the model card.
 
         Raises:
-            ValueError: a scale that config.ssmax names is missing in the model, or in the state_dict if one is given.
+            ValueError: a scale that config.ssmax names is missing in the model, or in the
+                state_dict if one is given.
         """
         if is_main_process:
             check_whole(self, state_dict)
@@ -151,7 +152,8 @@ def _is_transformers(base):
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Return the config class of converted models with the config class base, and register it with all Auto classes.
 
-    The model classes also become attributes of the module transformers, where its server looks them up by name.
+    The model classes also become attributes of the module transformers, where its server looks them
+    up by name.
     """
     config = _config_class(base)
     for auto, head in _auto_heads(base).items():

@@ -21,7 +21,8 @@ CODE = (".py", ".pyc", ".so", ".ipynb", ".sh")  # not copied: somebody who trust
 def copy_companions(source: str, target: Path) -> str | None:
     """Copy the files of a model except weights and code. Files that target has already stay as they are.
 
-    Hidden files are not copied either, nor folders with weights (other models), nor links that lead out of the folder.
+    Hidden files are not copied either, nor folders with weights (other models), nor links that lead
+    out of the folder.
 
     Args:
         source: a folder, or a name on a hub.

@@ -29,8 +29,8 @@ def convert(model: PreTrainedModel, options: Options) -> None:
     """Convert a softmax model to SSMax, in place: its class and config become those of an SSMax model (model_type "ssmax_...").
 
     Raises:
-        ValueError: the model is converted already; its family cannot be converted (an attention, a law of n or a bias on the
-            logits of its own); or an option does not fit.
+        ValueError: the model is converted already; its family cannot be converted (an attention, a
+            law of n or a bias on the logits of its own); or an option does not fit.
     """
     if options.example is not None:
         raise ValueError("example is for modules that are not transformers models; leave it out")

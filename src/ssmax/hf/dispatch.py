@@ -89,8 +89,8 @@ def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0
 def install() -> None:
     """Wrap the dispatch of every attention interface, once. Modules without a scale pass through unchanged.
 
-    The implementation's own name stays in the config. Under a name of ours, a model would lose its masks, and SSMax itself as
-    soon as somebody chose another implementation.
+    The implementation's own name stays in the config. Under a name of ours, a model would lose its
+    masks, and SSMax itself as soon as somebody chose another implementation.
     """
     wrapped = hasattr(AttentionInterface, "_ssmax_attend")  # by the code file of a saved model, whose place ssmax takes
     AttentionInterface._ssmax_attend = staticmethod(_attend)  # pyrefly: ignore[missing-attribute]

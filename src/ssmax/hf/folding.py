@@ -38,8 +38,8 @@ def _written(model):
 def fold(model: PreTrainedModel) -> PreTrainedModel:
     """Multiply each head's rows of q_proj by its s, in place, and set s to 1: the same model, scaled by log n alone.
 
-    softmax((s log n) q k) = softmax(log n (s q) k), since RoPE is linear. The outputs change by rounding only (about 3e-5 of the
-    logits in float32). s is frozen.
+    softmax((s log n) q k) = softmax(log n (s q) k), since RoPE is linear. The outputs change by
+    rounding only (about 3e-5 of the logits in float32). s is frozen.
 
     Args:
         model: a converted model of transformers without b.
@@ -48,9 +48,10 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        ValueError: the model is not a converted decoder-only model; it has a bias b, which is not multiplied by log n; a projection is not one
-            nn.Linear of heads x head size in floating point; a weight is offloaded or shared; or something that is not linear
-            (QK-norm, clipping) lies between projection and scale. The model stays as it was.
+        ValueError: the model is not a converted decoder-only model; it has a bias b, which is not
+            multiplied by log n; a projection is not one nn.Linear of heads x head size in floating
+            point; a weight is offloaded or shared; or something that is not linear (QK-norm,
+            clipping) lies between projection and scale. The model stays as it was.
 
     Example:
         >>> ssmax.fold(ssmax.convert(model))

@@ -39,7 +39,8 @@ class Layer:
     Attributes:
         module: its attention module.
         heads: query heads.
-        kind: as in the config's layer_types: "full_attention", "sliding_attention", "chunked_attention" or a sparse kind.
+        kind: as in the config's layer_types: "full_attention", "sliding_attention",
+            "chunked_attention" or a sparse kind.
         cross: whether keys and queries have different sources.
     """
 
@@ -91,7 +92,8 @@ def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
 def named_layers(model: PreTrainedModel) -> dict[str, Layer]:
     """Return all attention modules that pass through transformers' attention interface, in every part of the model.
 
-    Names are those in the base model, without its prefix, so that a model with a head and one without have the same.
+    Names are those in the base model, without its prefix, so that a model with a head and one
+    without have the same.
     """
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     layers: dict[str, Layer] = {}

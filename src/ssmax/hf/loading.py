@@ -35,7 +35,8 @@ def load_config(source: str | Path) -> PreTrainedConfig:
         source: a folder, or a name on a hub.
 
     Raises:
-        ValueError: there is no such model, or its folder is damaged, or it names files outside of the folder.
+        ValueError: there is no such model, or its folder is damaged, or it names files outside of
+            the folder.
     """
     _check(source)
     return _told(source, lambda: AutoConfig.from_pretrained(source, **SAFE))

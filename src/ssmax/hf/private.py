@@ -1,7 +1,8 @@
 """All private names of transformers and accelerate that ssmax uses. tests/hf/test_private.py tests what ssmax relies on.
 
-Overridden methods are in their classes: _init_weights and _upload_modified_files in checkpoint.py, and those of the Trainer in
-training/loop.py. The code that a checkpoint carries (portable/pieces.py) does not import ssmax and uses its own names.
+Overridden methods are in their classes: _init_weights and _upload_modified_files in checkpoint.py,
+and those of the Trainer in training/loop.py. The code that a checkpoint carries
+(portable/pieces.py) does not import ssmax and uses its own names.
 """
 
 import types

@@ -73,7 +73,8 @@ def check_carried(model: PreTrainedModel) -> None:
 def check_attended(model: PreTrainedModel) -> None:
     """Raise ValueError if no scale was used in a forward: other code attended in place of the layers.
 
-    Of a model that has parts, such as an encoder and a decoder, not all run in each forward; it is checked by its modules alone.
+    Of a model that has parts, such as an encoder and a decoder, not all run in each forward; it is
+    checked by its modules alone.
     """
     if "_ssmax_carriers" not in model.__dict__:  # reverted; a hook of accelerate still calls the converted forward
         return

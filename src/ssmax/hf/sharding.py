@@ -16,7 +16,8 @@ __all__ = ["install"]
 def install() -> None:
     """Make FSDP2 (fully_shard) and FSDP1 shard each QueryScale separately from the layer that holds it. Done once.
 
-    Classes are changed instead of functions, so that it also works if fully_shard was imported before.
+    Classes are changed instead of functions, so that it also works if fully_shard was imported
+    before.
     """
     group = fsdp_parameter_group()
     if getattr(group.__init__, "_ssmax", False):

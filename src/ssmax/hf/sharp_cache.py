@@ -26,21 +26,23 @@ MOST_READ = (
 class SharpCache(DynamicCache):
     """A cache for generate that lets a converted model decode sharply. CPU, inference only.
 
-    Prefill is exact. After 4,096 keys or more, a decode step of a converted layer with full attention reads only the keys that
-    can matter. Each component of its attention is then wrong by at most 2 tolerance max|v|, certified. Flat heads, shorter
-    caches and other layers are computed in full. The cache grows in place: a step copies no old key. Cropping works (assisted
-    and prompt-lookup decoding), and batches may be padded.
+    Prefill is exact. After 4,096 keys or more, a decode step of a converted layer with full
+    attention reads only the keys that can matter. Each component of its attention is then wrong by
+    at most 2 tolerance max|v|, certified. Flat heads, shorter caches and other layers are computed
+    in full. The cache grows in place: a step copies no old key. Cropping works (assisted and
+    prompt-lookup decoding), and batches may be padded.
 
-    If the heads of a layer together read more than half of their keys for 256 such steps, that layer decodes in full from then
-    on, without a screen, and the cache warns once. So a model that gains nothing pays nothing.
+    If the heads of a layer together read more than half of their keys for 256 such steps, that
+    layer decodes in full from then on, without a screen, and the cache warns once. So a model that
+    gains nothing pays nothing.
 
     Args:
         model: a converted model on the CPU, with attn_implementation "sdpa". It is not changed.
         tolerance: weight that may be left out of a row, in (0, 1); see ssmax.attention.
 
     Raises:
-        ValueError: the model is not converted, not on sdpa or not on the CPU; tolerance is outside (0, 1); later also for
-            beam search and other reordering of the batch.
+        ValueError: the model is not converted, not on sdpa or not on the CPU; tolerance is outside
+            (0, 1); later also for beam search and other reordering of the batch.
 
     Example:
         >>> model.generate(tokens, past_key_values=ssmax.hf.SharpCache(model))
@@ -74,7 +76,8 @@ class SharpCache(DynamicCache):
     def share_read(self) -> dict[int, np.ndarray]:
         """Return by layer the share of keys that each key head read exactly, (batch, key heads), mean over the steps so far.
 
-        1 is plain decoding. Layers that never decode sharply are missing. Layers that have turned plain keep their last share.
+        1 is plain decoding. Layers that never decode sharply are missing. Layers that have turned
+        plain keep their last share.
         """
         return {
             index: layer.screened.share_read()

@@ -17,8 +17,8 @@ __all__ = ["ScaleSpec"]
 class ScaleSpec:
     """The scales of a converted model, as config.ssmax holds them in JSON.
 
-    The law "ssmax" has init, s, b and bias, other laws have parameters instead. Both are starting values; learned values are
-    in the weights.
+    The law "ssmax" has init, s, b and bias, other laws have parameters instead. Both are starting
+    values; learned values are in the weights.
 
     Attributes:
         law: a name in ssmax.laws.LAWS.

@@ -1,7 +1,7 @@
 """Chooses the count of n for transformers: n is counted from the arguments that its attention kernel receives.
 
-The mask function that is registered for an attention implementation decides what its masks mean, so it decides the count too.
-ssmax.visible does the counting.
+The mask function that is registered for an attention implementation decides what its masks mean, so
+it decides the count too. ssmax.visible does the counting.
 """
 
 import functools
@@ -74,7 +74,8 @@ def kernel_visible_keys(
         closed: the kernel sees the keys that it receives and no others; see sees_what_it_is_handed.
 
     Raises:
-        ValueError: an implementation whose masks are unknown, or a split sequence whose n is not determined.
+        ValueError: an implementation whose masks are unknown, or a split sequence whose n is not
+            determined.
     """
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation.removeprefix("paged|"))
     rule = RULES.get(implementation, RULES.get(mask_function))
@@ -117,8 +118,9 @@ def _is_causal(module, kwargs):
 def sees_what_it_is_handed(attend: Callable) -> bool:
     """Return whether a kernel sees only the keys that it receives: it is transformers' own code and calls torch's own kernel.
 
-    Other functions may read the keys of other ranks: ring attention and Ulysses, under a name of theirs or of transformers, and
-    torch's context_parallel, which replaces scaled_dot_product_attention.
+    Other functions may read the keys of other ranks: ring attention and Ulysses, under a name of
+    theirs or of transformers, and torch's context_parallel, which replaces
+    scaled_dot_product_attention.
     """
     while isinstance(attend, functools.partial):
         attend = attend.func
@@ -133,7 +135,8 @@ def sees_what_it_is_handed(attend: Callable) -> bool:
 def _open(rule, module, query, key, mask, kwargs):
     """Return n for a kernel that may see more keys than it receives. A position beyond its keys shows that it does.
 
-    Then positions are global, each in the query's own document, and n is position + 1, at most the window.
+    Then positions are global, each in the query's own document, and n is position + 1, at most the
+    window.
     """
     n, position_ids = rule(module, query, key, mask, kwargs), kwargs.get("position_ids")
     if position_ids is None and not torch.compiler.is_compiling():

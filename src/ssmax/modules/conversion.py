@@ -166,7 +166,8 @@ def _kind(module):
 def _neighbours(modules, found, scales):
     """Yield the modules whose class must change because other modules get scales, each with its kind.
 
-    These are modules that run inside a converted forward without being converted, and encoders that would make nested tensors.
+    These are modules that run inside a converted forward without being converted, and encoders that
+    would make nested tensors.
     """
     for name, module in modules.items():
         inside = any(name != other and name.startswith(f"{other}." if other else "") for other in scales)

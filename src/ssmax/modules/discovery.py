@@ -74,8 +74,9 @@ def attends_itself(kind: type[nn.Module]) -> bool:
 def multihead_sites(model: nn.Module) -> dict[str, Site]:
     """Return the nn.MultiheadAttention modules by name, without running them.
 
-    A module counts as cross attention if its keys cannot be its own tokens (kdim or vdim differ), or if it is the multihead_attn
-    of an nn.TransformerDecoderLayer. All others count as self-attention.
+    A module counts as cross attention if its keys cannot be its own tokens (kdim or vdim differ),
+    or if it is the multihead_attn of an nn.TransformerDecoderLayer. All others count as
+    self-attention.
     """
     crossing = {id(m.multihead_attn) for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     return {
@@ -92,7 +93,8 @@ def multihead_sites(model: nn.Module) -> dict[str, Site]:
 def discover(model: nn.Module, example: Any) -> Found:
     """Run a trial forward, and return which modules attend. A call belongs to the innermost module whose forward runs.
 
-    The forward runs on a copy in eval mode. The copy shares the parameters; its buffers, caches and modes are its own.
+    The forward runs on a copy in eval mode. The copy shares the parameters; its buffers, caches and
+    modes are its own.
 
     Args:
         model: any module.
@@ -211,7 +213,8 @@ class _Recorder(TorchFunctionMode):
     def _crosses(self, query, key):
         """Return whether a call is cross attention: the first input that the query was made from did not make the key.
 
-        The inputs are those of the innermost module that has parameters and does not receive split heads already.
+        The inputs are those of the innermost module that has parameters and does not receive split
+        heads already.
         """
         of_query, of_key = self._ancestors(query), self._ancestors(key)
         for _, given, projects in reversed(self.running):

@@ -49,8 +49,8 @@ def attend(
     With need_weights, the weights that it returns are those of SSMax.
 
     Raises:
-        ValueError: a mask is a bias or has a wrong shape, the module adds keys (bias_k, add_zero_attn), or static keys or nested
-            tensors are given.
+        ValueError: a mask is a bias or has a wrong shape, the module adds keys (bias_k,
+            add_zero_attn), or static keys or nested tensors are given.
     """
     check(bias_k, add_zero_attn)
     if static_k is not None or static_v is not None or query.is_nested:

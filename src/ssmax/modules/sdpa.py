@@ -41,8 +41,8 @@ def _as_batch(query):
 def count(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | int:
     """Return n, the number of keys that each row of the query sees, as SSMaxScale takes it for (B, H, N, D).
 
-    The rules are torch's. With is_causal, query i sees keys 0 to i, also if N and S differ. A mask broadcasts to (..., H, N, S);
-    True or 0 is visible, False or -inf is hidden.
+    The rules are torch's. With is_causal, query i sees keys 0 to i, also if N and S differ. A mask
+    broadcasts to (..., H, N, S); True or 0 is visible, False or -inf is hidden.
 
     Raises:
         ValueError: the mask is a bias (other finite values), or the tensors are nested.

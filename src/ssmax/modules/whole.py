@@ -26,10 +26,12 @@ def whole_or_not_at_all(
 ) -> Callable[[Change], Change]:
     """Decorate a function that changes a model: if it raises (KeyboardInterrupt included), everything is restored.
 
-    Restored are each module's class, attributes, submodules, hooks and mode, the model's config, and requires_grad.
+    Restored are each module's class, attributes, submodules, hooks and mode, the model's config,
+    and requires_grad.
 
     Args:
-        written: returns the tensors whose values the function changes in place; these are copied before.
+        written: returns the tensors whose values the function changes in place; these are copied
+            before.
     """
 
     def decorate(change: Any) -> Any:

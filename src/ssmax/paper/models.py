@@ -33,11 +33,15 @@ class Variant:
         title: its name in reports.
         help: its text on the command line.
         colour: its colour in figures.
-        options: options of convert, with init "matched"; None for Softmax. A function of the recipe if they depend on it.
+        options: options of convert, with init "matched"; None for Softmax. A function of the recipe
+            if they depend on it.
         finish: called with the converted model and its recipe, to replace the scales.
-        made_of: the variant whose trained model is converted, without further training, to make this one.
-        branch_of: the variant whose training it shares until it switches. If both are trained, that part is trained once.
-        measured: False for a model that is not saved, since only the values learned in its training are of interest.
+        made_of: the variant whose trained model is converted, without further training, to make
+            this one.
+        branch_of: the variant whose training it shares until it switches. If both are trained, that
+            part is trained once.
+        measured: False for a model that is not saved, since only the values learned in its training
+            are of interest.
     """
 
     letter: str

@@ -29,8 +29,8 @@ __all__ = [
 def turns(theta: float, length: int) -> float:
     """Return the share of RoPE's frequencies that complete a turn within length tokens.
 
-    Frequency i of a head with d components has the wavelength 2 pi theta^(2i/d). So the share, of the range of 2i/d, is
-    log(length / 2 pi) / log theta for any d.
+    Frequency i of a head with d components has the wavelength 2 pi theta^(2i/d). So the share, of
+    the range of 2i/d, is log(length / 2 pi) / log theta for any d.
     """
     return math.log(length / (2 * math.pi)) / math.log(theta)
 

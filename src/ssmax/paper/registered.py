@@ -21,8 +21,10 @@ class Registered:
         figure: the paper's number, "counting", or "laws".
         text: the claim; {span} and {theta} stand for what was measured.
         paper: the paper's own finding, in short.
-        measure: a name in ssmax.paper.measured.MEASURES; it gives one value for each model and seed.
-        judge: the first model's value is lower or higher than the second's, or nearer to the second's than to the third's.
+        measure: a name in ssmax.paper.measured.MEASURES; it gives one value for each model and
+            seed.
+        judge: the first model's value is lower or higher than the second's, or nearer to the
+            second's than to the third's.
         models: letters.
     """
 

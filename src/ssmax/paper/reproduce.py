@@ -50,7 +50,8 @@ MAX_WORKERS = 8
 def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup = Setup()) -> None:  # noqa: B008
     """Run a recipe in its folder, or continue it, and write all rows to run.rows_file.
 
-    Under torchrun all ranks call this and train each model together. Otherwise each model is trained by one worker.
+    Under torchrun all ranks call this and train each model together. Otherwise each model is
+    trained by one worker.
 
     Args:
         recipe: what to train and measure.
@@ -82,7 +83,8 @@ def reproduce(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, s
 def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup: Setup) -> Path:
     """Pretrain the only model of a recipe in its folder, on all ranks together, and return the saved model's folder.
 
-    Arguments and errors as in reproduce. An interrupted training continues from its last checkpoint.
+    Arguments and errors as in reproduce. An interrupted training continues from its last
+    checkpoint.
     """
     tokens, provenance = prepare(recipe, source, run, cache)
     with failures(""):
@@ -161,7 +163,8 @@ def start_ranks(timeout_minutes: float) -> bool:
     """Join the other ranks that torchrun started, if any; return whether this process is the main one.
 
     Args:
-        timeout_minutes: how long a rank waits for the others. A rank that hangs must not stop them for ever.
+        timeout_minutes: how long a rank waits for the others. A rank that hangs must not stop them
+            for ever.
     """
     state = join(timedelta(minutes=timeout_minutes))
     quiet()

@@ -23,9 +23,11 @@ class Stage:
     Attributes:
         name: its name in file names and rows.
         asked: (recipe, job) -> whether the model takes this stage.
-        tokens: recipe -> its work, in tokens of a training step (a token of a forward counts a third).
+        tokens: recipe -> its work, in tokens of a training step (a token of a forward counts a
+            third).
         run: (job, recipe, corpus, folder of models, progress[, setup]) -> rows.
-        trains: whether it trains. Then all ranks run it together, it saves when it is stopped, and run takes a setup.
+        trains: whether it trains. Then all ranks run it together, it saves when it is stopped, and
+            run takes a setup.
     """
 
     name: str

@@ -15,7 +15,8 @@ MOST_SEEDS = 1000
 def t_cdf(t: float, freedom: int) -> float:
     """Return P(T <= t) of Student's t with a whole number of degrees of freedom.
 
-    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4, in theta = atan(t / sqrt(freedom)).
+    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4, in theta = atan(t /
+    sqrt(freedom)).
     """
     theta = math.atan(t / math.sqrt(freedom))
     sine, square = math.sin(theta), math.cos(theta) ** 2

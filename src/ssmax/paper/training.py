@@ -50,7 +50,8 @@ def pretrain(
 ) -> Trained:
     """Train a model as in Table 2; arguments and errors as in ssmax.training.loop.train.
 
-    With a branch, the model is built like the branch, with switches, but stays Softmax; the branch switches.
+    With a branch, the model is built like the branch, with switches, but stays Softmax; the branch
+    switches.
     """
     if setup.shard and world_size() > 1 and hasattr(model, "learned_p"):
         raise UserError("variant p shares one parameter among all layers and cannot be sharded; leave out --shard")
@@ -159,7 +160,8 @@ def pretrain_stage(
 def _branch(job, recipe, models):
     """Return the job that shares this job's training until it switches, and its Branch; None if the run trains none.
 
-    A training goes on as it began: a checkpoint of a model that cannot switch does not fit one that can, nor the reverse.
+    A training goes on as it began: a checkpoint of a model that cannot switch does not fit one that
+    can, nor the reverse.
     """
     scratch = models / job.name / SCRATCH
     switchable = (scratch / SWITCHABLE).exists()

@@ -49,7 +49,8 @@ def line_of(error: BaseException, again: str = AGAIN) -> tuple[str, int]:
         again: what is kept, which is said after a signal and after the machine's own failures.
 
     Returns:
-        The line, and 2 for what the user can mend, 1 for a run that failed, 128 plus a signal's number.
+        The line, and 2 for what the user can mend, 1 for a run that failed, 128 plus a signal's
+        number.
     """
     if isinstance(error, (UserError, RunFailed)):
         return str(error), 2 if isinstance(error, UserError) else 1

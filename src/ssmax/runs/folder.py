@@ -30,8 +30,8 @@ class RunFolder:
 
     Attributes:
         folder: its path.
-        recipe: a frozen dataclass with jobs, stages(job), once (stages that belong to no job) and later (values for fields
-            that older versions did not have).
+        recipe: a frozen dataclass with jobs, stages(job), once (stages that belong to no job) and
+            later (values for fields that older versions did not have).
         corpus: --corpus of the command line.
     """
 

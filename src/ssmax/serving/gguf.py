@@ -1,9 +1,9 @@
 """Export of a converted model to a GGUF file that stock llama.cpp runs exactly.
 
-llama.cpp has no SSMax. Its architecture mistral3 multiplies queries by 1 + beta log(floor(p / L) + 1) at position p. The
-export sets L = 1 and multiplies the rows of the query projection by s / beta. Since n = p + 1, the product is
-s log n + s / beta, with a relative error of 1 / (beta log n). 1 / beta is a tensor of its own (attn_q.scale), because it
-does not fit into weights of 16 or 8 bits.
+llama.cpp has no SSMax. Its architecture mistral3 multiplies queries by 1 + beta log(floor(p / L) +
+1) at position p. The export sets L = 1 and multiplies the rows of the query projection by s / beta.
+Since n = p + 1, the product is s log n + s / beta, with a relative error of 1 / (beta log n). 1 /
+beta is a tensor of its own (attn_q.scale), because it does not fit into weights of 16 or 8 bits.
 """
 
 import importlib
@@ -49,7 +49,8 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
     """Write a model and its tokenizer to a new GGUF file.
 
     Args:
-        source: folder of a model and its tokenizer. A softmax model of the same families is written as a softmax model.
+        source: folder of a model and its tokenizer. A softmax model of the same families is written
+            as a softmax model.
         target: new file.
         dtype: dtype of the matrices: "f32", "f16" or "q8_0"; vectors stay float32.
         dry_run: check the model, and write nothing.
@@ -58,7 +59,8 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
         Lines that say what was done.
 
     Raises:
-        UserError: target exists, the package gguf is missing, or llama.cpp would not run the model or its tokenizer exactly.
+        UserError: target exists, the package gguf is missing, or llama.cpp would not run the model
+            or its tokenizer exactly.
     """
     check_destination(target, new=True)
     if dtype not in DTYPES:

@@ -23,8 +23,9 @@ __all__ = ["export_onnx", "sample_inputs"]
 def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str]:
     """Write a model to a new folder: model.onnx, its weights, the config and the tokenizer.
 
-    The graph computes in float32, for any batch size and length. It takes a KV cache if all layers attend in full. The cache of
-    a layer with a window drops keys, which a graph cannot do; such models take the whole sequence at each step.
+    The graph computes in float32, for any batch size and length. It takes a KV cache if all layers
+    attend in full. The cache of a layer with a window drops keys, which a graph cannot do; such
+    models take the whole sequence at each step.
 
     Args:
         source: folder of a model and its tokenizer. A softmax model is written as a softmax model.
@@ -35,7 +36,8 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
         Lines that say what was done, with the names of the graph's inputs and outputs.
 
     Raises:
-        UserError: target exists, a package or transformers' exporter is missing, or source holds no model.
+        UserError: target exists, a package or transformers' exporter is missing, or source holds no
+            model.
         RunFailed: the exporter does not take this model.
     """
     if target.exists():
@@ -69,7 +71,8 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
 def sample_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Return example inputs for the exporter: a step after a cache, or whole sequences if a layer's cache does not only grow.
 
-    No size is 1 or equal to another, since an exporter may take such sizes for constants or for one size.
+    No size is 1 or equal to another, since an exporter may take such sizes for constants or for one
+    size.
     """
     tokens = torch.arange(10).view(2, 5) % model.config.get_text_config().vocab_size
     with torch.no_grad():

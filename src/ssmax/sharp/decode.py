@@ -40,8 +40,9 @@ def check_tolerance(tolerance: float) -> None:
 def forward(call: AttentionCall) -> Tensor:
     """Return the output within the tolerance. sdpa computes short caches, many queries, windows and flat heads, where a screen saves no time.
 
-    Of S keys, one whose score is below the largest by more than log(S / tolerance) weighs less than tolerance / S. Leaving out
-    keys with a total weight of at most tolerance changes each component of the output by at most 2 tolerance max|v|.
+    Of S keys, one whose score is below the largest by more than log(S / tolerance) weighs less than
+    tolerance / S. Leaving out keys with a total weight of at most tolerance changes each component
+    of the output by at most 2 tolerance max|v|.
 
     Without a screen all keys are read, and only values are left out.
     """

@@ -24,10 +24,12 @@ HIDDEN = torch.iinfo(torch.int32).min  # stands for the product of a key that th
 class ScreenedKeys:
     """The keys of a decode with an int8 copy beside them, for attention(..., impl="sharp").
 
-    A key is k = c + w (i + r). c and w are the mean and the width of each channel, i is int8, and r is the rounding error. Then
-    q k = q c + (w q) i + (w q) r. Since |(w q) r| <= |w q| |r|, the product (w q) i bounds the score from both sides; q c is the
-    same for all keys. |r| is kept for each key. A key is rounded once, when it is appended. c and w come from the keys that are
-    there when the cache reaches 4,096 keys; before that there is no screen. The screen takes D + 4 bytes for each key and head.
+    A key is k = c + w (i + r). c and w are the mean and the width of each channel, i is int8, and r
+    is the rounding error. Then q k = q c + (w q) i + (w q) r. Since |(w q) r| <= |w q| |r|, the
+    product (w q) i bounds the score from both sides; q c is the same for all keys. |r| is kept for
+    each key. A key is rounded once, when it is appended. c and w come from the keys that are there
+    when the cache reaches 4,096 keys; before that there is no screen. The screen takes D + 4 bytes
+    for each key and head.
 
     Args:
         keys: the first keys, (B, K, S, D), floating point.
@@ -205,8 +207,8 @@ class ScreenedKeys:
 def _candidates(by_block, step, reach, margin, lost, most, at, size, tolerance, most_kept):
     """Return the keys to read by head, from bounds of their scores.
 
-    A score is step * product +- (reach * lost + margin), and the largest score of a row is at least lowest. This is numpy, whose
-    calls on few numbers take a fifth of the time of torch's.
+    A score is step * product +- (reach * lost + margin), and the largest score of a row is at least
+    lowest. This is numpy, whose calls on few numbers take a fifth of the time of torch's.
     """
     largest, products = step[..., None] * by_block.amax(-1).numpy(), by_block.numpy()
     spread = reach[..., None] * most[:, None] + margin[..., None]

@@ -22,8 +22,8 @@ def owner(folder: Path, recipe: Any) -> str:
 
     Args:
         folder: MODEL/STAGE.
-        recipe: the settings, a dataclass. Fields in recipe.later, which older versions did not have, count only if they differ
-            from what those versions did.
+        recipe: the settings, a dataclass. Fields in recipe.later, which older versions did not
+            have, count only if they differ from what those versions did.
     """
     told = {name: value for name, value in asdict(recipe).items() if recipe.later.get(name, ...) != value}
     settings = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
@@ -53,7 +53,8 @@ def newest(folder: Path, whose: str) -> Path | None:
 
     Args:
         folder: folder of one training.
-        whose: the owner that was given to seal, so that no checkpoint of another model or run is continued.
+        whose: the owner that was given to seal, so that no checkpoint of another model or run is
+            continued.
     """
     state = PartialState()
     if state.is_main_process:

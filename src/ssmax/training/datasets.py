@@ -15,8 +15,9 @@ __all__ = ["Examples", "Windows"]
 class Windows(Dataset):
     """The training stream cut into windows. All windows come once, then all again in another order; the seed sets the orders.
 
-    The order of one pass is in memory, 4 bytes for each window (1.5 GiB for the paper's 410 million). It is drawn when the
-    pass begins. It is a random permutation, so that windows of one document meet in a step only by chance.
+    The order of one pass is in memory, 4 bytes for each window (1.5 GiB for the paper's 410
+    million). It is drawn when the pass begins. It is a random permutation, so that windows of one
+    document meet in a step only by chance.
 
     Args:
         tokens: (T,) integers with len and slices, such as ssmax.data.shards.Shards.

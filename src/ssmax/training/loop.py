@@ -82,7 +82,8 @@ class Setup:
     """How a training runs. This does not change what it computes.
 
     Attributes:
-        shard: shard weights and optimizer over the ranks (FSDP2); otherwise each rank holds all of them (DDP).
+        shard: shard weights and optimizer over the ranks (FSDP2); otherwise each rank holds all of
+            them (DDP).
         report_to: a tracker of transformers' Trainer, such as "tensorboard" or "wandb".
     """
 

@@ -67,7 +67,8 @@ def write_card(
 ) -> None:
     """Write the card of a converted model into a folder, unless the folder has a card that somebody wrote or changed.
 
-    License, base model and language come from the source's own card or config. What is not known is left out.
+    License, base model and language come from the source's own card or config. What is not known is
+    left out.
 
     Args:
         model: a converted model.

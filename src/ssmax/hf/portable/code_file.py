@@ -71,9 +71,10 @@ def write_code(model: PreTrainedModel, heads: dict[str, type[PreTrainedModel]], 
     """Write the code file of a converted model into a folder.
 
     Args:
-        model: a converted model. The code is made from its classes and modules, never from its config, which may come from an
-            unknown source.
-        heads: name of each Auto class that knows the family, and the class of transformers that it loads.
+        model: a converted model. The code is made from its classes and modules, never from its
+            config, which may come from an unknown source.
+        heads: name of each Auto class that knows the family, and the class of transformers that it
+            loads.
         folder: folder of the saved model.
     """
     write_atomically(folder / f"{CODE_FILE}.py", _code(model, heads))

@@ -53,8 +53,7 @@ class Calibration:
         mean_before: held-out loss over all positions before the fit.
         mean_after: the same after the fit.
         trials: all fits.
-        chosen: the fit that was kept. None if none was better than the model as it was; the model
-            is then unchanged.
+        chosen: the fit that was kept. None if none was better than the model as it was; the model is then unchanged.
     """
 
     length: int
@@ -105,28 +104,22 @@ def calibrate(
 ) -> Calibration:
     """Fit s and b of each head on long texts, with all other weights frozen, and keep the best fit on held-out text.
 
-    Each init is fitted with each layer set, from the same start, by momentum along the gradient at
-    unit length. The fit with the lowest held-out loss stays in the model. If none beats the model
-    as it was, the model is unchanged. The loss of a piece is taken at positions spread evenly over
-    log position, so that each octave of n counts alike; the held-out loss is the mean over octaves.
-    With activation checkpointing the fit needs less memory and a third more time.
+    Each init is fitted with each layer set, from the same start, by momentum along the gradient at unit length. The fit with
+    the lowest held-out loss stays in the model. If none beats the model as it was, the model is unchanged. The loss of a piece
+    is taken at positions spread evenly over log position, so that each octave of n counts alike; the held-out loss is the mean
+    over octaves. With activation checkpointing the fit needs less memory and a third more time.
 
     Args:
-        model: a transformers model, converted in place; or a converted model, whose fit starts from
-            its present s and b.
-        texts: documents, as strings (needs tokenizer) or as token ids (1-D each, or one (B, T)
-            tensor).
+        model: a transformers model, converted in place; or a converted model, whose fit starts from its present s and b.
+        texts: documents, as strings (needs tokenizer) or as token ids (1-D each, or one (B, T) tensor).
         tokenizer: the model's tokenizer, for strings.
-        held_out: documents for the held-out loss. Default: the last quarter of texts, at most 4
-            pieces.
-        length: tokens in each piece. Default: the config's max_position_embeddings. Shorter is
-            faster, but teaches less of n.
+        held_out: documents for the held-out loss. Default: the last quarter of texts, at most 4 pieces.
+        length: tokens in each piece. Default: the config's max_position_embeddings. Shorter is faster, but teaches less of n.
         inits: starting points to try, as in ssmax.convert.
         layer_sets: layers to try, as in ssmax.convert. None is every layer with full attention.
         bias: fit b as well. "identity" needs it.
         steps: steps of each fit, one piece each.
-        learning_rate: change of the multipliers in a step (root mean square). It falls to a
-            twentieth over the steps.
+        learning_rate: change of the multipliers in a step (root mean square). It falls to a twentieth over the steps.
         seed: seed of the order of pieces and of the positions.
 
     Returns:
@@ -134,8 +127,8 @@ def calibrate(
 
     Raises:
         TypeError: texts are strings and tokenizer is missing.
-        ValueError: model is not a causal language model of transformers, fewer than two pieces of
-            this length, or arguments that convert refuses.
+        ValueError: model is not a causal language model of transformers, fewer than two pieces of this length, or arguments
+            that convert refuses.
         FloatingPointError: a loss that is not finite.
 
     After an error the model is as it was.

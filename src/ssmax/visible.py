@@ -40,37 +40,30 @@ def visible_keys(
 ) -> Tensor:
     """Count the keys that each query sees: the n of SSMax.
 
-    Exactly one of mask, position_ids, cu_seqlens and num_keys describes what is visible. The other
-    arguments restrict it.
+    Exactly one of mask, position_ids, cu_seqlens and num_keys describes what is visible. The other arguments restrict it.
 
     Args:
-        num_queries: number of queries, which are the last positions, as in a cached decode.
-            Default: all positions. With cu_seqlens it may exceed the packed total: positions after
-            the last document are padding and see nothing. Without causal it is free, since the
-            queries of cross attention are not positions among the keys.
+        num_queries: number of queries, which are the last positions, as in a cached decode. Default: all positions. With
+            cu_seqlens it may exceed the packed total: positions after the last document are padding and see nothing.
+            Without causal it is free, since the queries of cross attention are not positions among the keys.
         num_keys: length of a plain sequence.
-        mask: (B, S), a padding mask in which True or 1 is a real token; or (B, 1 or H, N, S), all
-            that is visible, to which causal adds nothing. bool, 0/1 integers, or additive (0 =
-            visible, -inf or the dtype's minimum = hidden).
-        position_ids: (B, N) or (N,), the position of each query in its document, from 0. Positions
-            that restart describe packed documents. The positions of a context-parallel shard must
-            be global.
+        mask: (B, S), a padding mask in which True or 1 is a real token; or (B, 1 or H, N, S), all that is visible, to which
+            causal adds nothing. bool, 0/1 integers, or additive (0 = visible, -inf or the dtype's minimum = hidden).
+        position_ids: (B, N) or (N,), the position of each query in its document, from 0. Positions that restart describe
+            packed documents. The positions of a context-parallel shard must be global.
         cu_seqlens: (D + 1,), integer offsets of packed documents, from 0. Documents may be empty.
-        window: largest number of keys that a query sees, itself included (Hugging Face's
-            sliding_window; FlashAttention's window_size = (window - 1, 0)). Causal only.
-        chunk: a query sees only the keys of its own chunk of this many positions, counted from its
-            document's first token.
+        window: largest number of keys that a query sees, itself included (Hugging Face's sliding_window; FlashAttention's
+            window_size = (window - 1, 0)). Causal only.
+        chunk: a query sees only the keys of its own chunk of this many positions, counted from its document's first token.
         causal: a query sees no later key.
 
     Returns:
-        int64, (1, N) for num_keys and cu_seqlens, (B, N) otherwise, (B, H, N) for a mask with H > 1
-        heads.
+        int64, (1, N) for num_keys and cu_seqlens, (B, N) otherwise, (B, H, N) for a mask with H > 1 heads.
 
     Raises:
         TypeError: mask, position_ids or cu_seqlens is not a tensor.
-        ValueError: none or several of the four descriptions, wrong shapes or values, or arguments
-            that do not determine n. Values are checked if that needs no device synchronisation (on
-            the CPU).
+        ValueError: none or several of the four descriptions, wrong shapes or values, or arguments that do not determine n.
+            Values are checked if that needs no device synchronisation (on the CPU).
 
     Example:
         >>> ssmax.visible_keys(num_keys=5, window=3)

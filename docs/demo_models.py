@@ -1,8 +1,8 @@
 """Put models of a finished run into the package, for ssmax demo: python docs/demo_models.py RUN [SEED]
 
 RUN is a folder of ssmax reproduce whose recipe trained paper:ab and fine-tuned them for retrieval; give the seed with the
-median difference of needles found. Weights are kept in
-float16 (s and b in float32), which moves the losses by less than 0.001 nats.
+median difference of needles found, among those with which both models learned the task (of two, the smaller). Weights are
+kept in float16 (s and b in float32), which moves the losses by less than 0.001 nats.
 """
 
 import json

@@ -1,15 +1,17 @@
 """Writes the numbers of README.md and REPRODUCING.md from runs: python docs/reproduced.py [RUN ...].
 
-A run's rows become docs/results/NAME.jsonl first, NAME being that of its folder: runs/tiny is tiny. Then the text between
-the marks <!-- NAME BLOCK --> and <!-- end --> is written from the rows of each name, nothing else. README's figure is
-drawn from the rows of tiny, and the figure of needles is that of its report.
+A run's rows become docs/results/NAME.jsonl first, NAME being that of its folder: runs/laptop is laptop. Then the text
+between the marks <!-- NAME BLOCK --> and <!-- end --> is written from the rows of each name, nothing else. README's
+figure is drawn from the rows of laptop, and the figure of needles is that of its report.
 """
 
+import functools
 import itertools
 import re
 import shutil
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from ssmax.runs.rows import Row, read_rows, write_rows
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 PAGES = [DOCS.parent / "README.md", DOCS.parent / "REPRODUCING.md", DOCS / "laws.md"]
+SHOWN = "laptop"  # the run of README's figure and of the figure of needles
 FRONT = DOCS / "images" / "front.png"
 PICTURE = (
     "![Left: the largest attention weight against the number of keys. Right: loss by position far past the training length]"
@@ -38,11 +41,25 @@ BANDS = ((0, 1), (1, 4), (4, 8), (8, 16), (16, 32))  # of positions, in training
 
 
 def take(run: Path) -> None:
-    """Copy the rows of a finished run; rows of the formula alone are left out."""
+    """Copy the rows of a finished run; rows of the formula alone are left out.
+
+    The rows of a stage share their provenance, which is most of the file: only the first of them keeps it.
+    """
     rows = [row for row in read_rows(run / "rows.jsonl") if row.metric not in ("focus_weight", "max_weight")]
-    write_rows(RESULTS / f"{run.name}.jsonl", rows)
-    if run.name == "tiny":
+    before = [{}, *(row.provenance for row in rows)]
+    kept = [replace(row, provenance={}) if row.provenance == p else row for row, p in zip(rows, before, strict=False)]
+    write_rows(RESULTS / f"{run.name}.jsonl", kept)
+    if run.name == SHOWN:
         shutil.copy(run / "figures" / "figure6.png", DOCS / "images" / "needles.png")
+
+
+@functools.cache
+def results(name: str) -> list[Row]:
+    """Return the rows of a run that was taken. A row without provenance has that of the row before it."""
+    rows: list[Row] = []
+    for row in read_rows(RESULTS / f"{name}.jsonl"):
+        rows.append(row if row.provenance else replace(row, provenance=rows[-1].provenance))
+    return rows
 
 
 def draw_front(rows: list[Row], length: int) -> None:
@@ -210,6 +227,11 @@ def prices(rows: list[Row], length: int) -> str:
 MARK = re.compile(r"(<!-- ([\w-]+) (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
+@functools.cache
+def judged(name: str, length: int, with_formula: bool) -> list[Claim]:
+    return claims([*(formula_rows() if with_formula else []), *results(name)], length)
+
+
 def block(name: str, kind: str, length: int) -> str:
     """What a page shows of a run."""
     if kind == "formulas":
@@ -220,11 +242,11 @@ def block(name: str, kind: str, length: int) -> str:
             if kind == "made"
             else ""
         )
-    rows = read_rows(RESULTS / f"{name}.jsonl")
-    if kind == "trained":
-        return all_claims(claims(rows, length))
-    if kind in ("abstract", "claims", "verdicts"):
-        found = claims([*formula_rows(), *rows], length)
+    rows = results(name)
+    if kind in ("abstract", "claims", "trained", "verdicts"):
+        found = judged(name, length, kind != "trained")
+        if kind == "trained":
+            return all_claims(found)
         if kind == "verdicts":
             return all_claims([claim for claim in found if claim.figure == name])
         return abstract(found, "figure") if kind == "abstract" else all_claims(found)
@@ -237,11 +259,15 @@ def block(name: str, kind: str, length: int) -> str:
     )
 
 
+def page(text: str) -> str:
+    """Return the text of a page with what its marks ask for."""
+    length = tiny().train_length
+    return MARK.sub(lambda match: match[1] + block(match[2], match[3], length) + match[4], text)
+
+
 if __name__ == "__main__":
     for folder in sys.argv[1:]:
         take(Path(folder))
-    length = tiny().train_length
-    draw_front(read_rows(RESULTS / "tiny.jsonl"), length)
-    for page in PAGES:
-        text = page.read_text()
-        page.write_text(MARK.sub(lambda match: match[1] + block(match[2], match[3], length) + match[4], text))
+    draw_front(results(SHOWN), tiny().train_length)
+    for path in PAGES:
+        path.write_text(page(path.read_text()))

@@ -55,3 +55,10 @@ def test_the_readmes_example_runs():
 def test_the_page_of_faults_is_made_from_its_rows():
     page = runpy.run_path(str(ROOT / "docs" / "faults.py"))["page"]
     assert (ROOT / "docs" / "faults.md").read_text() == page()
+
+
+def test_the_numbers_of_the_pages_are_made_from_rows():
+    module = runpy.run_path(str(ROOT / "docs" / "reproduced.py"))
+    for path in module["PAGES"]:
+        text = path.read_text()
+        assert text == module["page"](text), path.name

@@ -1,8 +1,8 @@
 """Flash attention in Triton whose factor of q k is the row's multiplier, float32 inside the kernel; gradients included.
 
 A row sees a half-open range of keys: that is all the kernels know of causality, windows and
-documents, and loops run over that range only. z is q k scale before the multiplier m, S = m z, P =
-softmax(S). The forward keeps zbar_i = sum_j P_ij z_ij, so that the gradient of the multiplier is
+documents, and loops run over that range only. z is q k scale before the multiplier m, S = m z,
+P = softmax(S). The forward keeps zbar_i = sum_j P_ij z_ij, so that the gradient of the multiplier is
 centred, dm_i = sum_j dS_ij (z_ij - zbar_i): what rounding adds to a whole row of dS drops out.
 
 Shapes: N queries, S keys, D head size of query and key, E of value; BLOCK_M rows and BLOCK_N keys

@@ -19,18 +19,20 @@ def _draw(rows: Sequence[Row], train_length: int) -> Drawing:
     cells = rows
     shown = forms(cells)
     asked = {form: variants(pick(cells, "retrieval_accuracy", form=form)) for form in shown}
-    most = max(map(len, asked.values()))
     lengths, depths = (sorted({row.at[name] for row in cells}) for name in ("length", "depth"))
-    figure, axes = panels(len(shown), most + 1, 3.6 * (most + 1), 3.0 * len(shown))
-    for row, form in enumerate(shown):
-        for column, variant in enumerate(asked[form]):
-            axis = axes[row, column]
+    most = max(map(len, asked.values())) + 1  # and one panel for the means
+    columns = min(most, 4)
+    lines = -(-most // columns)
+    figure, axes = panels(lines * len(shown), columns, 3.6 * columns, 3.0 * lines * len(shown))
+    for line, form in enumerate(shown):
+        places = axes[lines * line : lines * (line + 1)].flat
+        for axis, variant in zip(places, asked[form], strict=False):
             mean = by(pick(rows, "retrieval_accuracy", variant, form=form), "depth", "length")
             grid = np.array([[np.mean(mean[depth, length]) for length in lengths] for depth in depths])
             heat_map(axis, grid, lengths, depths, f"{NAMES[variant]}, {FORM_NAMES[form]}")
-        for axis in axes[row, len(asked[form]) : -1]:
-            axis.axis("off")
-        axis = axes[row, -1]
+        axis, *unused = places[len(asked[form]) :]
+        for other in unused:
+            other.axis("off")
         for variant in asked[form]:
             per_seed = by(pick(rows, "retrieval_accuracy", variant, form=form), "length", "seed")
             band_of_seeds(
@@ -39,7 +41,7 @@ def _draw(rows: Sequence[Row], train_length: int) -> Drawing:
         mark_training(axis, train_length)
         axis.set(title=f"mean over depths, {FORM_NAMES[form]}", ylabel="accuracy", ylim=(-0.02, 1.02))
         tokens(axis, lengths, "context (tokens)")
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 0.08), fontsize=7)
     beyond = {
         v: np.mean([r.value for r in pick(rows, "retrieval_accuracy", v) if r.at["length"] > train_length])
         for v in variants(cells)

@@ -129,7 +129,7 @@ class Recipe:
     depths: tuple[float, ...] = _measure(
         (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True
     )
-    trials: int = _measure(16, "Needles for each size and depth, counting texts for each size.")
+    trials: int = _measure(16, "Needles for each size and depth. Counting takes 8 times as many texts for each size.")
     score_trials: int = _measure(60, "Trials of the needle scores.")
     score_length_factor: int = _measure(32, "Context of the needle scores, in training lengths.")
     corpus_bytes: int = _text(64_000_000, "Bytes of text to read, without --tokenizer.")

@@ -18,10 +18,8 @@ class Row:
     """One measured number.
 
     Attributes:
-        metric: max_weight, focus_weight, learned_p, train_loss, loss_by_position,
-            retrieval_accuracy, first_digit_accuracy, needle_score, top_needle_score,
-            attention_entropy or largest_weight.
-        variant: "a" ... "f", or a model's name.
+        metric: what was measured, such as train_loss or retrieval_accuracy.
+        variant: a letter of ssmax.paper.models.VARIANTS, or a model's name.
         seed: seed of initial weights and data order; None if no seed is involved.
         at: coordinates, such as {"position": 2048, "theta_factor": 50}.
         value: the number; losses in nats per token.

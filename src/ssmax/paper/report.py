@@ -77,11 +77,8 @@ the second's. Of 100 such intervals about 95 contain the true mean difference ov
 the claimed side of zero, and is open if the interval contains zero.</p>"""
 
 
-OTHERS = {"counting": "Counter-test", "laws": "Laws of n"}
-
-
 def _label(claim):
-    return f"Fig. {claim.figure}" if isinstance(claim.figure, int) else OTHERS[claim.figure]
+    return f"Fig. {claim.figure}" if isinstance(claim.figure, int) else claim.figure.capitalize()
 
 
 def _line(cells, columns):

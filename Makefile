@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # One worker for each core. A worker takes neighbouring tests, so that the fixtures of a file are seldom built twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-onnx test-quantized test-serving test-modules fuzz versions lint clean
+.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-mlx test-onnx test-quantized test-serving test-modules fuzz versions lint clean
 
 demo: $(STAMP)
 	$(BIN)/ssmax demo
@@ -65,6 +65,11 @@ test-llama: $(STAMP)
 test-onnx: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]' onnxruntime openvino
 	$(BIN)/python -W ignore tests/programs/onnx_logits.py
+
+# Saved models in mlx-lm; on Linux, in the build of mlx for CPUs.
+test-mlx: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mlx[cpu]' mlx-lm
+	$(BIN)/python -W ignore tests/programs/mlx_logits.py
 
 # Converted models whose matrices are quantised.
 test-quantized: $(STAMP)

@@ -131,7 +131,7 @@ for path in (folder, old):
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     assert getattr(transformers, model.config.architectures[0]) is type(model)  # so does transformers serve
     model.save_pretrained(path / "again")
-    assert sorted(p.name for p in (path / "again").glob("*.py")) == ["modeling_ssmax.py"]
+    assert sorted(p.name for p in (path / "again").glob("*.py")) == ["mlx_ssmax.py", "modeling_ssmax.py"]
     assert "package ssmax is installed" in (path / "again" / "modeling_ssmax.py").read_text()
     assert "SSMax" in type(AutoModelForCausalLM.from_pretrained(path / "again")).__name__
 """
@@ -302,7 +302,7 @@ def test_a_push_includes_the_code_and_the_card(tmp_path, monkeypatch, way, there
         if there is not None:
             (folder / "README.md").write_text(there)
         model.save_pretrained(folder, push_to_hub=True, repo_id="me/model")
-    assert site.files.keys() >= {"README.md", "modeling_ssmax.py", "config.json", "model.safetensors"}
+    assert site.files.keys() >= {"README.md", "modeling_ssmax.py", "mlx_ssmax.py", "config.json", "model.safetensors"}
     assert "class Scale" in site.files["modeling_ssmax.py"]
     assert ("# Of the user" in site.files["README.md"]) == (there is not None)
     assert ("Scalable-Softmax" in site.files["README.md"]) == (there is None)

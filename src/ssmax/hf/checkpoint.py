@@ -26,6 +26,7 @@ from transformers.utils import logging
 from ssmax.hf import private, refusals
 from ssmax.hf.portable.card import CARD, keep_card, write_card
 from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, write_code
+from ssmax.hf.portable.mlx_file import MLX_FILE, write_mlx
 from ssmax.hf.scales import (
     attach,
     carriers,
@@ -96,7 +97,7 @@ class SSMaxModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Save as transformers does, together with modeling_ssmax.py and the model card.
+        """Save as transformers does, together with modeling_ssmax.py, mlx_ssmax.py (if mlx-lm can run the model) and the card.
 
         Raises:
             ValueError: a scale that config.ssmax names is missing in the model, or in the
@@ -110,16 +111,19 @@ class SSMaxModel(PreTrainedModel):
             classes, folder = heads(base), Path(save_directory)
             self.config.auto_map = auto_map(base)
             write_code(self, classes, folder)
+            write_mlx(self, folder)
             write_card(self, next((auto for auto, head in classes.items() if head is base), "AutoModel"), folder)
             self.__dict__["_ssmax_card"] = (folder / CARD).read_bytes()
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: dict, *args: Any, **kwargs: Any):
-        """Include the code file and the card in a push to a hub. transformers skips files that it did not see change."""
+        """Include the code files and the card in a push to a hub. transformers skips files that it did not see change."""
         if "_ssmax_card" not in self.__dict__:
             return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
         keep_card(Path(working_dir), self.__dict__["_ssmax_card"])
-        times = {name: time for name, time in files_timestamps.items() if name not in (CARD, f"{CODE_FILE}.py")}
+        times = {
+            name: time for name, time in files_timestamps.items() if name not in (CARD, f"{CODE_FILE}.py", MLX_FILE)
+        }
         return super()._upload_modified_files(working_dir, repo_id, times, *args, **kwargs)
 
     @classmethod

@@ -88,7 +88,7 @@ def _own_config(model: PreTrainedModel, kind: type[PreTrainedConfig]) -> Any:
     return new
 
 
-REVERTED = ("architectures", "auto_map")  # what convert changes in a config beside adding ssmax
+REVERTED = ("architectures", "auto_map", "model_file")  # what convert or saving changes in a config beside adding ssmax
 
 
 def _train_length(given, config):

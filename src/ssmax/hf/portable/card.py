@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmax.hf.portable.code_file import CODE_FILE, formula
+from ssmax.hf.portable.mlx_file import MLX_FILE
 from ssmax.hf.private import NAME_KEY
 from ssmax.runs.files import write_atomically
 from ssmax.versions import INSTALL, SUPPORTED
@@ -46,11 +47,14 @@ model = {auto}.from_pretrained(path, trust_remote_code=True)  # path: this folde
 ```
 
 `{code}.py` in this folder computes the model with transformers {version} or later alone. With the package ssmax
-({install}), `import ssmax.hf` takes the place of `trust_remote_code=True`.
+({install}), `import ssmax.hf` takes the place of `trust_remote_code=True`.{mlx}
 
 **Without both, it is another model.** A plain class, as in `{base}.from_pretrained`, loads the softmax model without the scales.
 transformers then prints a table of unexpected keys that end in `ssmax.weight`, and raises no error.
 {training}{values}{losses}"""
+
+MLX = f"""
+`{MLX_FILE}` computes it in mlx-lm, with `--trust-remote-code`."""
 
 TRAINING = """
 **Training.** What a scale learns must not be decayed. transformers' Trainer decays it where `weight_decay` is not 0 (the default is 0), unless `ssmax.hf` is
@@ -124,6 +128,7 @@ def _text(model, auto, losses, measured):
         code=CODE_FILE,
         version=".".join(map(str, SUPPORTED["transformers"][0])),
         install=INSTALL.replace("NAME", "hf"),
+        mlx=MLX if getattr(model.config, "model_file", None) == MLX_FILE else "",
         base=base,
         training=TRAINING if next(first.parameters(), None) is not None else "",
         values=_values(scales),

@@ -30,7 +30,6 @@ from ssmax.hf.portable.mlx_file import MLX_FILE, write_mlx
 from ssmax.hf.scales import (
     attach,
     carriers,
-    check_attended,
     check_carried,
     check_whole,
     refuse_split_heads,
@@ -38,7 +37,6 @@ from ssmax.hf.scales import (
 )
 from ssmax.hf.spec import ScaleSpec
 from ssmax.hf.visibility import forward_scope
-from ssmax.modules import attended
 from ssmax.query_scale import QueryScale
 from ssmax.versions import __version__
 
@@ -210,11 +208,8 @@ def _scoped(forward: Callable) -> Callable:
         check_carried(args[0])
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        attended.forget()  # a converted model inside this one forgets too, and notes anew
         with forward_scope(kwargs.get("position_ids")):
-            output = forward(*args, **kwargs)
-        check_attended(args[0])
-        return output
+            return forward(*args, **kwargs)
 
     return scoped
 

@@ -1,24 +1,23 @@
 """The scales of a converted model: made from config.ssmax, listed, and checked for missing ones."""
 
-import functools
 import math
 import re
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ssmax.hf import private
 from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import QueryAwareScale
-from ssmax.modules import attended
+from ssmax.modules.attended import Watch, unwatch, watch
 from ssmax.private import drop_child
 from ssmax.query_scale import QueryScale
 
 __all__ = [
     "attach",
     "carriers",
-    "check_attended",
     "check_carried",
     "check_whole",
     "detach",
@@ -41,8 +40,52 @@ def attach(model: PreTrainedModel) -> None:
     for index, scale in scales.items():
         module = layers[index].module
         module.ssmax, module.ssmax_layer = scale, index
-        attended.watch(module)
     model.__dict__["_ssmax_carriers"] = [name for name, _ in carriers(model)]
+    _watch(model, {layers[index].module: layers[index].cross for index in scales})
+
+
+class StackWatch(Watch):
+    """Watch of a module that runs a list of layers, such as an encoder.
+
+    Args:
+        first: index of the first layer inside that holds converted self-attention.
+    """
+
+    def __init__(self, first: int):
+        super().__init__()
+        self.first = first
+
+    def excuses(self, module: Any) -> bool:
+        """Return whether layers drop out in training, or the forward may end before the first watched layer."""
+        config = getattr(module, "config", None)
+        settings = {**vars(module), **(vars(config) if config is not None else {})}
+        drops = module.training and any(value for name, value in settings.items() if "layerdrop" in name)
+        return bool(drops) or getattr(config, "num_hidden_layers", math.inf) <= self.first
+
+
+def _watch(model, attentions):
+    """Watch each converted attention, and the modules around self-attention up to the one that runs the list of its layers.
+
+    A layer runs its self-attention in each forward, and an encoder or decoder its layers. Around them nothing is watched, since
+    parts may be left out: an encoder whose states are given, or a vision tower without pictures.
+    """
+    watches = {module: Watch(counts=not cross) for module, cross in attentions.items()}
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if first is None or attentions.get(module, True):
+            continue
+        inner = watches[module]
+        for end in range(len(parts) - 1, first - 2, -1):
+            around = model.get_submodule(".".join(parts[:end]))
+            if isinstance(around, (nn.ModuleList, nn.ModuleDict)):  # these have no forward
+                continue
+            outer = watches.setdefault(around, StackWatch(int(parts[first])) if end < first else Watch())
+            if not any(inner is one for one in outer.inside):
+                outer.inside.append(inner)
+            inner = outer
+    for module, hook in watches.items():
+        watch(module, hook)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -51,7 +94,7 @@ def detach(model: PreTrainedModel) -> None:
     for module in model.modules():
         drop_child(module, "ssmax")
         module.__dict__.pop("ssmax_layer", None)
-        attended.unwatch(module)
+        unwatch(module)
 
 
 def carriers(model: PreTrainedModel) -> list[tuple[str, Any]]:
@@ -60,34 +103,16 @@ def carriers(model: PreTrainedModel) -> list[tuple[str, Any]]:
 
 
 def check_carried(model: PreTrainedModel) -> None:
-    """Raise ValueError if a converted attention was replaced by a plain one. Layers may be removed from a model."""
+    """Raise ValueError if a converted attention, or a layer around one, was replaced. Layers and whole parts may be removed."""
     for name in model.__dict__.get("_ssmax_carriers", ()):
-        try:
-            module = functools.reduce(getattr, name.split("."), model)
-        except AttributeError:
-            continue
-        if getattr(module, "ssmax", None) is None:
+        module, in_layer = model, False
+        for part in name.split("."):
+            module, in_layer = getattr(module, part, None), in_layer or part.isdigit()
+            if module is None:
+                break
+        removed = module is None and (part.isdigit() or not in_layer)
+        if not removed and getattr(module, "ssmax", None) is None:
             raise ValueError(f"{name} was converted to SSMax and its scale is gone: it would be plain softmax")
-
-
-def check_attended(model: PreTrainedModel) -> None:
-    """Raise ValueError if no scale was used in a forward: other code attended in place of the layers.
-
-    Of a model that has parts, such as an encoder and a decoder, not all run in each forward; it is
-    checked by its modules alone.
-    """
-    if "_ssmax_carriers" not in model.__dict__:  # reverted; a hook of accelerate still calls the converted forward
-        return
-    config, layers = model.config.get_text_config(decoder=True), model.config.ssmax["layers"]
-    drops = model.training and any(value for name, value in vars(config).items() if "layerdrop" in name)
-    parts = getattr(model.config, "is_encoder_decoder", False) or type(model.config).sub_configs
-    depth = getattr(config, "num_hidden_layers", math.inf)  # lower during an early exit
-    run = [key for key in layers if (key < depth if isinstance(key, int) else not parts)]
-    if run and not drops and not attended.noticed_any():
-        raise ValueError(
-            f"layers {layers} were converted to SSMax, and none of them used its scale in this forward, which was plain softmax. Did a "
-            "library replace the forward around them? Undo that, or call ssmax.revert(model)"
-        )
 
 
 def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None) -> None:

@@ -5,32 +5,48 @@ from typing import Any
 
 from ssmax.private import drop_hook, set_hook
 
-__all__ = ["forget", "note", "noticed_any", "require", "unwatch", "watch"]
+__all__ = ["Watch", "note", "require", "unwatch", "watch"]
 
 
-# For each thread: module, the last one that noted itself, and any, whether there was one. torch.compile traces writes to this
-# class; those to a subclass are lost.
+# For each thread: module, the last one that noted itself, and watch, the last watch that passed. torch.compile traces writes to
+# this class; those to a subclass are lost.
 _last = threading.local()
 
 
 def note(module: Any) -> None:
     """Record that the attention of this module uses its scale now."""
-    _last.module, _last.any = module, True
+    _last.module = module
 
 
-def forget() -> None:
-    """Forget which modules noted themselves on this thread."""
-    _last.any = False
+class Watch:
+    """A hook after the forwards of a module that is, or holds, a converted attention. A failed watch raises ValueError.
+
+    It passes if the module noted itself, or if the last watch that passed is one of those inside.
+
+    Args:
+        inside: watches of the next modules inside that hold converted attention. Copies of a module share or copy them.
+        counts: whether the modules around may rely on this one. They may not if it does not run in each of their forwards.
+    """
+
+    def __init__(self, inside: "list[Watch] | None" = None, counts: bool = True):
+        self.inside, self.counts = inside or [], counts
+
+    def __call__(self, module: Any, inputs: Any, output: Any) -> None:
+        """Check one forward."""
+        passed = getattr(_last, "watch", None)
+        if not any(inner is passed for inner in self.inside) and not self.excuses(module):
+            require(module, inputs, output)
+        if self.counts:
+            _last.module, _last.watch = None, self
+
+    def excuses(self, module: Any) -> bool:
+        """Return whether this forward may have passed by all watched modules inside."""
+        return False
 
 
-def noticed_any() -> bool:
-    """Return whether a module noted itself on this thread since forget."""
-    return getattr(_last, "any", False)
-
-
-def watch(module: Any) -> None:
-    """Call require after each forward of a module."""
-    set_hook(module, "ssmax", require)
+def watch(module: Any, hook: Watch) -> None:
+    """Check each forward of a module."""
+    set_hook(module, "ssmax", hook)
 
 
 def unwatch(module: Any) -> None:

@@ -130,3 +130,22 @@ def test_a_prompt_that_sees_itself_whole_counts_all_of_it(implementation):
         model.train()  # in training token types tell the prefix from the answer
         model(input_ids=TOKENS, token_type_ids=kinds, attention_mask=torch.ones_like(TOKENS), labels=TOKENS)
     assert seen[0].expand(2, 12).tolist() == [[5] * 5 + [*range(6, 13)]] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_vision_tower_is_watched_when_it_sees_a_picture():
+    plain = build("Llava")
+    towers = [f"vision_tower.encoder.layers.{i}.self_attn" for i in range(2)]
+    model = ssmax.convert(build("Llava"), 0.5, layers=[*towers, "language_model.layers.1.self_attn"])
+    shown = {"input_ids": TOKENS.clone(), "pixel_values": torch.randn(2, 3, 16, 16)}
+    shown["input_ids"][:, 2:7] = 98
+    want = model(**shown).logits
+    for name in (towers[0], "vision_tower.encoder.layers.1", "language_model.layers.1"):
+        part = model.model.get_submodule(name)
+        part.forward = plain.model.get_submodule(name).forward
+        with pytest.raises(ValueError, match="did not use its scale"):
+            model(**shown)
+        if "vision" in name:
+            assert model(input_ids=TOKENS).logits.isfinite().all()  # no picture: the tower does not run
+        del part.forward
+    assert torch.equal(model(**shown).logits, want)

@@ -2,11 +2,12 @@
 
 import copy
 import functools
+import re
 import types
 
 import pytest
 import torch
-from test_named_families import made
+from test_named_families import TEXT, TRANSLATION, VISION, made
 from tiny_models import tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
@@ -84,9 +85,44 @@ def test_a_patched_layer_around_the_attention_raises(family, monkeypatch):
     build, _, _, layer, patch, _ = FAMILIES[family]
     model = ssmax.convert(build(), 0.5)
     monkeypatch.setattr(layer, "forward", patch)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="none of them used its scale in this forward"):
-            model(TOKENS)
+    for run in (model, model.base_model, model):
+        with pytest.raises(ValueError, match="holds attention that was converted .* did not use its scale"):
+            run(TOKENS)
+    with pytest.raises(Exception, match="did not use its scale"):
+        torch.compile(model, backend="eager", fullgraph=True)(TOKENS)
+
+
+def parts_of(model):
+    """The converted attentions, and the layers that hold converted self-attention."""
+    names = [name for name, module in model.named_modules() if getattr(module, "ssmax", None) is not None]
+    layers = [re.match(r".*?\.\d+(?=\.)", name) for name in names if not re.search("cross|encoder_attn", name)]
+    return [*names, *sorted({layer.group() for layer in layers if layer})]
+
+
+@pytest.mark.parametrize("family", [*TEXT, *VISION, *TRANSLATION, "whisper"])
+def test_a_forward_of_the_softmax_model_in_any_part_raises(family):
+    """As a library leaves it that patches the class, but for one instance."""
+    model = ssmax.convert(made(family), 0.5, cross=True)
+    plain = made(family)
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16).double()} if family in VISION else {"input_ids": TOKENS}
+    if family == "whisper":
+        inputs = {"input_features": torch.randn(2, 8, 20).double()}
+    if family not in (*TEXT, *VISION):
+        inputs["decoder_input_ids"] = TOKENS
+    names = parts_of(model)
+    assert len(names) >= 2
+    want = model(**inputs)[0]
+    for name in names:
+        part = model.get_submodule(name)
+        part.forward = plain.get_submodule(name).forward
+        with pytest.raises(ValueError, match="did not use its scale"):
+            model(**inputs)
+        del part.forward
+        whole = copy.deepcopy(model)
+        whole.set_submodule(name, plain.get_submodule(name))
+        with pytest.raises(ValueError, match="its scale is gone"):
+            whole(**inputs)
+    assert torch.equal(model(**inputs)[0], want)
 
 
 @parametrized

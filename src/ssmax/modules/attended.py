@@ -8,8 +8,8 @@ from ssmax.private import drop_hook, set_hook
 __all__ = ["Watch", "note", "require", "unwatch", "watch"]
 
 
-# For each thread: module, the last one that noted itself, and watch, the last watch that passed. torch.compile traces writes to
-# this class; those to a subclass are lost.
+# For each thread: module, the last one that noted itself, and watch, the last watch that passed. This is no subclass of
+# threading.local, since torch.compile loses writes to one.
 _last = threading.local()
 
 
@@ -59,7 +59,8 @@ def require(module: Any, inputs: Any, output: Any) -> None:
     attended, _last.module = getattr(_last, "module", None), None
     if attended is not module:
         name = getattr(module, "ssmax_base", type(module)).__name__
+        held = "" if getattr(module, "ssmax", None) is not None else "holds attention that "
         raise ValueError(
-            f"{name} was converted to SSMax, and its forward did not use its scale, so that it was plain softmax: its forward was "
-            "replaced (by a library that patches models?), or its fused attention is off. Undo that, or ssmax.revert(model)"
+            f"{name} {held}was converted to SSMax, and its forward did not use its scale, so that it was plain softmax: a forward was "
+            "replaced (by a library that patches models?), or fused attention is off. Undo that, or ssmax.revert(model)"
         )

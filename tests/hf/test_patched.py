@@ -86,7 +86,7 @@ def test_a_patched_layer_around_the_attention_raises(family, monkeypatch):
     model = ssmax.convert(build(), 0.5)
     monkeypatch.setattr(layer, "forward", patch)
     for run in (model, model.base_model, model):
-        with pytest.raises(ValueError, match="holds attention that was converted .* did not use its scale"):
+        with pytest.raises(ValueError, match=r"holds attention that was converted .* did not use its scale"):
             run(TOKENS)
     with pytest.raises(Exception, match="did not use its scale"):
         torch.compile(model, backend="eager", fullgraph=True)(TOKENS)

@@ -6,6 +6,7 @@ JOBS holds tokens, a mask and folders. OUT holds, for each folder, what the mode
 and one that is loaded anew compute once ssmax.hf was imported. What must fail is asserted here.
 """
 
+import copy
 import sys
 import warnings
 
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
     LlamaForCausalLM,
     Trainer,
     logging,
@@ -91,6 +93,7 @@ def refusals(folder, softcapped, model, jobs):
     model.model.layers[1].self_attn.ssmax = None
     raises(lambda: model(tokens), "layers.1.self_attn had a scale", "gone")
     model.model.layers[1].self_attn.ssmax = scale
+    replaced(model, tokens)
     bias = torch.zeros(2, 1, 30, 30) - 0.5
     raises(lambda: model(tokens, attention_mask=bias), "bias")
     capped = AutoModelForCausalLM.from_pretrained(softcapped, trust_remote_code=True, attn_implementation="eager")
@@ -100,6 +103,22 @@ def refusals(folder, softcapped, model, jobs):
     save_file({k: v for k, v in whole.items() if "1.self_attn.ssmax" not in k}, path, metadata={"format": "pt"})
     raises(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), "scales do not fit")
     save_file(whole, path, metadata={"format": "pt"})
+
+
+def replaced(model, tokens):
+    """As by libraries that patch attention: the forward calls a kernel itself."""
+    attention = model.model.layers[1].self_attn
+    config = copy.deepcopy(model.config)
+    config.__class__ = LlamaConfig
+    attention.forward = LlamaForCausalLM(config).model.layers[1].self_attn.forward
+    raises(lambda: model(tokens), "layers.1.self_attn was replaced", "plain softmax")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"layers\.1\.self_attn was replaced"):
+        compiled(tokens)
+    del attention.forward
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(compiled(tokens).logits, model(tokens).logits)
 
 
 def packing(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):

@@ -26,7 +26,8 @@ Needs transformers {version} or later and nothing else. Where the package ssmax 
 
 import functools
 import inspect
-{math}
+{math}import threading
+
 import torch
 import transformers
 from torch import nn
@@ -39,6 +40,7 @@ from transformers.modeling_utils import AttentionInterface
 # What config.ssmax says of the law that is computed here, and the attention modules that are scaled: how many heads each has.
 LAW = {law}
 SCALES = {scales}
+LAST = threading.local()  # used: the scale that was called last in this thread
 {scale}
 
 {dispatch}
@@ -63,6 +65,15 @@ except ImportError:
     ):
         setattr(type(transformers), kind.__name__, kind)
 '''
+DISPATCH = (
+    pieces.wide,
+    pieces.visible_keys,
+    pieces.attend,
+    pieces.note,
+    pieces.require,
+    pieces.install,
+    pieces.Converted,
+)
 MODEL = """    class {prefix}{name}(Converted, {name}):
         config_class = {config}"""
 
@@ -103,7 +114,7 @@ def _code(model, heads):
         law=_named(scale),
         scales=_scales({name: _size(one) for name, one in scaled.items()}),
         scale=_scale(scale),
-        dispatch=_sources(pieces.wide, pieces.visible_keys, pieces.attend, pieces.install, pieces.Converted),
+        dispatch=_sources(*DISPATCH),
         saved=",\n        ".join([config, *(f"{PREFIX}{name}" for name in classes)]),
         config=config,
         base_config=base_config.__name__,

@@ -5,6 +5,7 @@ The constants stand here for the checks of this file; in a saved model they are 
 
 import functools
 import inspect
+import threading
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 LAW = {"bias": True}
 SCALES = {f"layers.{i}.self_attn": 4 for i in range(2)}
 START = {"s": 0.5, "b": 1.0}
+LAST = threading.local()  # used: the scale that was called last in this thread
 
 
 def multiplier(n, **learned):
@@ -189,6 +191,18 @@ def attend(kernel, implementation, module, query, key, value, mask, *args, **kwa
     return kernel(module, query, key, value, mask, *args, **kwargs)
 
 
+def note(scale, inputs, output):
+    """Hook of a scale: record that it was used."""
+    LAST.used = scale
+
+
+def require(module, inputs, output):
+    """Hook of attention: raise ValueError if this forward did not use its scale."""
+    used, LAST.used, layer = getattr(LAST, "used", None), None, getattr(module, "ssmax_layer", None)
+    if layer is not None and (used is None or used is not getattr(module, "ssmax", None)):
+        raise ValueError(f"the forward of {layer} was replaced and did not use its SSMax scale: it was plain softmax")
+
+
 def install():
     """Lead transformers' attention through attend, once in a process; the package ssmax takes it over where it comes."""
     if hasattr(AttentionInterface, "_ssmax_attend"):
@@ -223,6 +237,8 @@ class Converted:
                     f"{name} does not pass through transformers' attention interface in this version of it"
                 )
             attention.ssmax, attention.ssmax_layer = Scale(heads), name
+            attention.ssmax.register_forward_hook(note)
+            attention.register_forward_hook(require)
 
     def _init_weights(self, module):
         if isinstance(module, Scale):

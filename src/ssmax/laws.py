@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ssmax.arguments import whole_number
 from ssmax.query_scale import QueryAwareScale, QueryScale, is_number, own_part
-from ssmax.scaling import scale_query
+from ssmax.scaling import matched_scale, scale_query
 from ssmax.visible import rows_of
 
-__all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale", "make_scale", "matched_power"]
+__all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale", "make_scale", "matched_start"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,13 @@ class Law:
         of: what m depends on: "n", "p", or "query" if it depends on the query as well.
         source: where the law is used.
         function: (n or p in float32 or float64, parameters) -> m. For "query": its class of
-            QueryScale.
+            QueryScale. Saved models carry the function's source: a def that uses torch and math
+            alone, or a function of torch.
         defaults: the parameters with the values of the source; learned parameters start there. None
-            must be given, except that convert sets s to make the law on average as sharp as
-            Softmax.
+            must be given, except that convert sets s (see matched_start).
         learned: names of the parameters that a LawScale learns, one number for each head.
             (SSMaxScale learns s and b.)
+        instead: what to give convert for this law, where it is not taken by its name.
     """
 
     formula: str
@@ -44,6 +45,7 @@ class Law:
     function: Callable[..., Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     learned: tuple[str, ...] = ()
+    instead: str = ""
 
     def __call__(self, x: Tensor, **parameters: Any) -> Tensor:
         """Return m for n or p of any shape, float32 (float64 for float64).
@@ -162,13 +164,25 @@ class LawScale(QueryScale):
 
 
 LAWS: dict[str, Law] = {
-    "softmax": Law("1", "n", "the plain Transformer", torch.ones_like),
+    "softmax": Law("1", "n", "the plain Transformer", torch.ones_like, instead="the model as it is"),
     "ssmax": Law("s log n + b", "n", "arXiv 2501.19399, (b) and (d)", _ssmax, {"s": None, "b": 0.0}),
     "ssmax-fixed": Law("log n", "n", "arXiv 2501.19399, (c)", torch.log),
     "mistral-large-4": Law(
-        "s log(p + 1) + b", "p", "Mistral Large 4", lambda p, s, b: _ssmax(p + 1, s, b), {"s": 0.0, "b": 1.0}
+        "s log(p + 1) + b",
+        "p",
+        "Mistral Large 4",
+        lambda p, s, b: _ssmax(p + 1, s, b),
+        {"s": 0.0, "b": 1.0},
+        instead="init='identity'",
     ),
-    "olmo": Law("s log n", "n", "OLMo 3.5; n restarts in each packed document", lambda n, s: s * n.log(), {"s": 1.0}),
+    "olmo": Law(
+        "s log n",
+        "n",
+        "OLMo 3.5; n restarts in each packed document",
+        lambda n, s: s * n.log(),
+        {"s": 1.0},
+        instead="init=1.0",
+    ),
     "llama-4": Law(
         "1 + a log(floor((p + 1) / f) + 1)", "p", "Llama 4, layers without RoPE", _llama4, {"scale": 0.1, "floor": 8192}
     ),
@@ -195,14 +209,26 @@ LAWS: dict[str, Law] = {
 }
 
 
-def matched_power(train_length: int, gamma: float) -> float:
-    """Return the s at which s (log n)^gamma is on average 1 over the training length, as sharp as Softmax.
+def matched_start(law: str, train_length: int, **parameters: float) -> float:
+    """Return the s at which a law is on average 1 over the training length, as sharp as Softmax.
 
-    For gamma = 1 it is matched_scale(train_length). The law is 0 at n = 1 for any gamma.
+    The law must be proportional to s. For s log n it is matched_scale(train_length), and so it is for
+    "query-aware", which starts as s log n.
+
+    Args:
+        law: a name in LAWS.
+        train_length: context length of the training, in tokens.
+        parameters: the other parameters of the law.
+
+    Example:
+        >>> matched_start("ssmax-power", 1024, gamma=0.5)
+        0.412...
     """
-    return (
-        train_length / LAWS["ssmax-power"](torch.arange(1, train_length + 1).double(), s=1.0, gamma=gamma).sum().item()
-    )
+    if LAWS[law].of == "query":
+        return matched_scale(train_length)
+    first = 1 if LAWS[law].of == "n" else 0
+    x = torch.arange(first, first + train_length, dtype=torch.float64)
+    return train_length / LAWS[law](x, **parameters, s=1.0).sum().item()
 
 
 def make_scale(law: str, num_heads: int, head_size: int, **parameters: float) -> QueryScale:

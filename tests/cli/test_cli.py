@@ -17,6 +17,7 @@ from faults import PATIENCE, Forks, wait_for
 
 import ssmax
 from ssmax import cli
+from ssmax.laws import LAWS
 from ssmax.paper.recipes import RECIPES, Recipe
 from ssmax.runs.rows import read_rows
 
@@ -336,3 +337,8 @@ def test_help_teaches(capsys):
         assert field.name == "name" or f"--{field.name.replace('_', '-')} " in text
     for word in ("tiny", "smoke", "--corpus", "--out", "--seeds", "continues an interrupted run"):
         assert word in text
+
+
+def test_the_help_of_convert_names_every_law_that_convert_takes(capsys):
+    text = told(capsys, "convert", "--help")
+    assert [law for law in LAWS if not LAWS[law].instead and law not in text] == []

@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import ssmax
-from ssmax.laws import LAWS, LawScale, QueryAwareScale, make_scale, matched_power
+from ssmax.laws import LAWS, LawScale, QueryAwareScale, make_scale, matched_start
 from ssmax.modules.whole import scale_parameters
 
 LEARNED = ("ssmax-power", "temperature", "query-aware")
@@ -125,8 +125,8 @@ def test_they_start_where_they_say():
     assert torch.equal(make_scale("temperature", HEADS, SIZE)(query, n), query)
     softmax = QueryAwareScale(HEADS, SIZE, s=0.0, b=1.0)
     assert torch.equal(softmax(query, n), query)
-    assert matched_power(128, 1.0) == pytest.approx(ssmax.matched_scale(128), rel=1e-12)
-    m = LAWS["ssmax-power"](torch.arange(1, 129).double(), s=matched_power(128, 0.5), gamma=0.5)
+    assert matched_start("ssmax-power", 128, gamma=1.0) == pytest.approx(ssmax.matched_scale(128), rel=1e-12)
+    m = LAWS["ssmax-power"](torch.arange(1, 129).double(), s=matched_start("ssmax-power", 128, gamma=0.5), gamma=0.5)
     assert m.mean().item() == pytest.approx(1.0, rel=1e-12)
 
 

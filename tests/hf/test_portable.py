@@ -17,8 +17,17 @@ from transformers.utils import hub
 
 import ssmax
 from ssmax.commands import convert_folder
+from ssmax.laws import LAWS
 
 PROGRAMS = Path(__file__).parent.parent / "programs"
+LAW_PARAMETERS = {  # other than the defaults, and so that 30 tokens show it
+    "qwen-1": {"train_length": 3},
+    "yarn": {"factor": 40.0},
+    "llama-4": {"floor": 2},
+    "ministral-3": {"scale": 0.5, "length": 3},
+    "ssmax-power": {"s": 0.5},
+    "query-aware": {"hidden_size": 8},
+}
 WINDOWED = {"num_hidden_layers": 4, "sliding_window": 5}
 # What a family needs to be converted with and without b.
 CASES = {
@@ -32,14 +41,11 @@ CASES = {
     "gpt2-b": ("gpt2", {}, {"init": 0.5, "bias": True, "layers": [1]}),
     "gemma3-b": ("gemma3_text", {**WINDOWED, "num_hidden_layers": 6}, {"init": 0.5, "bias": True, "layers": [0, 5]}),
     "mixtral": ("mixtral", {"tie_word_embeddings": True}, {"init": 0.5}),
-    "llama-ssmax-fixed": ("llama", {}, {"law": "ssmax-fixed"}),
-    "llama-qwen-1": ("llama", {}, {"law": "qwen-1", "train_length": 3}),
-    "llama-yarn": ("llama", {}, {"law": "yarn", "law_parameters": {"factor": 40.0}}),
-    "llama-llama-4": ("llama", {}, {"law": "llama-4", "law_parameters": {"floor": 2}}),
-    "llama-ministral-3": ("llama", {}, {"law": "ministral-3", "law_parameters": {"scale": 0.5, "length": 3}}),
-    "llama-ssmax-power": ("llama", {}, {"law": "ssmax-power", "law_parameters": {"s": 0.5}}),
-    "llama-query-aware": ("llama", {}, {"law": "query-aware", "law_parameters": {"hidden_size": 8}}),
-    "llama-temperature": ("llama", {}, {"law": "temperature"}),
+    **{
+        f"llama-{law}": ("llama", {}, {"law": law, "law_parameters": LAW_PARAMETERS.get(law, {})})
+        for law, entry in LAWS.items()
+        if law != "ssmax" and not entry.instead
+    },
 }
 GENERATOR = torch.Generator().manual_seed(5)
 TOKENS = torch.randint(3, 99, (2, 30), generator=GENERATOR)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +26,13 @@ FIGURE = Figure(
 )
 """
 
+
+def twice(n):
+    return torch.full_like(n, 2.0)
+
+
 # The entries come first, since options and reports are made from them.
-laws.LAWS["toy"] = laws.Law("2", "n", "a test", lambda n: torch.full_like(n, 2.0))
+laws.LAWS["toy"] = laws.Law("2", "n", "a test", twice)
 functional.BACKENDS["toy"] = SimpleNamespace(
     why_not=lambda call: "is for toys, not for windows" if call.window else None,
     forward=lambda call: call.multiplier[..., None] * call.value,
@@ -73,15 +80,28 @@ TOKENS = torch.arange(12)[None]
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 
 
-def law():
+WITHOUT_SSMAX = """
+import sys
+sys.modules["ssmax"] = None  # importing it fails
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(model(torch.arange(12)[None]).logits, sys.argv[2])
+"""
+
+
+def law(folder):
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_attention_heads=2)).eval()
     plain = model(TOKENS).logits
     model.model.layers[0].self_attn.q_proj.weight.data *= 2
     want = model(TOKENS).logits
     model.model.layers[0].self_attn.q_proj.weight.data /= 2
-    got = ssmax.convert(model, law="toy")(TOKENS).logits
-    torch.testing.assert_close(got, want)
-    assert not torch.allclose(got, plain)
+    ssmax.convert(model, law="toy").save_pretrained(folder / "law")
+    program = [sys.executable, "-W", "ignore", "-c", WITHOUT_SSMAX, folder / "law", folder / "logits.pt"]
+    subprocess.run(program, check=True, env={**os.environ, "HF_HOME": str(folder / "home")})
+    for got in (model(TOKENS).logits, torch.load(folder / "logits.pt")):
+        torch.testing.assert_close(got, want)
+    assert not torch.allclose(want, plain)
 
 
 def kernel():
@@ -195,7 +215,7 @@ def command():
 
 
 if __name__ == "__main__":
-    law()
+    law(Path(sys.argv[1]))
     kernel()
     attention_implementation()
     variant_stage_and_figure(Path(sys.argv[1]))

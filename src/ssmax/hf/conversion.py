@@ -17,7 +17,7 @@ from ssmax.hf.layers import (
 from ssmax.hf.refusals import carries_scales
 from ssmax.hf.scales import attach, detach
 from ssmax.hf.spec import ScaleSpec
-from ssmax.laws import LAWS, make_scale, matched_power
+from ssmax.laws import LAWS, make_scale, matched_start
 from ssmax.modules.options import Options
 from ssmax.nn import starting_values
 from ssmax.versions import __version__
@@ -96,9 +96,7 @@ def _train_length(given, config):
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if given is None else given
 
 
-# convert does not take the others: "softmax" is no conversion, and the other two are law "ssmax" with a certain init.
-CONVERTED_LAWS = tuple(name for name in LAWS if name not in ("softmax", "mistral-large-4", "olmo"))
-LEARNED_LAWS = tuple(name for name in CONVERTED_LAWS if LAWS[name].learned or LAWS[name].of == "query")
+CONVERTED_LAWS = tuple(name for name in LAWS if not LAWS[name].instead)
 
 
 def _learned_scales(options, config):
@@ -113,9 +111,11 @@ def _other_law(options, config, kinds):
     """Return the fields of config.ssmax for another law. The training length and s have defaults, other parameters not."""
     law = options.law
     if law not in CONVERTED_LAWS:
-        raise ValueError(f"law must be {', '.join(CONVERTED_LAWS)}; got {law!r}")
+        instead = f", for which convert takes {LAWS[law].instead}" if law in LAWS else ""
+        raise ValueError(f"law must be {', '.join(CONVERTED_LAWS)}; got {law!r}{instead}")
     if options.init != "matched" or options.bias is not None:
-        instead = "starts from law_parameters" if law in LEARNED_LAWS else "learns nothing"
+        learns = LAWS[law].learned or LAWS[law].of == "query"
+        instead = "starts from law_parameters" if learns else "learns nothing"
         raise ValueError(f"law {law!r} {instead}; init and bias belong to law 'ssmax'")
     if LAWS[law].of == "p" and set(kinds) != {FULL}:
         raise ValueError(
@@ -128,8 +128,9 @@ def _other_law(options, config, kinds):
     unset = {"s": 1.0} if "s" in parameters and parameters["s"] is None else {}
     make_scale(law, 1, 1, **parameters | unset)  # raises where they do not fit
     if unset:
-        matched = starting_values("matched", None, length)["s"]  # raises without a length
-        parameters["s"] = matched_power(int(length or 0), parameters["gamma"]) if "gamma" in parameters else matched
+        starting_values("matched", None, length)  # raises without a length
+        others = {name: value for name, value in parameters.items() if name != "s"}
+        parameters["s"] = matched_start(law, int(length or 0), **others)
     return {"law": law, "parameters": parameters}
 
 

@@ -162,16 +162,16 @@ def _scale(scale):
 def _law(scale):
     """Return the source of the law's function, and of a function of n and the learned parameters that calls it."""
     law = LAWS[scale.law]
-    named = f"{law.function.__module__}.{law.function.__name__}"
+    name, own = law.function.__name__, getattr(law.function, "__module__", None) not in ("torch", None)
+    if not name.isidentifier():
+        raise ValueError(f"law {scale.law!r} is a {name}, which a saved model cannot carry; write it as a def")
     fixed = [f"{name}={value!r}" for name, value in scale.fixed.items()] + ["**learned"] * bool(scale.starts)
     call = ", ".join(["n" if law.of == "n" else "(n - 1)", *fixed])
-    if named.startswith("ssmax."):
-        named, source = law.function.__name__, f"{_sources(law.function)}\n\n"
-    else:
-        named, source = f"torch.{law.function.__name__}", ""
     docstring = f'"""{law.formula}: {law.source}."""'
     arguments = "n, **learned" if scale.starts else "n"
-    return f"{source}def multiplier({arguments}):\n    {docstring}\n    return {named}({call})\n"
+    source = f"{_sources(law.function)}\n\n" if own else ""
+    called = name if own else f"torch.{name}"
+    return f"{source}def multiplier({arguments}):\n    {docstring}\n    return {called}({call})\n"
 
 
 def _scales(sizes):

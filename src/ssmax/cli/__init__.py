@@ -18,7 +18,7 @@ from ssmax.cli.options import parse
 from ssmax.cli.swallowed import check_values
 from ssmax.errors import LeftOut, RunFailed, Stopped, UserError
 from ssmax.runs import signals
-from ssmax.runs.failures import AGAIN, line_of
+from ssmax.runs.failures import line_of
 from ssmax.versions import __version__
 
 __all__ = ["COMMANDS", "main", "parsed"]
@@ -89,7 +89,6 @@ def _summary(command: Any) -> Any:
 
 def _run(command: Any) -> int:
     signals.install()
-    resumes = isinstance(command, (Reproduce, Train, Prepare, Evaluate))
     try:
         with warnings.catch_warnings():
             _show_left_out()
@@ -97,7 +96,7 @@ def _run(command: Any) -> int:
     except BrokenPipeError:
         raise
     except (UserError, RunFailed, Stopped, ImportError, OSError) as error:
-        return _say(*line_of(error, AGAIN if resumes else "nothing was written"))
+        return _say(*line_of(error, getattr(command, "again", "")))
     return 0
 
 

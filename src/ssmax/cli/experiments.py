@@ -12,7 +12,9 @@ import tyro
 from ssmax.cli.options import TEXTS_HELP, UNPREFIXED, Flag, flat, option, option_groups, parse, with_values
 from ssmax.errors import UserError
 from ssmax.paper import report
+from ssmax.paper.models import FORMS, VARIANTS
 from ssmax.paper.recipes import RECIPES, Recipe
+from ssmax.runs.failures import AGAIN
 from ssmax.runs.folder import RunFolder
 
 __all__ = ["Prepare", "Reproduce", "Train", "parse_recipe"]
@@ -41,6 +43,16 @@ REPLACED = ("models", "retrieval", "counting", "seeds")
 Saving: Any = Annotated[
     int | None,
     option("Steps between two checkpoints. 0: no checkpoints.", unset="the recipe's, or steps / 10", metavar="INT"),
+]
+# Variants that are made from a trained model, or of which only what they learn counts, are not for ssmax train.
+TRAINED = {letter: one for letter, one in VARIANTS.items() if one.measured and not one.made_of}
+VariantName: Any = Annotated[
+    Literal[*TRAINED],  # pyrefly: ignore[invalid-literal]
+    option(" ".join(f"{letter}: {one.help}." for letter, one in TRAINED.items())),
+]
+FormName: Any = Annotated[
+    Literal[*FORMS],  # pyrefly: ignore[invalid-literal]
+    option(" ".join(f"{name}: {form.title}, {form.family}." for name, form in FORMS.items())),
 ]
 RecipeOptions: Any = option_groups(Recipe)
 TrainOptions: Any = option_groups(Recipe, leave_out=REPLACED, checkpoint_steps=Saving)
@@ -82,6 +94,8 @@ class Reproduce:
 
     On eight GPUs: torchrun --nproc-per-node 8 -m ssmax reproduce small. The batch size of a step stays the same.
     """
+
+    again = AGAIN
 
     recipe: Annotated[str, tyro.conf.Positional, RECIPE_HELP] = "tiny"
     corpus: Corpus = None
@@ -136,19 +150,12 @@ class Train:
     On eight GPUs: torchrun --nproc-per-node 8 -m ssmax train runs/mine. The batch size of a step stays the same.
     """
 
+    again = AGAIN
+
     out: Annotated[Path, tyro.conf.Positional, option("Folder of the run.", metavar="OUT")]
     recipe: Annotated[str, RECIPE_HELP] = "tiny"
-    variant: Annotated[
-        Literal["a", "b", "c", "d", "f"],
-        option(
-            "a: Softmax. b: SSMax. c: SSMax without s. d: SSMax with bias. f: Softmax that switches to SSMax for the last "
-            "eighth of the steps."
-        ),
-    ] = "b"
-    form: Annotated[
-        Literal["paper", "qk-norm", "partial-rope"],
-        option("paper: Llama's shape. qk-norm: queries and keys normalised. partial-rope: RoPE on half of each head."),
-    ] = "paper"
+    variant: VariantName = "b"
+    form: FormName = "paper"
     seed: Annotated[int, option("Seed of the initial weights and of the order of the data.")] = 0
     corpus: Corpus = None
     shard: Shard = False
@@ -193,6 +200,8 @@ class Prepare:
 
     Example: ssmax prepare paper --corpus org/web-text --tokenizer gpt2
     """
+
+    again = AGAIN
 
     recipe: Annotated[str, tyro.conf.Positional, RECIPE_HELP] = "tiny"
     corpus: Corpus = None

@@ -25,6 +25,8 @@ class Export:
     Example: ssmax export gguf SmolLM2-ssmax SmolLM2-ssmax.gguf --dtype f16
     """
 
+    again = "nothing was written"
+
     format: Annotated[Literal["gguf", "onnx"], tyro.conf.Positional, option("Format of the file or folder.")]
     source: Annotated[str, tyro.conf.Positional, option("Folder of a model and its tokenizer.", metavar="SOURCE")]
     target: Annotated[

@@ -9,6 +9,7 @@ import tyro
 from ssmax.cli.options import TEXTS_HELP, UNPREFIXED, Flag, flat, option, option_groups
 from ssmax.compare import report as longcontext
 from ssmax.compare.settings import Settings
+from ssmax.runs.failures import AGAIN
 from ssmax.runs.folder import RunFolder
 
 __all__ = ["Bench", "Calibrate", "Convert", "Evaluate", "Inspect"]
@@ -35,6 +36,8 @@ class Evaluate:
 
     Example: ssmax evaluate SmolLM2 SmolLM2-ssmax --length 8192 --tasks needle several
     """
+
+    again = AGAIN
 
     models: Annotated[
         tuple[str, ...],
@@ -84,6 +87,8 @@ class Convert:
 
     Example: ssmax convert SmolLM2 SmolLM2-ssmax --init identity
     """
+
+    again = "nothing was written"
 
     source: Source
     target: Target
@@ -158,6 +163,8 @@ class Calibrate:
 
     Example: ssmax calibrate SmolLM2 SmolLM2-ssmax --texts books/ --length 4096
     """
+
+    again = "nothing was written"
 
     source: Source
     target: Target

@@ -38,7 +38,7 @@ class Table:
 def build(folder: Path) -> list[Table]:
     """Write figures and report.html of a finished evaluation, from its rows.jsonl and recipe.json; return the tables.
 
-    A report that was made from the same rows by the same version is left as it is.
+    A report that was made from the same rows by the same code is left as it is.
     """
     rows = read_rows(folder / "rows.jsonl")
     found, page, state = tables(rows), folder / "report.html", state_of(folder)

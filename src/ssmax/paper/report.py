@@ -20,7 +20,7 @@ CSS = {HOLDS: "holds", HOLDS_NOT: "not"}
 def build(folder: Path) -> list[Claim]:
     """Write the figures and report.html of a finished run, from its rows.jsonl and recipe.json; return the verdicts.
 
-    A report that was made from the same rows by the same version is left as it is.
+    A report that was made from the same rows by the same code is left as it is.
     """
     from ssmax.paper.figures import FIGURES, claims, draw, drawable  # loads matplotlib
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ssmax.runs.files import write_atomically
-from ssmax.versions import __version__
 
 __all__ = ["document", "escaped", "figures_html", "is_made_from", "save", "state_of"]
 
@@ -22,9 +21,13 @@ figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555
 """
 
 
+ROOMS = ("compare", "evaluation", "paper", "plots")  # whose code reports are made with
+
+
 def state_of(folder: Path) -> str:
-    """Return a hash of what a report is made from: the folder's rows and the version of ssmax."""
-    return hashlib.sha256((folder / "rows.jsonl").read_bytes() + __version__.encode()).hexdigest()
+    """Return a hash of what a report is made from: the folder's rows, and the code of ssmax that draws them."""
+    sources = (path for room in ROOMS for path in sorted((Path(__file__).parent.parent / room).rglob("*.py")))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in [folder / "rows.jsonl", *sources])).hexdigest()
 
 
 def is_made_from(page: Path, state: str) -> bool:

@@ -46,7 +46,8 @@ def line_of(error: BaseException, again: str = AGAIN) -> tuple[str, int]:
 
     Args:
         error: any error.
-        again: what is kept, which is said after a signal and after the machine's own failures.
+        again: what is kept, which is said after a signal and after the machine's own failures. Empty
+            where nothing is said.
 
     Returns:
         The line, and 2 for what the user can mend, 1 for a run that failed, 128 plus a signal's
@@ -54,18 +55,19 @@ def line_of(error: BaseException, again: str = AGAIN) -> tuple[str, int]:
     """
     if isinstance(error, (UserError, RunFailed)):
         return str(error), 2 if isinstance(error, UserError) else 1
+    left = f"; {again}" if again else ""
     if isinstance(error, Stopped):
-        return f"stopped by {signal.Signals(error.args[0]).name}; {again}", 128 + error.args[0]
+        return f"stopped by {signal.Signals(error.args[0]).name}{left}", 128 + error.args[0]
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name!r} is missing; {INSTALL.replace('NAME', 'lab')} brings it", 2
     if isinstance(error, ImportError):
         return str(error), 2
     if is_full(error):
-        return f"No space left on device; {again}", 1
+        return f"No space left on device{left}", 1
     if isinstance(error, OSError):
         what = f"{error.filename or 'the output folder'}: {error.strerror}" if error.strerror else str(error)
         passes = error.errno in OF_THE_MACHINE or isinstance(error, ConnectionError | TimeoutError)
-        return (f"{what}; {again}", 1) if passes else (what, 2)
+        return (f"{what}{left}", 1) if passes else (what, 2)
     what = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
     return f"{what}; {again if isinstance(error, MemoryError) else KEPT}", 1
 

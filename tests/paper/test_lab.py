@@ -438,7 +438,8 @@ def test_the_plan_counts_what_is_built():
     model = build_model(recipe, "paper", "b", 0, recipe.vocab_size)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     assert f"parameters: {matrices:,} in matrices, {5 * 32:,} in norms, 4 scales s" in lines
-    assert f"{30 * 8 * 64:,} for each of 6 pretrainings" in lines
+    assert f"{(5 * 30 + 4) * 8 * 64:,} in 6 pretrainings" in lines  # (f) takes the last four steps by itself
+    assert "disk: 9 models" in lines  # five pretrained and saved, four fine-tuned
     assert "tokens a second" in lines
 
 

@@ -231,7 +231,7 @@ class Bench:
         tuple[str, ...],
         tyro.conf.Positional,
         tyro.conf.arg(
-            metavar="CASE",
+            metavar="[CASE ...]",
             help="attention: forward and backward by length. decode: sharp decoding after long caches. generate: tokens a "
             "second of generate, by cache, and which layers are sharp. blocks: keys that a prefill could skip. model: a converted "
             "Llama. modules: nn.TransformerEncoder and nanoGPT. evaluation: measurements, against a plain forward pass. training: the "

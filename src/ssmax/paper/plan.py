@@ -1,6 +1,7 @@
 """The cost of a recipe: parameters, tokens, memory and time, from its fields and one measured step."""
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from ssmax.data.shards import SHARD_TOKENS, token_type
 from ssmax.data.tokenizer import load_tokenizer, vocabulary
 from ssmax.errors import UserError
-from ssmax.paper.building import build_model
+from ssmax.paper.building import build_model, switch_at
 from ssmax.paper.models import VARIANTS
 from ssmax.paper.recipes import Recipe
 from ssmax.training.loop import batch_arguments
@@ -19,6 +20,7 @@ __all__ = ["plan"]
 
 H100 = 989e12 * 0.4  # dense bfloat16 FLOP/s of the data sheet, times a usual utilisation
 MEASURED = 3  # steps that are timed; the fastest counts
+ENOUGH = 1024  # tokens of such a step, so that it is short at the paper's size too
 
 
 def plan(recipe: Recipe) -> list[str]:
@@ -35,22 +37,22 @@ def plan(recipe: Recipe) -> list[str]:
     norms = sum(count for name, count in sizes.items() if "norm" in name)
     matrices = sum(sizes.values()) - scales - norms
     trained = [job for job in recipe.jobs if not VARIANTS[job.variant].made_of]
+    steps = sum(map(partial(_own_steps, recipe), trained))
     step_tokens = recipe.batch_size * recipe.train_length
-    flops = _training_flops(recipe, matrices, recipe.steps * step_tokens, size)
     asked = sum("finetune" in recipe.stages(job) for job in recipe.jobs)
     counting = sum("count" in recipe.stages(job) for job in recipe.jobs)
     tuned = recipe.finetune_batch_size * recipe.train_length
     tuned_tokens = (asked * recipe.finetune_steps + counting * recipe.count_steps) * tuned
-    whole = len(trained) * flops + _training_flops(recipe, matrices, tuned_tokens, size)
+    tokens = steps * step_tokens + tuned_tokens
+    whole = _training_flops(recipe, matrices, tokens, size)
     ranks, rounds = world_size(), batch_arguments(recipe.batch_size, recipe.device_batch_size)
     windows = rounds["per_device_train_batch_size"]
-    seconds, device = _measured_step(recipe, size)
-    rate = recipe.train_length / seconds
-    kept = len(recipe.jobs) + asked + counting
+    rate, device = _measured_rate(recipe, size, windows)
+    kept = sum(VARIANTS[job.variant].measured for job in trained) + asked + counting
     return [
         f"recipe {recipe.name}: {len(recipe.jobs)} models, {' '.join(recipe.models)}, seeds {' '.join(map(str, recipe.seeds))}",
         f"parameters: {matrices:,} in matrices, {norms:,} in norms, {scales:,} scales s",
-        f"tokens: {step_tokens:,} a step, {recipe.steps * step_tokens:,} for each of {len(trained)} pretrainings; "
+        f"tokens: {step_tokens:,} a step, {steps * step_tokens:,} in {len(trained)} pretrainings; "
         f"{tuned_tokens:,} in {asked + counting} fine-tunings",
         _data(recipe, size),
         f"a step on {ranks} device{'s' * (ranks > 1)}: {windows} windows of {recipe.train_length:,} tokens at once, "
@@ -64,10 +66,17 @@ def plan(recipe: Recipe) -> list[str]:
             else ", no checkpoints inside a training"
         ),
         f"arithmetic of all trainings: {whole:.2e} FLOP",
-        f"measured here, {device}: {rate:,.0f} tokens a second in a step of one window, which is "
-        f"{_hours(whole / (flops / (recipe.steps * step_tokens) * rate))} for all trainings on this one device",
+        f"measured here, {device}: {rate:,.0f} tokens a second, which is "
+        f"{_hours(tokens / rate)} for all trainings on this one device",
         f"not measured: one H100 at 40 % of its bfloat16 peak would take {_hours(whole / H100)}",
     ]
+
+
+def _own_steps(recipe, job):
+    """Return the steps that a pretraining takes by itself. It may share those before a switch with another."""
+    branch_of = VARIANTS[job.variant].branch_of
+    shared = any((job.form, branch_of, job.seed) == (one.form, one.variant, one.seed) for one in recipe.jobs)
+    return recipe.steps - switch_at(recipe) * shared
 
 
 def _vocabulary(recipe):
@@ -105,14 +114,15 @@ def _activations(recipe, windows, vocabulary):
     return tokens * (recipe.num_layers * 34 * recipe.hidden_size * width + 8 * vocabulary)
 
 
-def _measured_step(recipe, vocabulary):
-    """Return the seconds of forward, backward and AdamW on one window, and the device's name."""
+def _measured_rate(recipe, vocabulary, windows):
+    """Return the tokens a second of forward, backward and AdamW on some windows of a step, and the device's name."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     model: Any = build_model(recipe, recipe.jobs[0].form, "b", 0, vocabulary)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tokens = torch.zeros(1, recipe.train_length, dtype=torch.long, device=device)
+    some = max(1, min(windows, ENOUGH // recipe.train_length))
+    tokens = torch.zeros(some, recipe.train_length, dtype=torch.long, device=device)
     times = []
     for _ in range(MEASURED):
         start = time.perf_counter()
@@ -123,7 +133,9 @@ def _measured_step(recipe, vocabulary):
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times), torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads, float32"
+    return tokens.numel() / min(
+        times
+    ), torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads, float32"
 
 
 def _gib(size):

@@ -11,7 +11,6 @@ import tyro
 
 from ssmax.cli.options import TEXTS_HELP, UNPREFIXED, Flag, flat, option, option_groups, parse, with_values
 from ssmax.errors import UserError
-from ssmax.paper import report
 from ssmax.paper.models import FORMS, VARIANTS
 from ssmax.paper.recipes import RECIPES, Recipe
 from ssmax.runs.failures import AGAIN
@@ -226,6 +225,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets it
 
 
 def _report(folder: Path) -> None:
+    from ssmax.paper import report  # loads numpy
+
     print(report.claims_text(report.build(folder), shutil.get_terminal_size().columns))
     print(f"Report: {(folder / 'report.html').resolve()}")
 

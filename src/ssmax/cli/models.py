@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import tyro
 
 from ssmax.cli.options import TEXTS_HELP, UNPREFIXED, Flag, flat, option, option_groups
-from ssmax.compare import report as longcontext
 from ssmax.compare.settings import Settings
 from ssmax.runs.failures import AGAIN
 from ssmax.runs.folder import RunFolder
@@ -61,6 +60,7 @@ class Evaluate:
     def run(self) -> None:
         """Run it."""
         settings = Settings("evaluate", self.models, **flat(self.options))
+        from ssmax.compare import report  # loads numpy
         from ssmax.compare.run import Machine, evaluate, filled_in, plan  # loads torch and transformers
 
         machine = Machine(self.device, self.chunk)
@@ -71,11 +71,11 @@ class Evaluate:
         run = RunFolder(self.out, settings, self.texts)
         with run.opened():
             evaluate(settings, self.texts, run, machine)
-            tables = longcontext.build(self.out)
+            tables = report.build(self.out)
         if self.json:
-            print(longcontext.tables_json(tables))
+            print(report.tables_json(tables))
         else:
-            print(f"{longcontext.tables_text(tables)}\n\nReport: {(self.out / 'report.html').resolve()}")
+            print(f"{report.tables_text(tables)}\n\nReport: {(self.out / 'report.html').resolve()}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -249,11 +249,10 @@ def _check_options(query, key, attn_mask, is_causal, window, softcap, scale, dro
     if attn_mask is None:
         return
     wanted = (*query.shape[:3], key.shape[2])
-    if isinstance(attn_mask, Tensor):
-        check_plain(attn_mask, "attn_mask", query.device)
     if not isinstance(attn_mask, Tensor):
         _check_block_mask(attn_mask, wanted, is_causal)
         return
+    check_plain(attn_mask, "attn_mask", query.device)
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
     fits = attn_mask.ndim <= 4 and all(

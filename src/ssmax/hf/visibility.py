@@ -173,11 +173,10 @@ def _check_split(module, position_BN, mask, kwargs):
         jumps = position_BN.diff(dim=1, prepend=position_BN[:, :1] - 1) != 1
         document, row = jumps.cumsum(1), torch.arange(position_BN.shape[1], device=position_BN.device)
         gap = row[:, None] - row
-        expected = (gap >= 0) & (gap < (kwargs.get("sliding_window") or len(row)))
-        expected = expected & (document[:, :, None] == document[:, None])
         plain = (gap >= 0) & (gap < (kwargs.get("sliding_window") or len(row)))
+        parted = plain & (document[:, :, None] == document[:, None])
         seen = as_bool(mask)
-        if any(bool((seen == want).all()) for want in (expected[:, None], plain)):
+        if any(bool((seen == want).all()) for want in (parted[:, None], plain)):
             return
     elif as_bool(mask).all():
         return

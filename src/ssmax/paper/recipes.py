@@ -16,6 +16,7 @@ __all__ = [
     "RECIPES",
     "Job",
     "Recipe",
+    "fitting_theta",
     "laptop",
     "laws",
     "paper",
@@ -33,6 +34,11 @@ def turns(theta: float, length: int) -> float:
     the range of 2i/d, is log(length / 2 pi) / log theta for any d.
     """
     return math.log(length / (2 * math.pi)) / math.log(theta)
+
+
+def fitting_theta(length: int, share: float) -> float:
+    """Return RoPE's theta at which that share of the frequencies completes a turn within length tokens."""
+    return (length / (2 * math.pi)) ** (1 / share)
 
 
 PAPER_THETA = 10_000.0
@@ -180,7 +186,7 @@ class Recipe:
     @property
     def rope_theta(self) -> float:
         """RoPE's theta in training."""
-        return self.theta or (self.train_length / (2 * math.pi)) ** (1 / self.full_turns)
+        return self.theta or fitting_theta(self.train_length, self.full_turns)
 
     @property
     def needle_factors(self) -> tuple[int, ...]:

@@ -37,16 +37,14 @@ class Registered:
     models: tuple[str, ...]
 
 
-def _far(name, text, paper, judge, models):
+def _far(name, text, paper, judge, models, figure=5):
     return Registered(
-        name, 5, "At 8 to 16 × the training length, theta × {theta}, " + text, paper, "far", judge, models
+        name, figure, "At 8 to 16 × the training length, theta × {theta}, " + text, paper, "far", judge, models
     )
 
 
 def _law(name, text, paper, models):
-    return Registered(
-        name, "laws", "At 8 to 16 × the training length, theta × {theta}, " + text, paper, "far", "lower", models
-    )
+    return _far(name, text, paper, "lower", models, figure="laws")
 
 
 def _needles(name, text, paper, models):

@@ -1,13 +1,13 @@
 """report.html: verdicts, figures and settings on one page that opens offline; and the table of verdicts for the terminal."""
 
 import json
-import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, RULE, Claim, headlines, interval_words
 from ssmax.paper.measured import FORM_NAMES
+from ssmax.paper.recipes import PAPER_THETA, fitting_theta, turns
 from ssmax.plots.html import document, escaped, figures_html, is_made_from, save, state_of
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import read_rows
@@ -166,14 +166,14 @@ def _tables(recipe):
 def theta_of(recipe: dict) -> float:
     """Return RoPE's theta in training for a recipe from recipe.json. Without the field theta it is the paper's 10,000."""
     if "theta" not in recipe:
-        return 10_000.0
-    return recipe["theta"] or (recipe["train_length"] / (2 * math.pi)) ** (1 / recipe["full_turns"])
+        return PAPER_THETA
+    return recipe["theta"] or fitting_theta(recipe["train_length"], recipe["full_turns"])
 
 
 def _method(rows, recipe):
     digits, length = recipe["needle_digits"], recipe["train_length"]
     texts, theta = recipe["loss_texts"], theta_of(recipe)
-    turning = math.log(length / (2 * math.pi)) / math.log(theta)
+    turning = turns(theta, length)
     return [
         f"Models: {recipe['num_layers']} layers, {recipe['num_heads']} heads, hidden {recipe['hidden_size']}, RMSNorm, gated "
         f"feed-forward. RoPE's theta is {theta:,.0f}, so that {turning:.0%} of its frequencies complete a turn in training (the "

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import subprocess
+import tarfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import ssmax
 from ssmax import cli
 from ssmax.laws import LAWS
 from ssmax.paper.recipes import RECIPES, Recipe
+from ssmax.runs.folder import versions
 from ssmax.runs.rows import read_rows
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "smoke.json"
@@ -88,6 +90,44 @@ def test_the_same_seed_gives_the_golden_losses(finished):
         if metric == "train_loss" and at["step"] % 5 == 0
     }
     assert got == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+
+
+@pytest.fixture
+def older(corpus, tmp_path):
+    """A run of smoke as commit c4194ad left it, without its models, beside its corpus."""
+    with tarfile.open(GOLDEN.with_name("run.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "texts").symlink_to(corpus)
+    return tmp_path
+
+
+def test_a_run_of_an_older_version_is_reported(older):
+    before = values(older / "run")
+    done = run("reproduce", "smoke", "--corpus", "texts", "--out", "run", cwd=older)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Fig. ") > 10
+    assert "Figure 6" in (older / "run" / "report.html").read_text()
+    assert values(older / "run") == before
+
+
+def test_a_run_that_an_older_version_began_is_continued(older):
+    folder = older / "run"
+    want = values(folder)
+    for lost in (*folder.glob("rows.*"), *folder.glob("stages/paper-c-0.*")):
+        lost.unlink()
+    settings = json.loads((folder / "recipe.json").read_text())
+    settings["versions"] = versions()  # a run may not mix versions of torch, and this one may be another
+    (folder / "recipe.json").write_text(json.dumps(settings))
+    done = run("reproduce", "smoke", "--corpus", "texts", "--out", "run", cwd=older)
+    assert done.returncode == 0, done.stderr
+    got = {str(row[:4]): row[4] for row in values(folder)}
+    kept = {str(row[:4]): row[4] for row in want if row[1] != "c"}
+    trained = {
+        str(row[:4]): row[4] for row in want if row[:2] == ("train_loss", "c")
+    }  # other rows of c are others today
+    assert len(trained) > 10
+    assert {name: got[name] for name in kept} == kept
+    assert {name: got[name] for name in trained} == pytest.approx(trained, rel=1e-3)
 
 
 def test_running_it_again_makes_nothing_anew(finished, corpus):

@@ -208,7 +208,7 @@ def give_back_freed_memory() -> None:
 
 def _run_jobs(run, recipe, tokens, provenance):
     units = [[(job, stage) for job in jobs for stage in run.todo(job)] for jobs in _units(recipe.jobs)]
-    units = [unit for unit in units if unit]
+    units = sorted(filter(None, units), key=lambda unit: _tokens(unit, recipe), reverse=True)  # no long one comes last
     if not units:
         return
     on_gpu = torch.cuda.is_available()
@@ -218,7 +218,7 @@ def _run_jobs(run, recipe, tokens, provenance):
     give_back_freed_memory()
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
-    total = sum(STAGES[stage].tokens(recipe) for unit in units for _, stage in unit)
+    total = sum(_tokens(unit, recipe) for unit in units)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (messages, threads))
     with progress_bar(total, f"{len(recipe.jobs)} models") as bar:
         watcher = threading.Thread(target=_show, args=(messages, bar), daemon=True)
@@ -236,6 +236,10 @@ def _run_jobs(run, recipe, tokens, provenance):
             # A killed worker may hold the lock of messages for ever, so messages is not used after this.
             _kill(pool)
             pool.shutdown(cancel_futures=True)
+
+
+def _tokens(unit, recipe):
+    return sum(STAGES[stage].tokens(recipe) for _, stage in unit)
 
 
 def _units(jobs):

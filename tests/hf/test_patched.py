@@ -189,6 +189,9 @@ def test_layers_that_do_not_run_are_not_missed():
     early = ssmax.convert(tiny_model("llama"), 0.5, layers=[1])
     early.config.num_hidden_layers = 1
     assert early(TOKENS).logits.isfinite().all()
+    fewer = ssmax.convert(tiny_model("llama"), 0.5, layers=[1])
+    del fewer.model.layers[1]
+    assert fewer(TOKENS, use_cache=False).logits.isfinite().all()
     speech = made("bart").float()
     half = ssmax.convert(speech, 0.5, layers=["encoder.layers.0.self_attn"])
     states = half.encoder(TOKENS)

@@ -56,11 +56,13 @@ class StackWatch(Watch):
         self.first = first
 
     def excuses(self, module: Any) -> bool:
-        """Return whether layers drop out in training, or the forward may end before the first watched layer."""
+        """Return whether layers drop out in training, the forward may end before the first watched layer, or none is left."""
         config = getattr(module, "config", None)
         settings = {**vars(module), **(vars(config) if config is not None else {})}
         drops = module.training and any(value for name, value in settings.items() if "layerdrop" in name)
-        return bool(drops) or getattr(config, "num_hidden_layers", math.inf) <= self.first
+        if drops or getattr(config, "num_hidden_layers", math.inf) <= self.first:
+            return True
+        return not any(getattr(inner, "ssmax", None) is not None for inner in module.modules())
 
 
 def _watch(model, attentions):

@@ -73,7 +73,7 @@ test-mlx: $(STAMP)
 
 # Converted models whose matrices are quantised.
 test-quantized: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao bitsandbytes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao bitsandbytes compressed-tensors
 	$(BIN)/python -W ignore tests/programs/quantized.py
 
 # vLLM on the CPU and transformers serve in a venv of their own, 3.4 GB; real engines, and servers on 127.0.0.1.

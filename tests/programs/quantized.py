@@ -1,12 +1,15 @@
-"""Converted models whose matrices are quantised by torchao and bitsandbytes, on the CPU. make test-quantized.
+"""Converted models whose matrices are quantised by torchao, bitsandbytes and compressed-tensors, on the CPU. make test-quantized.
 
-Each kind: a converted checkpoint is loaded quantised, saved, loaded again, and loaded by the checkpoint's own code where ssmax is not known;
+compressed-tensors holds what llm-compressor writes after GPTQ and AWQ; here the matrices are rounded to the nearest.
+
+Each kind: a converted checkpoint is quantised, saved, loaded again, and loaded by the checkpoint's own code where ssmax is not known;
 all must give the same logits, and so must the softmax checkpoint that is quantised first and converted then. s and b stay as they were.
 """
 
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
@@ -23,14 +26,51 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 
 
 def kinds():
+    """Return how a folder becomes a quantised model, by name."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
-    return {
+    configs = {
         "torchao int8 weights": TorchAoConfig(Int8WeightOnlyConfig()),
         "torchao int8 weights and activations": TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
         "bitsandbytes nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         "bitsandbytes int8": BitsAndBytesConfig(load_in_8bit=True),
     }
+    loads = {name: partial(load, quantization_config=config) for name, config in configs.items()}
+    return loads | {"compressed-tensors int4 in groups of 32": rounded_to_int4}
+
+
+def rounded_to_int4(folder):
+    """Return the model with int4 matrices, as a calibration of llm-compressor leaves it, before they are packed."""
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model, args = load(folder), QuantizationArgs(num_bits=4, strategy="group", group_size=32)
+    groups = {"all": QuantizationScheme(targets=["Linear"], weights=args)}
+    config = {"ignore": ["lm_head"], "quantization_status": "frozen", "format": "pack-quantized"}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, **config))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            group = module.weight.detach().unflatten(-1, (-1, 32))
+            module.weight_scale.data.copy_(calculate_qparams(group.amin(-1), group.amax(-1), args)[0])
+    return model
+
+
+def save(model, folder):
+    """Save a quantised model; matrices that are not packed yet are packed."""
+    if not any(hasattr(module, "quantization_scheme") for module in model.modules()):
+        model.save_pretrained(folder)
+        return
+    from compressed_tensors.compressors import ModelCompressor
+
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
 
 
 def load(folder, **options):
@@ -46,7 +86,7 @@ def scales(model):
     return {name: value for name, value in model.state_dict().items() if ".ssmax." in name}
 
 
-def run(name, quantization) -> bool:
+def run(name, quantise) -> bool:
     """Print what one kind gives; return whether all is as it should be."""
     import ssmax
 
@@ -60,12 +100,12 @@ def run(name, quantization) -> bool:
         for value in scales(model).values():
             value.uniform_(0.1, 0.9)
         model.save_pretrained(folders[1])
-        quantised = load(folders[1], quantization_config=quantization)
-        quantised.save_pretrained(
-            folders[2]
-        )  # before it runs: bitsandbytes packs nf4 for the CPU then, and saves that wrongly
+        save(
+            quantise(folders[1]), folders[2]
+        )  # unrun: bitsandbytes packs nf4 for the CPU in a forward, and saves that wrongly
+        quantised = quantise(folders[1])
         wanted = logits(quantised)
-        converted = ssmax.convert(load(folders[0], quantization_config=quantization), 0.5, bias=True)
+        converted = ssmax.convert(quantise(folders[0]), 0.5, bias=True)
         converted.load_state_dict(scales(model), strict=False)
         found = {"saved and loaded": logits(load(folders[2])), "converted afterwards": logits(converted)}
         torch.save(found, f"{place}/found.pt")
@@ -87,7 +127,7 @@ def main() -> None:
         sys.modules["ssmax"] = None  # as where it is not installed
         torch.save(logits(load(sys.argv[1], trust_remote_code=True)), sys.argv[2])
         return
-    results = [run(name, quantization) for name, quantization in kinds().items()]
+    results = [run(name, quantise) for name, quantise in kinds().items()]
     sys.exit(not all(results))
 
 

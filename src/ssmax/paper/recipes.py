@@ -10,21 +10,9 @@ from ssmax.paper.models import FORMS, VARIANTS
 from ssmax.paper.stages import STAGES
 
 __all__ = [
-    "LATER",
-    "PAPER_THETA",
-    "PAPER_TURNS",
-    "RECIPES",
-    "Job",
-    "Recipe",
-    "fitting_theta",
-    "laptop",
-    "laws",
-    "paper",
-    "small",
-    "smoke",
-    "tiny",
-    "turns",
-]
+    "LATER", "PAPER_THETA", "PAPER_TURNS", "RECIPES", "Job", "Recipe", "fitting_theta", "laptop", "laws", "paper", "small", "smoke",
+    "tiny", "turns",
+]  # fmt: skip
 
 
 def turns(theta: float, length: int) -> float:

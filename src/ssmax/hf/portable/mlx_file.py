@@ -46,7 +46,8 @@ def why_not_mlx(model: PreTrainedModel) -> str | None:
         return f"the activation is {config.hidden_act!r}, not 'silu'"
     if family == "qwen3" and config.attention_bias:
         return "mlx-lm does not know biases in Qwen 3's projections"
-    if getattr(config, "quantization_config", None) is not None:
+    quantised = getattr(config, "quantization_config", None) is not None
+    if quantised or not all(tensor.is_floating_point() for tensor in model.state_dict().values()):
         return "it is quantised; mlx_lm.convert quantises the model before that"
     return None
 

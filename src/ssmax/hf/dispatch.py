@@ -8,7 +8,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_utils import AttentionInterface
 
-from ssmax.backends import reference
+from ssmax.backends import reference, sdpa
 from ssmax.backends.call import AttentionCall
 from ssmax.hf.visibility import kernel_visible_keys, sees_what_it_is_handed
 from ssmax.modules import attended
@@ -19,7 +19,7 @@ from ssmax.visible import as_bool
 
 __all__ = ["SCREENS", "install"]
 
-# Keys that a SharpCache returned -> their screen and its tolerance, while these keys live.
+# Keys that a SharpCache returned -> their screen (None where decoding is plain) and its tolerance, while these keys live.
 SCREENS = WeakTensorKeyDictionary()
 
 
@@ -74,7 +74,8 @@ def _decoded_sharply(scaled, key, value, mask, scaling):
     scale = scaled.shape[-1] ** -0.5 if scaling is None else scaling
     mask = None if mask is None else as_bool(mask)
     call = AttentionCall(scaled, key, value, None, scale, mask=mask, tolerance=tolerance, screen=screen)
-    return decode.forward(call).transpose(1, 2).contiguous(), None
+    forward = sdpa.forward if screen is None else decode.forward
+    return forward(call).transpose(1, 2).contiguous(), None
 
 
 def _softcapped(scale, n, query, key, value, mask, scaling, softcap, dropout=0.0, **kwargs):

@@ -125,8 +125,7 @@ class _SharpLayer(DynamicLayer):
 
     def _show(self):
         self.keys, self.values = self.screened.keys, self.grown.filled
-        if self.sharp is not False:
-            SCREENS[self.keys] = (self.screened, self.tolerance)
+        SCREENS[self.keys] = (None if self.sharp is False else self.screened, self.tolerance)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:

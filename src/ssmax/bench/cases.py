@@ -151,7 +151,7 @@ def grouped_decode() -> Iterator[Comparison]:
             PLAIN: functools.partial(scaled_dot_product_attention, q, k, v, enable_gqa=True),
             "ssmax": functools.partial(attention, q, k, v, s, enable_gqa=True),
         }
-        exact = attention(*(x.double() for x in (q, k, v)), s, enable_gqa=True, impl="reference")
+        exact = attention(q.double(), k.double(), v.double(), s, enable_gqa=True, impl="reference")
         yield Comparison(
             {"heads": heads, "key_heads": key_heads, "keys": keys},
             {name: _forward(call) for name, call in calls.items()},

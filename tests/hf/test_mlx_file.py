@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 from tiny_models import tiny_model
 
 import ssmax
@@ -54,3 +55,10 @@ def test_what_mlx_lm_would_not_compute_exactly_has_no_file(case, tmp_path):
     assert not (tmp_path / "mlx_ssmax.py").exists()
     assert "mlx_ssmax.py" not in (tmp_path / "README.md").read_text()
     assert "model_file" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_packed_matrices_have_no_file_though_the_config_does_not_name_them_yet():
+    """So does compressed-tensors, which writes the config after the model is saved."""
+    model = ssmax.convert(tiny_model("llama"), 0.5)
+    model.model.layers[0].mlp.up_proj.register_buffer("weight_packed", torch.zeros(3, dtype=torch.int32))
+    assert re.search("it is quantised", why_not_mlx(model))

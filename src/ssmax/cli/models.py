@@ -232,7 +232,8 @@ class Bench:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="[CASE ...]",
-            help="attention: forward and backward by length. decode: sharp decoding after long caches. grouped: a decode step whose query heads share keys. generate: tokens a "
+            help="attention: forward and backward by length. decode: sharp decoding after long caches. grouped: a decode step "
+            "whose query heads share keys. generate: tokens a "
             "second of generate, by cache, and which layers are sharp. blocks: keys that a prefill could skip. model: a converted "
             "Llama. modules: nn.TransformerEncoder and nanoGPT. evaluation: measurements, against a plain forward pass. training: the "
             "recipe tiny, against a bare loop. peer: against the package scalable-softmax. gradient: errors of the gradients of s "

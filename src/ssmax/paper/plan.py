@@ -133,9 +133,8 @@ def _measured_rate(recipe, vocabulary, windows):
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return tokens.numel() / min(
-        times
-    ), torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads, float32"
+    name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads, float32"
+    return tokens.numel() / min(times), name
 
 
 def _gib(size):

@@ -175,8 +175,17 @@ def _from_full_mask(mask, num_queries, window, chunk):
                 "window is defined for causal attention only, but the mask shows later keys; narrow the mask itself"
             )
         visible = visible & (key_S >= first) & (key_S < stop)
-    n_BHN = visible.sum(-1)
+    n_BHN = _count_true(visible)
     return n_BHN.squeeze(1) if n_BHN.shape[1] == 1 else n_BHN
+
+
+def _count_true(mask):
+    """Return mask.sum(-1). On a CPU torch adds bools one by one; here eight of them are added as the bytes of an int64."""
+    if not is_readable(mask) or mask.numel() < 1 << 16:
+        return mask.sum(-1)
+    words = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).contiguous().view(torch.int64)
+    parts = words.split(255, -1)  # a byte holds a sum of up to 255 bools
+    return sum(part.sum(-1, keepdim=True).view(torch.uint8).sum(-1) for part in parts)
 
 
 def _interval(position, start, end, window, chunk, causal):

@@ -214,6 +214,15 @@ def test_full_masks_count_their_rows(heads, rows, seed):
         assert got.tolist() == (want[:, 0] if heads == 1 else want).tolist()
 
 
+@pytest.mark.parametrize("keys", [4000, 4093])
+def test_large_masks_count_their_rows(keys):
+    mask = torch.from_numpy(np.random.default_rng(keys).random((2, 3, 5, keys)) > 0.2)
+    mask[:, 1] = True
+    mask[:, 2, 3] = False
+    for table in (mask, mask[:, :1].expand(2, 3, 5, keys), mask.transpose(0, 2)):
+        assert visible_keys(mask=table).tolist() == table.numpy().sum(-1).tolist()
+
+
 def test_left_padding_moves_chunks_with_the_text():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     assert visible_keys(mask=mask, chunk=2).tolist() == [[0, 0, 1, 2, 1, 2, 1]]

@@ -17,6 +17,7 @@ from ssmax.errors import LeftOut, RunFailed, UserError
 from ssmax.evaluation.tasks import NEEDLE_WORDS
 from ssmax.paper import training
 from ssmax.paper.building import SwitchedScale, build_model, switch_at, turn_on
+from ssmax.paper.models import FORMS
 from ssmax.paper.plan import plan
 from ssmax.paper.recipes import LATER, Job, Recipe, laptop, paper, small, smoke, tiny, turns
 from ssmax.paper.stages import STAGES
@@ -418,18 +419,30 @@ def test_a_run_of_0_1_0_is_continued(tmp_path):
     assert checkpoints.owner(tmp_path / "paper-a-0" / "pretrained", recipe).endswith(digest)
 
 
-def test_only_the_answer_is_projected_and_the_loss_is_the_same(loaded, tmp_path):
+@pytest.mark.parametrize("form", FORMS)
+def test_the_last_layer_computes_only_the_answer_and_loss_and_gradients_are_the_same(loaded, tmp_path, form):
     recipe = dataclasses.replace(smoke(), finetune_steps=1)
-    batch = [training.stage_examples("finetune", loaded, recipe, 0)[i] for i in range(recipe.finetune_batch_size)]
+    examples = training.stage_examples("finetune", loaded, recipe, 0)
+    batch = [examples[i] for i in range(recipe.finetune_batch_size)]
     inputs = {name: torch.stack([item[name] for item in batch]) for name in batch[0]}
-    model = build_model(recipe, "paper", "b", 0, loaded.tokenizer.get_vocab_size())
-    wanted, projected = model(**inputs).loss.item(), []
-    model.lm_head.register_forward_hook(lambda module, arguments, output: projected.append(output.shape[1]))
-    trained = training.finetune(
-        model, recipe, training.stage_examples("finetune", loaded, recipe, 0), tmp_path, lambda tokens: None
-    )
-    assert trained.losses[0][1] == pytest.approx(wanted, rel=1e-6)
-    assert projected == [recipe.needle_digits + 1]
+    model = build_model(recipe, form, "b", 0, loaded.tokenizer.get_vocab_size()).double()
+    loss = model(**inputs).loss
+    loss.backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    got, rows = {}, []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda of, name=name: got.update({name: of.grad.clone()}))
+    last = model.model.layers[-1]
+    for module in (model.lm_head, last.mlp.down_proj, last.self_attn.o_proj):
+        module.register_forward_hook(lambda module, arguments, output: rows.append(output.shape[1]))
+    trained = training.finetune(model, recipe, examples, tmp_path, lambda tokens: None)
+    # The norms round to float32 in any dtype, so a last bit of float64 may become one of float32.
+    assert trained.losses[0][1] == pytest.approx(loss.item(), rel=1e-6)
+    assert rows == [recipe.needle_digits + 1] * 3
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_the_plan_counts_what_is_built():

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -179,10 +180,7 @@ class NeedleTask:
         return max(self._parts(city, "".join(map(str, n))).size for city in CITIES for n in numbers)
 
     def _parts(self, city: str, number: str) -> "_Parts":
-        lead = f"\nThe special magic {city} number is:"
-        ending = self.form.ending(f"What is the special magic {city} number?", lead)
-        asked = _Asked.of(lambda text: _inside(self.encode, text), ending, " ", number, ".\n")
-        return _Parts(_inside(self.encode, f"{lead} {number}.\n"), asked)
+        return _parts(self.encode, self.form, city, number)
 
     def example(self, length: int, depth: float, rng: np.random.Generator) -> NeedleExample:
         """Draw an example whose prompt and answer have length tokens together, with the needle at depth in [0, 1] of the text.
@@ -207,12 +205,12 @@ class NeedleTask:
         first_city = rng.integers(len(CITIES))
         numbers = [self._number(rng)]
         longest = max(length for length, _ in cells)
-        needs = self._parts(CITIES[first_city], numbers[0]).size
-        start = int(rng.integers(0, max(1, len(self.haystack) - (longest - needs) + 1)))
+        asked = self._parts(CITIES[first_city], numbers[0])
+        start = int(rng.integers(0, max(1, len(self.haystack) - (longest - asked.size) + 1)))
         # Drawn last, so that the examples of a single needle do not depend on distractors.
         others = [c for c in rng.permutation(len(CITIES)).tolist() if c != first_city][:extra] if extra else []
         numbers += [self._number(rng) for _ in others]
-        parts = [self._parts(CITIES[c], n) for c, n in zip([first_city, *others], numbers, strict=True)]
+        parts = [asked, *(self._parts(CITIES[c], n) for c, n in zip(others, numbers[1:], strict=True))]
         elsewhere = rng.random(extra).tolist()
         found = {}
         for length, depth in cells:
@@ -264,6 +262,14 @@ class _Parts:
     @property
     def size(self) -> int:
         return len(self.needle) + len(self.asked.prompt) + len(self.asked.answer)
+
+
+@lru_cache(maxsize=4096)  # short numbers come again and again in a training
+def _parts(encode: Encode, form: PromptForm, city: str, number: str) -> _Parts:
+    lead = f"\nThe special magic {city} number is:"
+    ending = form.ending(f"What is the special magic {city} number?", lead)
+    asked = _Asked.of(lambda text: _inside(encode, text), ending, " ", number, ".\n")
+    return _Parts(_inside(encode, f"{lead} {number}.\n"), asked)
 
 
 @dataclass(frozen=True)

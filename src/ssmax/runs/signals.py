@@ -11,16 +11,22 @@ __all__ = ["asked_to_stop", "check", "deferred", "install"]
 
 # Seconds in which two signals count as one: ranks get Ctrl-C from the terminal, and once more from torchrun.
 SAME_WISH = 2.0
+# Seconds after which a signal that came during an import is looked at again.
+SOON = 0.05
 
 _deferred = False
 _asked: tuple[int, float] | None = None
 
 
 def install(*, deferred: bool = False) -> None:
-    """Let SIGTERM and Ctrl-C raise Stopped. With deferred they are only remembered, for check and asked_to_stop."""
+    """Let SIGTERM and Ctrl-C raise Stopped. With deferred they are only remembered, for check and asked_to_stop.
+
+    Stopped waits for the end of an import: packages turn what interrupts their imports into errors of
+    their own, or ignore it.
+    """
     global _deferred
     _deferred = deferred
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, _receive)
 
 
@@ -51,5 +57,15 @@ def _receive(number, frame):
     now = time.monotonic()
     again = _asked is not None and now - _asked[1] > SAME_WISH
     _asked = _asked or (number, now)
-    if again or not _deferred:
-        raise Stopped(number)
+    if _deferred and not again:
+        return
+    if _imports(frame):
+        signal.setitimer(signal.ITIMER_REAL, SOON)  # SIGALRM calls this again
+        return
+    raise Stopped(_asked[0])
+
+
+def _imports(frame) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None

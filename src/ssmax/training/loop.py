@@ -5,6 +5,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.functional import pad
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -196,6 +198,21 @@ def batch_arguments(batch_size: int, device_batch_size: int) -> dict[str, Any]:
     return {"per_device_train_batch_size": share // rounds, "gradient_accumulation_steps": rounds}
 
 
+@contextmanager
+def _last_layer_from(model, first):
+    """Let the last layer leave out what it computes for each position by itself, at positions before first."""
+    last = model.base_model.layers[-1]
+    hooks = []
+    for module in (last.self_attn.o_proj, last.mlp):
+        hooks.append(module.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, first:],)))
+        hooks.append(module.register_forward_hook(lambda _, inputs, output: pad(output, (0, 0, first, 0))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _InOrder(Trainer):
     """The Trainer with the data in order, the paper's parameter groups, and a check that each step's numbers are finite."""
 
@@ -234,13 +251,15 @@ class _InOrder(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """Compute logits only from the first token with a label, which is the answer in an example of a task."""
+        """Compute only what the loss reads: logits from the first token with a label on, the answer in an example of a task."""
         labels = inputs["labels"]
         first = int(labels.ne(-100).any(0).int().argmax())
-        if first > 1:
-            kept = labels[:, first - 1 :]
-            inputs = {**inputs, "labels": kept, "logits_to_keep": kept.shape[1]}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if first <= 1:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        kept = labels[:, first - 1 :]
+        inputs = {**inputs, "labels": kept, "logits_to_keep": kept.shape[1]}
+        with _last_layer_from(self.weights, first - 1):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _clip_grad_norm(self, model):
         """Stop before a step that is not finite. A NaN in the loss or in any gradient makes the gradients' norm NaN."""

@@ -51,5 +51,5 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
 def _is_causal(mask, num_queries, past):
     if mask is None or mask.dtype != torch.bool or mask.shape[-2:] != (num_queries, past + num_queries):
         return False
-    earlier, new = mask[..., :past], mask[..., past:]
-    return bool(earlier.all()) and bool((new == torch.ones_like(new).tril()).all())
+    causal = torch.ones(num_queries, past + num_queries, dtype=torch.bool).tril(past)
+    return bool((mask == causal).all())

@@ -1,14 +1,16 @@
 """Checks of arguments. Errors name the argument."""
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ssmax.private import is_batched
 from ssmax.versions import require
 
-__all__ = ["check_flag", "check_plain", "moved", "whole_number"]
+__all__ = ["as_count", "check_flag", "check_plain", "is_readable", "moved", "whole_number"]
 
 require("torch", torch.__version__)
 
@@ -41,3 +43,32 @@ def moved(tensor: Tensor, name: str, device: torch.device) -> Tensor:
     """Return a tensor moved to the device; raise as check_plain does. A meta tensor cannot be moved: it must be there."""
     check_plain(tensor, name, device if tensor.device.type == "meta" else None)
     return tensor.to(device)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return whether values can be read without a device synchronisation, a graph break or an error of vmap."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(tensor)
+
+
+def as_count(n: Tensor | int, device: torch.device) -> Tensor:
+    """Return n as a tensor on the device. Raise ValueError if it is negative or not finite."""
+    if not isinstance(n, Tensor):
+        # torch.full takes a symbolic size as it is; as_tensor would compile again for each number.
+        return torch.full((), _as_number(n), device=device)
+    n = moved(n, "n", device)
+    if is_readable(n) and not ((n >= 0) & (n < math.inf)).all():
+        raise ValueError(
+            f"n counts visible keys and must be finite and not negative, got {n.min().item()} to {n.max().item()}"
+        )
+    return n
+
+
+def _as_number(n: Any) -> Any:
+    """Return an n that is the same for all rows. Raise ValueError if it is negative or not finite."""
+    if isinstance(n, torch.SymInt):  # a size that torch.export leaves open
+        return n
+    if isinstance(n, bool) or not isinstance(n, (int, float, np.integer, np.floating)):
+        raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
+    if not torch.compiler.is_compiling() and not 0 <= n < 2**63:
+        raise ValueError(f"n counts visible keys and must be finite and not negative, got {n}")
+    return n

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmax.arguments import check_flag, check_plain, whole_number
+from ssmax.arguments import check_flag, check_plain, is_readable, whole_number
 from ssmax.backends import flex, reference, sdpa, triton
 from ssmax.backends.call import AttentionCall, Backend
 from ssmax.scaling import head_multiplier, log_of
 from ssmax.sharp import decode
 from ssmax.sharp.keys import ScreenedKeys
-from ssmax.visible import as_bool, check_offsets, count_blocks, is_readable, rows_of, visible_keys
+from ssmax.visible import as_bool, check_offsets, count_blocks, rows_of, visible_keys
 
 __all__ = ["attention"]
 

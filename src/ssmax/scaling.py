@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmax.arguments import check_plain, moved
-from ssmax.visible import as_count
+from ssmax.arguments import as_count, check_plain, moved
 
 __all__ = ["head_multiplier", "log_visible", "matched_scale", "multiplier", "scalable_softmax", "scale_query"]
 

@@ -3,22 +3,19 @@
 Shape suffixes: B batch, H heads, N queries, S keys, T packed tokens, D documents.
 """
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ssmax.arguments import check_flag, check_plain, moved, whole_number
-from ssmax.private import is_batched
+from ssmax.arguments import as_count, check_flag, check_plain, is_readable, whole_number
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = [
-    "as_bool", "as_count", "as_number", "check_offsets", "count_at", "count_blocks", "count_packed", "count_plain", "count_range",
-    "count_unpadded", "document_bounds", "is_readable", "rows_of", "visible_keys",
+    "as_bool", "check_offsets", "count_at", "count_blocks", "count_packed", "count_plain", "count_range", "count_unpadded",
+    "document_bounds", "rows_of", "visible_keys",
 ]  # fmt: skip
 
 # Rows of a block mask that are counted at once.
@@ -317,11 +314,6 @@ def as_bool(mask: Tensor) -> Tensor:
     return mask != 0
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Return whether values can be read without a device synchronisation, a graph break or an error of vmap."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(tensor)
-
-
 def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
     """Return n as (B or 1, H or 1, N or 1). Raise ValueError if it does not fit the query (B, H, N, D)."""
     n = as_count(n, query.device)
@@ -332,27 +324,3 @@ def rows_of(n: Tensor | int, query: Tensor) -> Tensor:
             f"n must be a number, (N,), (B, N) or (B, H, N) for B, H, N = {tuple(wanted)}, got {tuple(n.shape)}"
         )
     return n_BHN
-
-
-def as_count(n: Tensor | int, device: torch.device) -> Tensor:
-    """Return n as a tensor on the device. Raise ValueError if it is negative or not finite."""
-    if not isinstance(n, Tensor):
-        # torch.full takes a symbolic size as it is; as_tensor would compile again for each number.
-        return torch.full((), as_number(n), device=device)
-    n = moved(n, "n", device)
-    if is_readable(n) and not ((n >= 0) & (n < math.inf)).all():
-        raise ValueError(
-            f"n counts visible keys and must be finite and not negative, got {n.min().item()} to {n.max().item()}"
-        )
-    return n
-
-
-def as_number(n: Any) -> Any:
-    """Return an n that is the same for all rows. Raise ValueError if it is negative or not finite."""
-    if isinstance(n, torch.SymInt):  # a size that torch.export leaves open
-        return n
-    if isinstance(n, bool) or not isinstance(n, (int, float, np.integer, np.floating)):
-        raise TypeError(f"n must be a tensor or a number, got {type(n).__name__}")
-    if not torch.compiler.is_compiling() and not 0 <= n < 2**63:
-        raise ValueError(f"n counts visible keys and must be finite and not negative, got {n}")
-    return n

@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
+from ssmax.arguments import is_readable
 from ssmax.hf import private
 from ssmax.scaling import log_visible
 from ssmax.visible import (
@@ -32,7 +33,6 @@ from ssmax.visible import (
     count_plain,
     count_range,
     count_unpadded,
-    is_readable,
     visible_keys,
 )
 

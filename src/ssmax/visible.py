@@ -182,7 +182,7 @@ def _count_true(mask):
         return mask.sum(-1)
     words = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).contiguous().view(torch.int64)
     parts = words.split(255, -1)  # a byte holds a sum of up to 255 bools
-    return sum(part.sum(-1, keepdim=True).view(torch.uint8).sum(-1) for part in parts)
+    return torch.cat([part.sum(-1, keepdim=True).view(torch.uint8) for part in parts], -1).sum(-1)
 
 
 def _interval(position, start, end, window, chunk, causal):

@@ -112,7 +112,8 @@ def attention(
     if n is None and attn_mask is None and cu_seqlens is None:
         log_n, blind = _log_n(query, key.shape[2], is_causal, window), None
     else:
-        n_BHN = rows_of(n, query) if n is not None else _count(query, key, attn_mask, cu_seqlens, is_causal, window)
+        counted = _visible_keys(query, key, attn_mask, cu_seqlens, is_causal, window) if n is None else n
+        n_BHN = rows_of(counted, query)
         log_n, blind = log_of(n_BHN, query), n_BHN[..., None] <= 0
         query = query.masked_fill(blind, 0.0)  # a row that sees nothing must pass on no value
     call = AttentionCall(
@@ -162,12 +163,6 @@ def _causal_logs(num_queries, num_keys, window, wide):
     """Return log n of a causal sequence. It is cached for the layers of a model, since small operations cost 30 us each."""
     n = np.arange(num_keys - num_queries + 1, num_keys + 1).clip(1, window)
     return np.log(n).astype(wide)[None, None]
-
-
-def _count(query, key, attn_mask, cu_seqlens, is_causal, window):
-    """Return n in the form of rows_of."""
-    n = _visible_keys(query, key, attn_mask, cu_seqlens, is_causal, window)
-    return n[:, None] if n.ndim == 2 else n
 
 
 def _visible_keys(query, key, attn_mask, cu_seqlens, is_causal, window):

@@ -351,7 +351,7 @@ TRAIN = ["--recipe", "smoke", "--steps", "4", "--warmup-steps", "1"]
 def trained(rows, tokenizer):
     """A corpus prepared ahead, and a model trained on it without a word on the tokenizer."""
     recipe = dataclasses.replace(smoke(), steps=4, warmup_steps=1, tokenizer=tokenizer)
-    folder, _ = reproduce.prepared(recipe, str(rows / "saved"), rows / "ahead")
+    folder, _ = reproduce.tokenise(recipe, str(rows / "saved"), rows / "ahead")
     assert check(folder).tokens == recipe.prepared_tokens == 4 * 8 * 64
     with pytest.raises(SystemExit) as status:
         cli.main(["train", str(rows / "run"), *TRAIN, "--corpus", str(folder)])
@@ -384,7 +384,7 @@ def test_needles_and_counts_with_digits_that_share_tokens(rows, tokenizer, tmp_p
         smoke(), models=("paper:a",), retrieval=("paper:a",), counting=("paper:a",), steps=2, finetune_steps=2, count_steps=2,
         needle_digits=4, train_length=256, length_factor=1, trials=12, tokenizer=tokenizer,
     )  # fmt: skip
-    tokens, _ = reproduce.prepared(recipe, str(rows / "json"), tmp_path / "cache")
+    tokens, _ = reproduce.tokenise(recipe, str(rows / "json"), tmp_path / "cache")
     loaded = corpus.load(tokens)
     check_fit(recipe, loaded)
     with pytest.raises(UserError, match="a text to count in has up to"):

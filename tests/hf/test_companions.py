@@ -8,8 +8,8 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ssmax.commands import convert_folder
 from ssmax.hf.companions import copy_companions
+from ssmax.model_folders import convert_folder
 from ssmax.runs.files import check_folder
 
 OPTIONS = {"dry_run": False, "init": "identity"}

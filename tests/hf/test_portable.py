@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import hub
 
 import ssmax
-from ssmax.commands import convert_folder
 from ssmax.laws import LAWS
+from ssmax.model_folders import convert_folder
 
 PROGRAMS = Path(__file__).parent.parent / "programs"
 LAW_PARAMETERS = {  # other than the defaults, and so that 30 tokens show it

@@ -11,7 +11,7 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    import ssmax.commands
+    import ssmax.model_folders
     import ssmax.paper.reproduce  # noqa: F401
     from ssmax import cli
 

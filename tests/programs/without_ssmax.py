@@ -110,15 +110,17 @@ def replaced(model, tokens):
     attention = model.model.layers[1].self_attn
     config = copy.deepcopy(model.config)
     config.__class__ = LlamaConfig
-    attention.forward = LlamaForCausalLM(config).model.layers[1].self_attn.forward
-    raises(lambda: model(tokens), "layers.1.self_attn was replaced", "plain softmax")
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"layers\.1\.self_attn was replaced"):
-        compiled(tokens)
-    del attention.forward
-    torch.compiler.reset()
-    with torch.no_grad():
-        assert torch.equal(compiled(tokens).logits, model(tokens).logits)
+    plain = LlamaForCausalLM(config).model.layers[1]
+    for part, other in ((attention, plain.self_attn), (model.model.layers[1], plain)):
+        part.forward = other.forward
+        raises(lambda: model(tokens), "layers.1.self_attn was replaced", "plain softmax")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match=r"layers\.1\.self_attn was replaced"):
+            compiled(tokens)
+        del part.forward
+        torch.compiler.reset()
+        with torch.no_grad():
+            assert torch.equal(compiled(tokens).logits, model(tokens).logits)
 
 
 def packing(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):

@@ -211,9 +211,9 @@ class Prepare:
         """Run it."""
         recipe = _recipe(self.recipe, self.options)
         from ssmax.data.shards import check
-        from ssmax.paper.reproduce import prepared  # loads torch and transformers
+        from ssmax.paper.reproduce import tokenise  # loads torch and transformers
 
-        folder, _ = prepared(recipe, self.corpus, self.cache)
+        folder, _ = tokenise(recipe, self.corpus, self.cache)
         found = check(folder)
         print(
             f"{found.source}: {found.documents:,} documents, {found.tokens:,} training tokens in {len(found.shards)} shards, "

@@ -119,7 +119,7 @@ class Convert:
 
     def run(self) -> None:
         """Run it."""
-        from ssmax.commands import convert_folder  # loads torch and transformers
+        from ssmax.model_folders import convert_folder  # loads torch and transformers
 
         lines = convert_folder(
             self.source,
@@ -176,7 +176,7 @@ class Calibrate:
 
     def run(self) -> None:
         """Run it."""
-        from ssmax.commands import calibrate_folder  # loads torch and transformers
+        from ssmax.model_folders import calibrate_folder  # loads torch and transformers
 
         lines = calibrate_folder(
             self.source,
@@ -211,7 +211,7 @@ class Inspect:
 
     def run(self) -> None:
         """Run it."""
-        from ssmax.commands import inspect_folder
+        from ssmax.model_folders import inspect_folder
 
         print("\n".join(inspect_folder(self.source, None if self.dry_run else self.figure)))
 

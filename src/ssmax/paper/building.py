@@ -13,7 +13,15 @@ from ssmax.paper.recipes import Recipe
 from ssmax.scaling import scale_query
 from ssmax.visible import rows_of
 
-__all__ = ["LearnedLaw", "SwitchedScale", "build_model", "put_learned_law", "put_switches", "switch_at", "turn_on"]
+__all__ = [
+    "LearnedFactors",
+    "SwitchedScale",
+    "build_model",
+    "put_learned_factors",
+    "put_switches",
+    "switch_at",
+    "turn_on",
+]
 
 
 class SwitchedScale(SSMaxScale):
@@ -28,7 +36,7 @@ class SwitchedScale(SSMaxScale):
         return torch.where(self.on, super().forward(query, n, log_n), query)
 
 
-class LearnedLaw(nn.Module):
+class LearnedFactors(nn.Module):
     """The scale of Figure 2: s p_n + b. There is one p for each n, shared by all layers and heads. It starts as Softmax.
 
     Args:
@@ -84,11 +92,11 @@ def put_switches(model: PreTrainedModel) -> None:
         layer.module.ssmax = SwitchedScale(layer.heads, model.config.ssmax["s"])
 
 
-def put_learned_law(model: PreTrainedModel, train_length: int) -> None:
+def put_learned_factors(model: PreTrainedModel, train_length: int) -> None:
     """Give a softmax model one learned factor for each n, model.learned_p."""
     model.learned_p = p = nn.Parameter(torch.ones(train_length))
     for layer in language_layers(model).values():
-        layer.module.ssmax = LearnedLaw(layer.heads, p)
+        layer.module.ssmax = LearnedFactors(layer.heads, p)
 
 
 def switch_at(recipe: Recipe) -> int:

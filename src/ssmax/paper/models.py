@@ -65,10 +65,10 @@ def _switch_late(model, recipe):
     put_switches(model)
 
 
-def _learn_law(model, recipe):
-    from ssmax.paper.building import put_learned_law
+def _learn_factors(model, recipe):
+    from ssmax.paper.building import put_learned_factors
 
-    put_learned_law(model, recipe.train_length)
+    put_learned_factors(model, recipe.train_length)
 
 
 def _llama4(recipe):
@@ -126,6 +126,6 @@ VARIANTS = {
         Variant(
             "y", "YaRN's constant afterwards", "Softmax with YaRN's after its training", "#888888", _yarn, made_of="a"
         ),
-        Variant("p", "", "one factor learned for each n (Figure 2)", "", finish=_learn_law, measured=False),
+        Variant("p", "", "one factor learned for each n (Figure 2)", "", finish=_learn_factors, measured=False),
     )
 }

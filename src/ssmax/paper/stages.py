@@ -6,6 +6,7 @@ A stage is the unit of resuming: its file of rows is written before the next sta
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ssmax.paper.models import VARIANTS
@@ -95,9 +96,15 @@ STAGES: Mapping[str, Stage] = {
             _loss_tokens,
             _of("measuring:position_loss"),
         ),
-        Stage("finetune", _in("retrieval"), _finetune_tokens, _of("training:finetune_stage"), trains=True),
+        Stage(
+            "finetune",
+            _in("retrieval"),
+            _finetune_tokens,
+            partial(_of("training:finetune_stage"), "finetune"),
+            trains=True,
+        ),
         Stage("retrieval", _in("retrieval"), _retrieval_tokens, _of("measuring:retrieval")),
-        Stage("count", _in("counting"), _count_tokens, _of("training:count_stage"), trains=True),
+        Stage("count", _in("counting"), _count_tokens, partial(_of("training:finetune_stage"), "count"), trains=True),
         Stage("counting", _in("counting"), _counting_tokens, _of("measuring:counting")),
     )
 }

@@ -29,7 +29,7 @@ from ssmax.training.loop import Branch, Setup, Spec, Trained, train
 from ssmax.training.ranks import world_size
 
 __all__ = [
-    "FINETUNED", "check_fit", "count_stage", "finetune", "finetune_stage", "load_stage", "pretrain", "pretrain_stage", "pretrained",
+    "FINETUNED", "check_fit", "finetune", "finetune_stage", "load_stage", "pretrain", "pretrain_stage", "pretrained",
     "save_stage", "stage_examples", "task_examples",
 ]  # fmt: skip
 
@@ -189,17 +189,16 @@ def _scale_rows(job, model):
     return rows
 
 
-def finetune_stage(*args: Any) -> list[Row]:
-    """Fine-tune a model on needles, save it, and return rows of its training loss; arguments as in pretrain_stage."""
-    return _finetune_stage("finetune", *args)
-
-
-def count_stage(*args: Any) -> list[Row]:
-    """Fine-tune a model on counting; otherwise like finetune_stage."""
-    return _finetune_stage("count", *args)
-
-
-def _finetune_stage(stage, job, recipe, corpus, models, progress, setup=Setup()):  # noqa: B008 (frozen)
+def finetune_stage(
+    stage: str,
+    job: Job,
+    recipe: Recipe,
+    corpus: Corpus,
+    models: Path,
+    progress: Callable[[int], Any],
+    setup: Setup = Setup(),  # noqa: B008 (frozen)
+) -> list[Row]:
+    """Fine-tune a model on the task of a stage, save it, and return rows of its training loss."""
     folder = models / job.name
     model = pretrained(job, recipe, models)
     examples = stage_examples(stage, corpus, recipe, job.seed)

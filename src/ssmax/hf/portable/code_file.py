@@ -71,6 +71,7 @@ DISPATCH = (
     pieces.attend,
     pieces.note,
     pieces.require,
+    pieces.require_inside,
     pieces.install,
     pieces.Converted,
 )

@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 LAW = {"bias": True}
 SCALES = {f"layers.{i}.self_attn": 4 for i in range(2)}
 START = {"s": 0.5, "b": 1.0}
-LAST = threading.local()  # used: the scale that was called last in this thread
+LAST = threading.local()  # of this thread: used, the last scale, and checked, the last attention that used its own
 
 
 def multiplier(n, **learned):
@@ -201,6 +201,18 @@ def require(module, inputs, output):
     used, LAST.used, layer = getattr(LAST, "used", None), None, getattr(module, "ssmax_layer", None)
     if layer is not None and (used is None or used is not getattr(module, "ssmax", None)):
         raise ValueError(f"the forward of {layer} was replaced and did not use its SSMax scale: it was plain softmax")
+    LAST.checked = module
+
+
+def require_inside(module, inputs, output):
+    """Hook of the module around attention: raise ValueError if this forward did not call the attention inside."""
+    checked, LAST.checked = getattr(LAST, "checked", None), None
+    inside = [part for part in module.children() if getattr(part, "ssmax_layer", None) is not None]
+    if all(part is not checked for part in inside):
+        layer = inside[0].ssmax_layer
+        raise ValueError(
+            f"the forward around {layer} was replaced and did not use its SSMax scale: it was plain softmax"
+        )
 
 
 def install():
@@ -239,6 +251,8 @@ class Converted:
             attention.ssmax, attention.ssmax_layer = Scale(heads), name
             attention.ssmax.register_forward_hook(note)
             attention.register_forward_hook(require)
+        for around in {name.rpartition(".")[0] for name in SCALES}:
+            self.base_model.get_submodule(around).register_forward_hook(require_inside)
 
     def _init_weights(self, module):
         if isinstance(module, Scale):

@@ -1,4 +1,4 @@
-"""Worker processes that run the stages of a recipe's models, one model each at a time."""
+"""Worker processes that run the stages of a recipe's models, one stage each at a time."""
 
 import ctypes
 import dataclasses
@@ -34,7 +34,7 @@ SAVING_SECONDS = 60
 
 
 def run_jobs(run: RunFolder, recipe: Recipe, tokens: Path, provenance: dict) -> None:
-    """Run every stage of every job that has no rows yet, each job in one worker.
+    """Run every stage of every job that has no rows yet.
 
     Args:
         run: the folder, opened by this process.
@@ -46,30 +46,36 @@ def run_jobs(run: RunFolder, recipe: Recipe, tokens: Path, provenance: dict) -> 
         RunFailed: a stage failed, or a worker was killed; finished stages are kept.
         Stopped: a signal came; trainings have saved a checkpoint.
     """
-    units = [[(job, stage) for job in jobs for stage in run.todo(job)] for jobs in _units(recipe.jobs)]
-    units = sorted(filter(None, units), key=lambda unit: _tokens(unit, recipe), reverse=True)  # no long one comes last
-    if not units:
+    chains = [[(job, stage) for job in jobs for stage in run.todo(job)] for jobs in _families(recipe.jobs)]
+    chains = [chain for chain in chains if chain]
+    if not chains:
         return
     on_gpu = torch.cuda.is_available()
-    workers = 1 if on_gpu else min(len(units), os.cpu_count() or 1, MAX_WORKERS)
+    workers = 1 if on_gpu else min(len(chains), os.cpu_count() or 1, MAX_WORKERS)
     threads = (os.cpu_count() or 1) // workers
     _keep_freed_memory()
     _give_back_freed_memory()
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
-    total = sum(_tokens(unit, recipe) for unit in units)
+    total = sum(_tokens(chain, recipe) for chain in chains)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (messages, threads))
     with progress_bar(total, f"{len(recipe.jobs)} models") as bar:
         watcher = threading.Thread(target=_show, args=(messages, bar), daemon=True)
         watcher.start()
-        futures = []
+        running: dict[Any, Any] = {}  # a future, and the stages that follow it
         try:
-            futures += [pool.submit(_work, unit, recipe, tokens, run, provenance) for unit in units]
-            _wait(futures)
+            while chains or running:
+                while chains and len(running) < workers:
+                    chain = max(chains, key=lambda chain: _tokens(chain, recipe))  # so that no long one comes last
+                    chains.remove(chain)
+                    running[pool.submit(_work, *chain[0], recipe, tokens, run, provenance)] = chain[1:]
+                chains += filter(None, map(running.pop, _finished(running)))
             messages.put(None)
             watcher.join()
+        except BrokenProcessPool:
+            raise RunFailed("a worker process was killed (out of memory?); the same command continues") from None
         except Stopped:
-            _let_save(pool, futures)
+            _let_save(pool, running)
             raise
         finally:
             # A killed worker may hold the lock of messages for ever, so messages is not used after this.
@@ -89,32 +95,29 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def _tokens(unit, recipe):
-    return sum(STAGES[stage].tokens(recipe) for _, stage in unit)
+def _tokens(chain, recipe):
+    return sum(STAGES[stage].tokens(recipe) for _, stage in chain)
 
 
-def _units(jobs):
-    """Return the work of one worker each: a model, followed by those that are made of it or branch off its training."""
-    units = {}
+def _families(jobs):
+    """Return lists of a job, followed by those that are made of its model or branch off its training."""
+    families = {}
     for job in sorted(jobs, key=lambda job: bool(_before(job))):
         first = dataclasses.replace(job, variant=_before(job) or job.variant)
-        units.setdefault(first if first in units else job, []).append(job)
-    return list(units.values())
+        families.setdefault(first if first in families else job, []).append(job)
+    return list(families.values())
 
 
 def _before(job):
     return VARIANTS[job.variant].made_of or VARIANTS[job.variant].branch_of
 
 
-def _wait(futures):
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            try:
-                future.result()
-            except BrokenProcessPool:
-                raise RunFailed("a worker process was killed (out of memory?); the same command continues") from None
+def _finished(futures):
+    """Wait until some of the futures are done, and return these. Raise what one of them raised."""
+    done, _ = wait(futures, return_when=FIRST_COMPLETED)
+    for future in done:
+        future.result()
+    return done
 
 
 def _kill(pool):
@@ -155,21 +158,20 @@ def _start_worker(messages, threads):
     quiet()
 
 
-def _work(unit, recipe, tokens, run, provenance):
+def _work(job, stage, recipe, tokens, run, provenance):
     with failures(""):
         corpus = corpora.load(tokens)
-    for job, stage in unit:
-        signals.check()
-        _messages.put((job.name, stage, 0))
-        meter = Meter()
+    signals.check()
+    _messages.put((job.name, stage, 0))
+    meter = Meter()
 
-        def progress(done, job=job, stage=stage):
-            _messages.put((job.name, stage, done))
-            if not STAGES[stage].trains:  # a training checks for signals itself, and saves first
-                signals.check()
+    def progress(done):
+        _messages.put((job.name, stage, done))
+        if not STAGES[stage].trains:  # a training checks for signals itself, and saves first
+            signals.check()
 
-        with failures(f"{job.name}: "):
-            rows = STAGES[stage].run(job, recipe, corpus, run.folder / "models", progress)
-            rows = stamped(rows, provenance | meter.read())
-            write_rows(run.stage_file(f"{job.name}.{stage}"), rows, checked=True)
-        _messages.put((job.name, None, 0))
+    with failures(f"{job.name}: "):
+        rows = STAGES[stage].run(job, recipe, corpus, run.folder / "models", progress)
+        rows = stamped(rows, provenance | meter.read())
+        write_rows(run.stage_file(f"{job.name}.{stage}"), rows, checked=True)
+    _messages.put((job.name, None, 0))

@@ -13,6 +13,7 @@ from ssmax.errors import UserError
 from ssmax.paper.building import build_model, switch_at
 from ssmax.paper.models import VARIANTS
 from ssmax.paper.recipes import Recipe
+from ssmax.paper.stages import finetune_step_tokens
 from ssmax.training.loop import batch_arguments
 from ssmax.training.ranks import world_size
 
@@ -41,8 +42,8 @@ def plan(recipe: Recipe) -> list[str]:
     step_tokens = recipe.batch_size * recipe.train_length
     asked = sum("finetune" in recipe.stages(job) for job in recipe.jobs)
     counting = sum("count" in recipe.stages(job) for job in recipe.jobs)
-    tuned = recipe.finetune_batch_size * recipe.train_length
-    tuned_tokens = (asked * recipe.finetune_steps + counting * recipe.count_steps) * tuned
+    tuned_steps = asked * recipe.finetune_steps + counting * recipe.count_steps
+    tuned_tokens = tuned_steps * finetune_step_tokens(recipe)
     tokens = steps * step_tokens + tuned_tokens
     whole = _training_flops(recipe, matrices, tokens, size)
     ranks, rounds = world_size(), batch_arguments(recipe.batch_size, recipe.device_batch_size)
@@ -53,7 +54,7 @@ def plan(recipe: Recipe) -> list[str]:
         f"recipe {recipe.name}: {len(recipe.jobs)} models, {' '.join(recipe.models)}, seeds {' '.join(map(str, recipe.seeds))}",
         f"parameters: {matrices:,} in matrices, {norms:,} in norms, {scales:,} scales s",
         f"tokens: {step_tokens:,} a step, {steps * step_tokens:,} in {len(trained)} pretrainings; "
-        f"{tuned_tokens:,} in {asked + counting} fine-tunings",
+        f"about {tuned_tokens:,} in {asked + counting} fine-tunings",
         _data(recipe, size),
         f"a step on {ranks} device{'s' * (ranks > 1)}: {windows} windows of {recipe.train_length:,} tokens at once, "
         f"{rounds['gradient_accumulation_steps']} rounds",

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssmax.paper.models import VARIANTS
 
-__all__ = ["COUNT_TRIALS", "STAGES", "Stage", "count_lengths"]
+__all__ = ["COUNT_TRIALS", "STAGES", "Stage", "count_lengths", "finetune_step_tokens"]
 
 # A text is counted right or wrong as a whole, so counting needs this many times more texts than a cell of the needle grid.
 COUNT_TRIALS = 8
@@ -58,12 +58,17 @@ def _pretrain_tokens(recipe):
     return recipe.steps * recipe.batch_size * recipe.train_length
 
 
+def finetune_step_tokens(recipe: Any) -> int:
+    """Return the tokens of a step of fine-tuning, whose examples have about half the training length."""
+    return recipe.finetune_batch_size * recipe.train_length // 2
+
+
 def _finetune_tokens(recipe):
-    return recipe.finetune_steps * recipe.finetune_batch_size * recipe.train_length
+    return recipe.finetune_steps * finetune_step_tokens(recipe)
 
 
 def _count_tokens(recipe):
-    return recipe.count_steps * recipe.finetune_batch_size * recipe.train_length
+    return recipe.count_steps * finetune_step_tokens(recipe)
 
 
 def _loss_tokens(recipe):

@@ -18,7 +18,7 @@ from ssmax.hf.loading import load_model
 from ssmax.paper.building import build_model, switch_at, turn_on
 from ssmax.paper.models import VARIANTS
 from ssmax.paper.recipes import Job, Recipe
-from ssmax.paper.stages import count_lengths
+from ssmax.paper.stages import count_lengths, finetune_step_tokens
 from ssmax.paper.tasks import count_task, needle_task
 from ssmax.query_scale import QueryScale
 from ssmax.runs.files import check_folder, written_whole
@@ -96,7 +96,7 @@ def finetune(
     spec = Spec(
         steps=examples.steps,
         batch_size=recipe.finetune_batch_size,
-        step_tokens=recipe.finetune_batch_size * recipe.train_length,
+        step_tokens=finetune_step_tokens(recipe),
         device_batch_size=recipe.device_batch_size,
         learning_rate=recipe.finetune_learning_rate,
         betas=(0.9, 0.999),

@@ -18,4 +18,4 @@ class RunFailed(Exception):
 
 
 class Stopped(BaseException):
-    """SIGTERM or Ctrl-C, after everything was saved. The argument is the signal's number."""
+    """SIGTERM or Ctrl-C; a training has saved a checkpoint. The argument is the signal's number."""

@@ -1,4 +1,4 @@
-"""All counting of n, the number of keys that each query sees: from lengths, masks, positions, documents and blocks.
+"""The counting of n, the number of keys that each query sees: from lengths, masks, positions, documents and blocks.
 
 Shape suffixes: B batch, H heads, N queries, S keys, T packed tokens, D documents.
 """

@@ -16,7 +16,7 @@ from ssmax.data.tokenizer import END_OF_TEXT
 from ssmax.errors import LeftOut, RunFailed, UserError
 from ssmax.evaluation.tasks import NEEDLE_WORDS
 from ssmax.paper import training
-from ssmax.paper.building import SwitchedScale, build_model, switch_at, turn_on
+from ssmax.paper.building import SwitchedScale, build_model, set_switches, switch_at
 from ssmax.paper.models import FORMS
 from ssmax.paper.plan import plan
 from ssmax.paper.recipes import LATER, Job, Recipe, laptop, paper, small, smoke, tiny, turns
@@ -246,7 +246,7 @@ def test_what_each_variant_computes():
             layer.self_attn.ssmax.gamma.fill_(1.0)
             layer.self_attn.ssmax.s.fill_(ssmax.matched_scale(smoke().train_length))
     torch.testing.assert_close(logits(models["g"]), found["b"], rtol=0, atol=1e-6)
-    turn_on(models["f"], True)
+    set_switches(models["f"], True)
     assert torch.equal(logits(models["f"]), found["b"])
     with torch.no_grad():
         for layer in models["b"].model.layers:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ssmax.bench.measure import PLAIN, Comparison
-from ssmax.hf import parameter_groups
+from ssmax.nn import parameter_groups
 from ssmax.paper.building import build_model
 from ssmax.paper.recipes import Recipe, tiny
 from ssmax.paper.training import pretrain

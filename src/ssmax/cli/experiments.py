@@ -35,13 +35,15 @@ Timeout: Any = Annotated[
     float, option("Under torchrun, minutes that a rank waits for the others; preparing the corpus counts.")
 ]
 DryRun: Any = Annotated[
-    Flag, option("Say what the recipe takes on this machine, from one measured step, and write nothing.")
+    Flag, option("Say what the recipe takes on this machine, from a few measured steps, and write nothing.")
 ]
 # Fields of a recipe that ssmax train sets by other options; and the option of a field whose default depends on another field.
 REPLACED = ("models", "retrieval", "counting", "seeds")
 Saving: Any = Annotated[
     int | None,
-    option("Steps between two checkpoints. 0: no checkpoints.", unset="the recipe's, or steps / 10", metavar="INT"),
+    option(
+        "Steps between two checkpoints. 0: only when it is stopped.", unset="the recipe's, or steps / 10", metavar="INT"
+    ),
 ]
 # Variants that are made from a trained model, or of which only what they learn counts, are not for ssmax train.
 TRAINED = {letter: one for letter, one in VARIANTS.items() if one.measured and not one.made_of}

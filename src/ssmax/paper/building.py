@@ -19,8 +19,8 @@ __all__ = [
     "build_model",
     "put_learned_factors",
     "put_switches",
+    "set_switches",
     "switch_at",
-    "turn_on",
 ]
 
 
@@ -87,7 +87,7 @@ def build_model(recipe: Recipe, form: str, variant: str, seed: int, vocab_size: 
 
 
 def put_switches(model: PreTrainedModel) -> None:
-    """Let a converted model compute Softmax until turn_on."""
+    """Let a converted model compute Softmax until set_switches."""
     for layer in language_layers(model).values():
         layer.module.ssmax = SwitchedScale(layer.heads, model.config.ssmax["s"])
 
@@ -104,7 +104,7 @@ def switch_at(recipe: Recipe) -> int:
     return recipe.steps * 7 // 8
 
 
-def turn_on(model: nn.Module, on: bool) -> None:
+def set_switches(model: nn.Module, on: bool) -> None:
     """Let (f) compute SSMax from now on, or Softmax. Other models do not change."""
     for module in model.modules():
         if isinstance(module, SwitchedScale):

@@ -87,9 +87,8 @@ def counting(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: C
     """Return rows of the share of right counts, by context size."""
     model = load_stage(models / job.name / FINETUNED["count"], recipe)
     task = count_task(corpus, corpus.held_out.reshape(-1))
-    # Counting depends so much on positions that models lose it under a theta that was not trained.
-    factor = min(recipe.theta_factors)
-    rows = []
+    # Counting depends so much on positions that models lose it under another theta than that of training.
+    factor, rows = 1, []
     with rope_theta(model, factor):
         for length in count_lengths(recipe):
             rng = np.random.default_rng([length, 1])

@@ -25,7 +25,7 @@ ENOUGH = 1024  # tokens of such a step, so that it is short at the paper's size 
 
 
 def plan(recipe: Recipe) -> list[str]:
-    """Return lines that say what the recipe trains and what it costs. One small step is run to measure the time.
+    """Return lines that say what the recipe trains and what it costs. A few small steps are run to measure the time.
 
     Raises:
         UserError: the ranks cannot share the batch.

@@ -19,7 +19,7 @@ class Registered:
     Attributes:
         name: one word, for the abstract's lines and for tests.
         figure: the paper's number, "counting", or "laws".
-        text: the claim; {span} and {theta} stand for what was measured.
+        text: the claim; {theta} and {score_span} stand for what was measured.
         paper: the paper's own finding, in short.
         measure: a name in ssmax.paper.measured.MEASURES; it gives one value for each model and
             seed.

@@ -15,7 +15,7 @@ from ssmax.conversion import convert, revert
 from ssmax.data.corpus import Corpus
 from ssmax.errors import Damaged, UserError
 from ssmax.hf.loading import load_model
-from ssmax.paper.building import build_model, switch_at, turn_on
+from ssmax.paper.building import build_model, set_switches, switch_at
 from ssmax.paper.models import VARIANTS
 from ssmax.paper.recipes import Job, Recipe
 from ssmax.paper.stages import count_lengths, finetune_step_tokens
@@ -50,8 +50,7 @@ def pretrain(
 ) -> Trained:
     """Train a model as in Table 2; arguments and errors as in ssmax.training.loop.train.
 
-    With a branch, the model is built like the branch, with switches, but stays Softmax; the branch
-    switches.
+    With a branch, the model must have switches, which stay off here; the branch switches.
     """
     if setup.shard and world_size() > 1 and hasattr(model, "learned_p"):
         raise UserError("variant p shares one parameter among all layers and cannot be sharded; leave out --shard")
@@ -73,7 +72,7 @@ def pretrain(
     )
     data = Windows(tokens, recipe.train_length, recipe.steps * recipe.batch_size, seed)
     switch = recipe.steps if branch else switch_at(recipe)
-    return train(model, data, spec, folder, progress, setup, lambda model, step: turn_on(model, step >= switch))
+    return train(model, data, spec, folder, progress, setup, lambda model, step: set_switches(model, step >= switch))
 
 
 def task_examples(
@@ -132,7 +131,7 @@ def pretrain_stage(
     progress: Callable[[int], Any],
     setup: Setup = Setup(),  # noqa: B008 (frozen)
 ) -> list[Row]:
-    """Pretrain a model from its seed, save it, and return rows of its training loss and of what its scales learned."""
+    """Pretrain a model from its seed, save it if it will be measured, and return rows of its training loss and of what its scales learned."""
     folder = models / job.name
     scratch = folder / SCRATCH
     branch = _branch(job, recipe, models)
@@ -231,7 +230,7 @@ def _loss_rows(job, losses, stage):
 
 
 def save_stage(model: PreTrainedModel, folder: Path, recipe: Recipe) -> None:
-    """Save a model in its run's folder MODEL/STAGE, whole or not at all, with a seal."""
+    """Save a model in a folder inside its own, whole or not at all, with a seal."""
     if PartialState().is_main_process:
         with written_whole(folder, owner(folder, recipe)) as temporary:
             model.save_pretrained(temporary)

@@ -60,7 +60,7 @@ def written_whole(folder: Path, owner: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder to write in. At the end sync it and rename it to folder, which replaces an older one.
 
     Args:
-        folder: the folder to write. If the block raises, nothing is left of it.
+        folder: the folder to write. If the block raises, an older one stays as it was.
         owner: seal the folder with this owner's name; see check_folder.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

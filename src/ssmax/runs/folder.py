@@ -67,7 +67,9 @@ class RunFolder:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the folder's lock inside the block. The system releases it when this process ends, also by a kill.
+        """Lock the folder inside the block, check its configuration, and delete half-written files.
+
+        The system releases the lock when this process ends, also by a kill.
 
         Raises:
             UserError: the folder belongs to another configuration, or another process works in it.

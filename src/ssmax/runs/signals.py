@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a training first saves a checkpoint at the end of its step; everything else stops at once."""
+"""SIGTERM and Ctrl-C: a training first saves a checkpoint, a measurement ends its piece, an import ends; all else stops at once."""
 
 import signal
 import time
@@ -19,7 +19,8 @@ _asked: tuple[int, float] | None = None
 
 
 def install(*, deferred: bool = False) -> None:
-    """Let SIGTERM and Ctrl-C raise Stopped. With deferred they are only remembered, for check and asked_to_stop.
+    """Let SIGTERM and Ctrl-C raise Stopped. With deferred they are only remembered, for check and asked_to_stop;
+    a second one, after two seconds, raises.
 
     Stopped waits for the end of an import: packages turn what interrupts their imports into errors of
     their own, or ignore it.
@@ -59,13 +60,13 @@ def _receive(number, frame):
     _asked = _asked or (number, now)
     if _deferred and not again:
         return
-    if _imports(frame):
+    if _in_import(frame):
         signal.setitimer(signal.ITIMER_REAL, SOON)  # SIGALRM calls this again
         return
     raise Stopped(_asked[0])
 
 
-def _imports(frame) -> bool:
+def _in_import(frame) -> bool:
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None

@@ -18,10 +18,10 @@ __all__ = ["copy", "newest", "owner", "seal"]
 
 
 def owner(folder: Path, recipe: Any) -> str:
-    """Return the owner of a stage's folder of checkpoints: the model, the stage, and a hash of the recipe.
+    """Return the owner of a folder of checkpoints or of a saved model: model, folder name, and a hash of the recipe.
 
     Args:
-        folder: MODEL/STAGE.
+        folder: the folder, inside the model's own.
         recipe: the settings, a dataclass. Fields in recipe.later, which older versions did not
             have, count only if they differ from what those versions did.
     """
@@ -49,7 +49,7 @@ def copy(checkpoint: Path, folder: Path, whose: str) -> None:
 
 
 def newest(folder: Path, whose: str) -> Path | None:
-    """Return the newest complete checkpoint of an owner in a folder, the same on all ranks. Remove incomplete and damaged ones.
+    """Return the newest complete checkpoint of an owner in a folder, the same on all ranks. Delete all other owners' and broken ones.
 
     Args:
         folder: folder of one training.

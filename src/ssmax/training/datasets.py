@@ -11,6 +11,9 @@ from ssmax.errors import UserError
 
 __all__ = ["Examples", "Windows"]
 
+# Tokens of text in the shortest example of a task.
+SOME_TEXT = 8
+
 
 class Windows(Dataset):
     """The training stream cut into windows. All windows come once, then all again in another order; the seed sets the orders.
@@ -67,7 +70,7 @@ class Examples(Dataset):
 
     Args:
         draw: (length, generator) -> an example whose prompt and answer have length tokens together.
-        shortest: length of the shortest example.
+        shortest: tokens of an example without text around what is asked for.
         longest: tokens of the longest example.
         batch_size: examples of a step.
         steps: number of steps.
@@ -85,7 +88,7 @@ class Examples(Dataset):
         seed: int,
     ):
         self.draw, self.longest, self.batch_size, self.steps, self.seed = draw, longest, batch_size, steps, seed
-        self.shortest = shortest + 8
+        self.shortest = shortest + SOME_TEXT
         if self.shortest > longest:
             raise UserError(
                 f"an example of the task has at least {self.shortest} tokens and the training window only {longest}; "

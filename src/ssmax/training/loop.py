@@ -19,7 +19,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ssmax.errors import RunFailed, Stopped, UserError
-from ssmax.hf import parameter_groups, private
+from ssmax.hf import private
+from ssmax.nn import parameter_groups
 from ssmax.runs import signals
 from ssmax.training import checkpoints, nonfinite
 from ssmax.training.ranks import any_of, world_size
@@ -42,7 +43,8 @@ class Spec:
         warmup_steps: steps in which the learning rate rises.
         schedule: schedule after the warm-up, by transformers' name.
         precision: dtype of the matrix products, "float32" or "bfloat16".
-        checkpoint_steps: steps between two checkpoints; 0 for none.
+        checkpoint_steps: steps between two checkpoints; 0 for none but those that a signal or
+            branch asks for.
         seed: the Trainer's seed.
         owner: owner of the checkpoints, see checkpoints.owner.
         branch: a step of this training from which another training continues, or None.
@@ -98,7 +100,8 @@ class Trained:
     """The result of a training.
 
     Attributes:
-        model: the trained model with all its weights, on the CPU or on this rank's device.
+        model: the trained model with all its weights, on the CPU or on this rank's device. If it
+            was sharded, ranks other than the main one have its initial weights.
         losses: (step, mean loss since the last entry), in nats per token.
     """
 
@@ -118,7 +121,8 @@ def train(
     """Train a model. The training continues from the newest complete checkpoint in folder, if there is one.
 
     Args:
-        model: the model, trained in place; if it is sharded, a copy is trained.
+        model: the model, trained in place. If it is sharded, a copy of it receives the trained
+            weights on the main rank.
         data: a data set of spec.steps times spec.batch_size items, read in order.
         spec: what is computed.
         folder: folder of the checkpoints.

@@ -202,7 +202,7 @@ class Prepare:
     Example: ssmax prepare paper --corpus org/web-text --tokenizer gpt2
     """
 
-    again = AGAIN
+    again = "the same command continues, complete shards are kept"
 
     recipe: Annotated[str, tyro.conf.Positional, RECIPE_HELP] = "tiny"
     corpus: Corpus = None

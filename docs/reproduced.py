@@ -21,7 +21,7 @@ from ssmax.laws import LAWS
 from ssmax.paper.claims import Claim, headlines
 from ssmax.paper.figures import claims
 from ssmax.paper.formula import formula_rows
-from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, variants
+from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, stretch, variants
 from ssmax.paper.recipes import tiny
 from ssmax.plots.drawing import STYLE, band, panels, tokens
 from ssmax.plots.select import Spread, by, pick, spread
@@ -144,8 +144,8 @@ def needles(rows: list[Row], length: int) -> str:
     cells, judged = pick(rows, "retrieval_accuracy"), raised(rows, "retrieval_accuracy")
     sizes = sorted({row.at["length"] for row in cells})
     factors = sorted({row.at["theta_factor"] for row in cells} - {1}, key=lambda factor: (factor != judged, factor))
-    heads = [f"{length} at the trained theta", *(f"{size:,}" for size in sizes)]
-    lines = [f"| needles found | theta | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    heads = [f"{length}, RoPE as trained", *(f"{size:,}" for size in sizes)]
+    lines = [f"| needles found | RoPE | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for factor, form in itertools.product(factors, forms(cells)):
         for variant in variants(pick(cells, "retrieval_accuracy", form=form)):
             places = [(1, length), *((factor, size) for size in sizes)]
@@ -153,8 +153,9 @@ def needles(rows: list[Row], length: int) -> str:
                 by(pick(cells, "retrieval_accuracy", variant, form=form, theta_factor=f, length=size), "seed")
                 for f, size in places
             ]
+            rope = stretch(pick(cells, "retrieval_accuracy", theta_factor=factor)[0])
             found = " | ".join(f"{spread(x):.2f}" for x in shares)
-            lines.append(f"| ({variant}) {NAMES[variant]}, {FORM_NAMES[form]} | × {factor} | {found} |")
+            lines.append(f"| ({variant}) {NAMES[variant]}, {FORM_NAMES[form]} | {rope} | {found} |")
     return "\n".join(lines)
 
 

@@ -11,11 +11,25 @@ from ssmax.paper.registered import LEARNED
 from ssmax.plots.select import pick
 from ssmax.runs.rows import Row
 
-__all__ = ["FORM_NAMES", "MEASURES", "NAMES", "UNITS", "Values", "far_texts", "forms", "learned", "raised", "variants"]
+__all__ = [
+    "FORM_NAMES",
+    "MEASURES",
+    "NAMES",
+    "UNITS",
+    "Values",
+    "far_texts",
+    "forms",
+    "learned",
+    "raised",
+    "stretch",
+    "variants",
+]
 
 # Names of models and forms in figures and tables.
 NAMES = {variant.letter: variant.title for variant in VARIANTS.values() if variant.measured}
 FORM_NAMES = {form.name: form.title for form in FORMS.values()}
+
+ROPES = {"theta": "theta", "llama3": "Llama 3.1's RoPE"}  # names of needle_rope
 
 Values = dict[str, dict[int, float]]  # model -> seed -> value
 
@@ -31,8 +45,13 @@ def variants(rows: Sequence[Row]) -> list[str]:
 
 
 def raised(rows: Sequence[Row], metric: str) -> int:
-    """Return the largest factor of RoPE's theta under which a metric was measured; 1 without rows."""
+    """Return the largest factor by which RoPE was stretched where a metric was measured; 1 without rows."""
     return max((row.at["theta_factor"] for row in rows if row.metric == metric), default=1)
+
+
+def stretch(row: Row) -> str:
+    """Return how RoPE was stretched for a row of needles, for people."""
+    return f"{ROPES[row.at.get('rope', 'theta')]} × {row.at['theta_factor']}"
 
 
 def _means(rows: Sequence[Row], metric: str, form: str, chosen: Callable[[Row], bool], **at: Any) -> Values:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ssmax.data.corpus import Corpus
-from ssmax.evaluation import rope_theta
+from ssmax.evaluation import rope_scaling, rope_theta
 from ssmax.evaluation.rows import accuracy_rows, document_losses, grid_results, loss_rows, score_rows
 from ssmax.evaluation.tasks import depth_grid
 from ssmax.paper.recipes import Job, Recipe
@@ -22,6 +22,8 @@ __all__ = ["counting", "position_loss", "retrieval"]
 
 # Tokens in a forward pass of an evaluation, which limits its memory.
 BATCH_TOKENS = 32_768
+# Llama 3.1's values: frequencies with less than one turn within the training length are divided, those with four or more kept.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def position_loss(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: Callable[[int], Any]) -> list[Row]:
@@ -58,7 +60,7 @@ def retrieval(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: 
     model = load_stage(models / job.name / FINETUNED["finetune"], recipe)
     task = needle_task(corpus, recipe, corpus.held_out.reshape(-1))
     factor = max(recipe.needle_factors)
-    # Whether a model has learned the task is measured at the training length, under its trained theta.
+    # Whether a model has learned the task is measured at the training length, with the RoPE of training.
     rows = [] if factor == 1 else _accuracies(model, job, recipe, task, 1, [recipe.train_length], progress)
     for raised in recipe.needle_factors:
         rows += _accuracies(model, job, recipe, task, raised, recipe.lengths, progress)
@@ -66,9 +68,9 @@ def retrieval(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: 
     # The same examples for every model: the variants are compared on the same questions.
     rng = np.random.default_rng([length, round(depth * 1000)])
     examples = [{(length, depth): task.example(length, depth, rng)} for _ in range(recipe.score_trials)]
-    with rope_theta(model, factor):
+    with _stretched(model, recipe, factor):
         found = grid_results(model, examples, progress=lambda done: progress(done // 3))
-    at = {"form": job.form, "length": length, "depth": depth, "theta_factor": factor}
+    at = {"form": job.form, "length": length, "depth": depth, **_rope(recipe, factor)}
     trials = [trial[length, depth] for trial in found]
     return rows + score_rows(trials, variant=job.variant, seed=job.seed, at=at)
 
@@ -77,10 +79,24 @@ def _accuracies(model, job, recipe, task, factor, lengths, progress):
     """Return rows of the accuracy at each length and depth. Cells of a trial share their text; all models get the same trials."""
     cells = depth_grid(lengths, recipe.depths)
     trials = [task.grid(cells, np.random.default_rng([trial, 2])) for trial in range(recipe.trials)]
-    with rope_theta(model, factor):
+    with _stretched(model, recipe, factor):
         found = grid_results(model, trials, progress=lambda done: progress(done // 3))
-    at = {"form": job.form, "theta_factor": factor}
+    at = {"form": job.form, **_rope(recipe, factor)}
     return accuracy_rows(found, variant=job.variant, seed=job.seed, at=at, metrics=["retrieval_accuracy"])
+
+
+def _stretched(model, recipe, factor):
+    """Return a context in which a model reads needles: with its own RoPE (factor 1), or as the recipe stretches it."""
+    if factor == 1 or recipe.needle_rope == "theta":
+        return rope_theta(model, factor)
+    return rope_scaling(model, {"rope_type": "llama3", "factor": float(factor), **LLAMA3})
+
+
+def _rope(recipe, factor):
+    """Return the coordinates of _stretched in rows. For "theta" they are those of earlier versions."""
+    return {"theta_factor": factor} | (
+        {} if factor == 1 or recipe.needle_rope == "theta" else {"rope": recipe.needle_rope}
+    )
 
 
 def counting(job: Job, recipe: Recipe, corpus: Corpus, models: Path, progress: Callable[[int], Any]) -> list[Row]:

@@ -34,7 +34,7 @@ PAPER_TURNS = turns(PAPER_THETA, 1024)  # 0.553: 18 of the 32 frequencies of a h
 
 
 # Fields that 0.1.0 did not have, with the values that it used, so that its runs can be continued.
-LATER = {"theta": PAPER_THETA, "full_turns": PAPER_TURNS, "needle_theta_factors": ()}
+LATER = {"theta": PAPER_THETA, "full_turns": PAPER_TURNS, "needle_theta_factors": (), "needle_rope": "theta"}
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ class Recipe:
     theta_factors: tuple[int, ...] = _measure((50,), "Factors of RoPE's theta for the loss by position.")
     needle_theta_factors: tuple[int, ...] = _measure(
         (), "Factors of RoPE's theta for needles. None: the largest of --theta-factors.", empty=True
+    )
+    needle_rope: Literal["theta", "llama3"] = _measure(
+        "theta",
+        "RoPE when needles are measured. theta: theta is multiplied by --needle-theta-factors. llama3: Llama 3.1's rule "
+        "divides the slow frequencies by them, and keeps those that complete 4 turns in training.",
     )
     depths: tuple[float, ...] = _measure(
         (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True
@@ -243,7 +248,7 @@ def smoke() -> Recipe:
 
 def tiny() -> Recipe:
     """The paper's own form, all variants, figures 1 to 8, on two CPU cores in less than half an hour."""
-    return Recipe(name="tiny", needle_theta_factors=(200,))
+    return Recipe(name="tiny", needle_rope="llama3", needle_theta_factors=(32,))
 
 
 def laptop() -> Recipe:

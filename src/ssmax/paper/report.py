@@ -170,6 +170,16 @@ def theta_of(recipe: dict) -> float:
     return recipe["theta"] or fitting_theta(recipe["train_length"], recipe["full_turns"])
 
 
+def _stretched(recipe):
+    if recipe.get("needle_rope") != "llama3":
+        return ""
+    factor = max(recipe["needle_theta_factors"] or recipe["theta_factors"])
+    return (
+        f" Past the training length RoPE is stretched by Llama 3.1's rule: slow frequencies are divided by {factor}, fast ones "
+        "kept. The paper multiplies theta by 50."
+    )
+
+
 def _method(rows, recipe):
     digits, length = recipe["needle_digits"], recipe["train_length"]
     texts, theta = recipe["loss_texts"], theta_of(recipe)
@@ -189,7 +199,7 @@ def _method(rows, recipe):
         f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digit{'s' * (digits > 1)} (the paper: 7), "
         "hidden in held-out text. The tokenizer keeps each word of the sentence whole. Fine-tuned with the loss on the answer, on "
         f"contexts that grow up to the training length. An answer is right if greedy decoding gives exactly the number; "
-        f"{recipe['trials']} trials for each cell and seed, the same for all models.",
+        f"{recipe['trials']} trials for each cell and seed, the same for all models.{_stretched(recipe)}",
         "Needle score: the paper does not define it precisely. Here it is the attention of one head on the needle's tokens, from the "
         "query that predicts the first token of the answer.",
     ]

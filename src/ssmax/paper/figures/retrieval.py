@@ -7,7 +7,7 @@ from matplotlib.figure import Figure as Drawing
 
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import band_of_seeds, mark_training
-from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, variants
+from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, stretch, variants
 from ssmax.paper.registered import registered
 from ssmax.plots.drawing import heat_map, panels, title, tokens
 from ssmax.plots.select import by, pick
@@ -47,7 +47,7 @@ def _draw(rows: Sequence[Row], train_length: int) -> Drawing:
         for v in variants(cells)
     }
     what = ", ".join(f"{NAMES[v]} {x:.0%}" for v, x in beyond.items())
-    title(figure, f"Needles found past the training length, theta × {cells[0].at['theta_factor']}: {what}")
+    title(figure, f"Needles found past the training length, {stretch(cells[0])}: {what}")
     return figure
 
 

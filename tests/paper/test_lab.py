@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import ssmax
 from ssmax.data import corpus
@@ -19,7 +20,7 @@ from ssmax.paper import training
 from ssmax.paper.building import SwitchedScale, build_model, set_switches, switch_at
 from ssmax.paper.models import FORMS
 from ssmax.paper.plan import plan
-from ssmax.paper.recipes import LATER, Job, Recipe, laptop, paper, small, smoke, tiny, turns
+from ssmax.paper.recipes import LATER, PAPER_THETA, Job, Recipe, laptop, paper, small, smoke, tiny, turns
 from ssmax.paper.stages import STAGES
 from ssmax.paper.tasks import count_task, counted
 from ssmax.runs import provenance
@@ -344,8 +345,20 @@ def test_what_each_head_learned_is_in_the_rows(loaded, tmp_path):
     assert [row.value for row in rows if row.metric == "scale_parameters"] == [8]
 
 
-def test_losses_of_texts_are_those_by_position_and_retrieval_begins_where_it_was_trained(loaded, tmp_path):
-    recipe = dataclasses.replace(smoke(), steps=2, finetune_steps=2, length_factor=2)
+@pytest.mark.parametrize(("rope", "factor"), [("theta", 50), ("llama3", 2)])
+def test_losses_of_texts_are_those_by_position_and_retrieval_begins_where_it_was_trained(
+    loaded, tmp_path, rope, factor, monkeypatch
+):
+    recipe = dataclasses.replace(
+        smoke(), steps=2, finetune_steps=2, length_factor=2, needle_rope=rope, needle_theta_factors=(factor,)
+    )
+    used = set()
+    forward = LlamaRotaryEmbedding.forward
+    monkeypatch.setattr(
+        LlamaRotaryEmbedding,
+        "forward",
+        lambda self, *args, **kwargs: used.add(tuple(self.inv_freq.tolist())) or forward(self, *args, **kwargs),
+    )
     a = Job("paper", "a", 0)
     rows = []
     for stage in ("pretrain", "position_loss", "finetune", "retrieval"):
@@ -364,8 +377,19 @@ def test_losses_of_texts_are_those_by_position_and_retrieval_begins_where_it_was
         assert tokens == len(of_texts) * 64
         whole = sum(row.value * row.samples for row in bins) / tokens
         assert np.mean(of_texts) == pytest.approx(whole, abs=1e-9)
-    asked = {(r.at["theta_factor"], r.at["length"]) for r in rows if r.metric == "retrieval_accuracy"}
-    assert asked == {(1, 64), (50, 64), (50, 128)}
+    asked = {
+        (r.at["theta_factor"], r.at.get("rope", "theta"), r.at["length"])
+        for r in rows
+        if r.metric == "retrieval_accuracy"
+    }
+    assert asked == {(1, "theta", 64), (factor, rope, 64), (factor, rope, 128)}
+    whole_turns = 64 / (2 * math.pi) * (trained := PAPER_THETA ** -(np.arange(8) / 8))
+    kept = np.clip((whole_turns - 1) / 3, 0, 1)  # Llama 3.1's rule: below one turn divided, from four turns on kept
+    stretched = {
+        "theta": (PAPER_THETA * factor) ** -(np.arange(8) / 8),
+        "llama3": trained * (kept + (1 - kept) / factor),
+    }[rope]
+    assert any(np.allclose(frequencies, stretched, rtol=1e-5) for frequencies in used)
 
 
 def test_the_paper_size_has_the_papers_parameters(capsys):

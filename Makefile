@@ -71,10 +71,14 @@ test-mlx: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mlx[cpu]' mlx-lm
 	$(BIN)/python -W ignore tests/programs/mlx_logits.py
 
-# Converted models whose matrices are quantised.
+# Converted models whose matrices are quantised. llm-compressor needs an older transformers, in a venv of its own.
 test-quantized: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao bitsandbytes compressed-tensors
-	$(BIN)/python -W ignore tests/programs/quantized.py
+	$(BIN)/python -W ignore tests/programs/quantized.py transformers
+	test -x .venvs/llm-compressor/bin/python || $(PYTHON) -m venv .venvs/llm-compressor
+	.venvs/llm-compressor/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 llmcompressor==0.14.0.1 \
+		--editable .
+	.venvs/llm-compressor/bin/python -W ignore tests/programs/quantized.py llm-compressor
 
 # vLLM on the CPU and transformers serve in a venv of their own, 3.4 GB; real engines, and servers on 127.0.0.1.
 test-serving:

@@ -92,3 +92,21 @@ def test_threads_do_not_disturb_one_another(case):
     for thread in threads:
         thread.join()
     assert not failed
+
+
+class Leaves(torch.fx.Tracer):
+    """Records calls of attention without running it, as llm-compressor records those of a model's layers."""
+
+    def is_leaf_module(self, m, module_qualified_name):
+        return getattr(m, "ssmax", None) is not None or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_a_forward_that_is_only_recorded_passes_and_the_record_is_checked():
+    model, _ = converted(made(lambda: Stack(Attention(), Attention())), (X,))
+    want = model(X)
+    recorded = torch.fx.GraphModule(model, Leaves().trace(model))
+    close(recorded(X), want)
+    attention = model.blocks[1].attn
+    attention.forward = types.MethodType(fused, attention)
+    with pytest.raises(ValueError, match="did not use its scale"):
+        recorded(X)

@@ -1,9 +1,11 @@
-"""Converted models whose matrices are quantised by torchao, bitsandbytes and compressed-tensors, on the CPU. make test-quantized.
+"""Converted models whose matrices are quantised, on the CPU. make test-quantized: quantized.py transformers | llm-compressor
 
-compressed-tensors holds what llm-compressor writes after GPTQ and AWQ; here the matrices are rounded to the nearest.
+transformers: by torchao and bitsandbytes while it loads, and rounded to the nearest in the format of compressed-tensors.
+llm-compressor: by its GPTQ and AWQ, which read examples, in the same format.
 
 Each kind: a converted checkpoint is quantised, saved, loaded again, and loaded by the checkpoint's own code where ssmax is not known;
-all must give the same logits, and so must the softmax checkpoint that is quantised first and converted then. s and b stay as they were.
+all must give the same logits, and so must the softmax checkpoint that is quantised first and converted then, if no examples are
+read. s and b stay as they were.
 """
 
 import subprocess
@@ -25,7 +27,7 @@ SHAPE = {
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
 
-def kinds():
+def by_transformers():
     """Return how a folder becomes a quantised model, by name."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
@@ -37,6 +39,37 @@ def kinds():
     }
     loads = {name: partial(load, quantization_config=config) for name, config in configs.items()}
     return loads | {"compressed-tensors int4 in groups of 32": rounded_to_int4}
+
+
+def by_llm_compressor():
+    """Return how a folder becomes a quantised model, by name."""
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    torch.Tensor.pin_memory = lambda self: self  # AWQ pins memory for a GPU, also where there is none
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    groups = {"config_groups": {"all": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
+    kinds = {"GPTQ": GPTQModifier, "AWQ": AWQModifier}
+    return {f"{name}, int8 in groups of 32": partial(calibrated, partial(kinds[name], **groups)) for name in kinds}
+
+
+def calibrated(make_recipe, folder):
+    """Return the model as llm-compressor leaves it after it read examples."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer(models.WordLevel({str(token): token for token in range(99)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="0")
+    examples = torch.randint(99, (16, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * 32} for ids in examples])
+    model = load(folder)
+    oneshot(
+        model=model, dataset=data, recipe=make_recipe(), processor=tokenizer, max_seq_length=32,
+        num_calibration_samples=16, shuffle_calibration_samples=False,
+    )  # fmt: skip
+    return model
 
 
 def rounded_to_int4(folder):
@@ -86,8 +119,9 @@ def scales(model):
     return {name: value for name, value in model.state_dict().items() if ".ssmax." in name}
 
 
-def run(name, quantise) -> bool:
-    """Print what one kind gives; return whether all is as it should be."""
+def run(name, quantise, reads_examples) -> bool:
+    """Print what one kind gives; return whether all is as it should be. Examples are read by softmax or by SSMax, and the
+    rounded matrices differ."""
     import ssmax
 
     torch.manual_seed(0)
@@ -105,10 +139,11 @@ def run(name, quantise) -> bool:
         )  # unrun: bitsandbytes packs nf4 for the CPU in a forward, and saves that wrongly
         quantised = quantise(folders[1])
         wanted = logits(quantised)
-        converted = ssmax.convert(quantise(folders[0]), 0.5, bias=True)
-        converted.load_state_dict(scales(model), strict=False)
-        found = {"saved and loaded": logits(load(folders[2])), "converted afterwards": logits(converted)}
-        torch.save(found, f"{place}/found.pt")
+        found = {"saved and loaded": logits(load(folders[2]))}
+        if not reads_examples:
+            converted = ssmax.convert(quantise(folders[0]), 0.5, bias=True)
+            converted.load_state_dict(scales(model), strict=False)
+            found["converted afterwards"] = logits(converted)
         subprocess.run([sys.executable, "-W", "ignore", __file__, folders[2], f"{place}/alone.pt"], check=True)
         found["own code"] = torch.load(f"{place}/alone.pt")
     same = all(torch.equal(scales(quantised)[key].cpu(), value) for key, value in scales(model).items())
@@ -123,11 +158,13 @@ def run(name, quantise) -> bool:
 
 def main() -> None:
     """Run all kinds; exit with 1 where one fails."""
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 2:  # the checkpoint's own code
         sys.modules["ssmax"] = None  # as where it is not installed
         torch.save(logits(load(sys.argv[1], trust_remote_code=True)), sys.argv[2])
         return
-    results = [run(name, quantise) for name, quantise in kinds().items()]
+    reads_examples = sys.argv[1] == "llm-compressor"
+    kinds = by_llm_compressor() if reads_examples else by_transformers()
+    results = [run(name, quantise, reads_examples) for name, quantise in kinds.items()]
     sys.exit(not all(results))
 
 

@@ -1,7 +1,10 @@
 """Checks that each forward of a converted attention used its scale. Code that replaced it would compute plain softmax."""
 
 import threading
+from collections.abc import Mapping
 from typing import Any
+
+from torch.fx import Proxy
 
 from ssmax.private import drop_hook, set_hook
 
@@ -57,10 +60,16 @@ def unwatch(module: Any) -> None:
 def require(module: Any, inputs: Any, output: Any) -> None:
     """Raise ValueError unless the module was the last that noted itself. A module notes itself after those inside it."""
     attended, _last.module = getattr(_last, "module", None), None
-    if attended is not module:
+    if attended is not module and not _is_symbolic(output):
         name = getattr(module, "ssmax_base", type(module)).__name__
         held = "" if getattr(module, "ssmax", None) is not None else "holds attention that "
         raise ValueError(
             f"{name} {held}was converted to SSMax, and its forward did not use its scale, so that it was plain softmax: a forward was "
             "replaced (by a library that patches models?), or fused attention is off. Undo that, or ssmax.revert(model)"
         )
+
+
+def _is_symbolic(output):
+    """Return whether torch.fx only recorded a forward. It does not run the modules that it takes as leaves."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else (output,)
+    return any(isinstance(value, Proxy) for value in values)

@@ -71,5 +71,7 @@ def require(module: Any, inputs: Any, output: Any) -> None:
 
 def _is_symbolic(output):
     """Return whether torch.fx only recorded a forward. It does not run the modules that it takes as leaves."""
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else (output,)
+    values = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else (output,)
+    )
     return any(isinstance(value, Proxy) for value in values)

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # One worker for each core. A worker takes neighbouring tests, so that the fixtures of a file are seldom built twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-mlx test-onnx test-quantized test-serving test-modules fuzz versions lint clean
+.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-mlx test-onnx test-quantized test-serving test-modules test-axolotl fuzz versions lint clean
 
 demo: $(STAMP)
 	$(BIN)/ssmax demo
@@ -45,6 +45,14 @@ test-modules: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13 lightning==2.6.6 lightning-utilities torchmetrics \
 		torchtitan==0.3.0 spmd_types==0.2.3 torchdata
 	$(BIN)/python -m pytest -rs tests/modules/test_packages.py tests/test_examples.py
+
+# The recipe for axolotl in a venv of its own, 3.2 GB: axolotl's pins differ from ours, and it also requires packages for GPUs.
+test-axolotl:
+	test -x .venvs/axolotl/bin/python || $(PYTHON) -m venv .venvs/axolotl
+	.venvs/axolotl/bin/python -m pip install --quiet --editable . -r tests/programs/axolotl.txt
+	.venvs/axolotl/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 \
+		axolotl-contribs-mit==0.0.6 liger-kernel==0.8.1 optimum==1.16.2
+	cd .venvs/axolotl && AXOLOTL_DO_NOT_TRACK=1 bin/python -W ignore ../../examples/pretrain_axolotl.py
 
 # The demo's page in a real browser: needs Debian's packages chromium and chromium-driver.
 test-browser: $(STAMP)

@@ -250,7 +250,8 @@ attention" leaves out the model's weights. So far sharp decoding runs on CPUs on
 ## Devices
 
 Memory of each device if weights and cache are divided over devices (tensor or context parallelism). SSMax needs no more communication: n is
-a position, and s is all-reduced with the other weights. If a sequence is split, the position must be the *global* one.
+the position plus one, and the gradient of s is all-reduced with the other gradients. If a sequence is split, the position must be the
+*global* one.
 
 {devices()}
 
@@ -259,7 +260,7 @@ a position, and s is all-reduced with the other weights. If a sequence is split,
 One sequence is split over many devices. The table shows the compute time of a training step, and what one device sends in a forward. In
 brackets is the time of sending at 50 GB/s, as a share of the step; below 100 % it can overlap with the computation. SSMax adds the unfused
 scaling, one more query to keep, and the all-reduce of the gradient of s. n needs no communication: it is the query's position in the whole
-sequence.
+sequence, plus one.
 
 {contexts()}
 
@@ -272,8 +273,8 @@ the bytes sent with these formulae. It also checks that local positions, or grad
 How many more tokens would a fleet of servers give with sharp decoding? A decode step reads the weights once, and the cache of each sequence.
 Let a be attention's share of these bytes, and f the share of heads that are sharp. A sharp head takes the fraction r of its plain time, a flat
 head the fraction c. Then a step takes 1 − a + a ((1 − f) c + f r) of its plain time, and the table shows the inverse: tokens over plain
-decoding. r and c are measured (`ssmax bench decode`, peaked and flat, one CPU); a is computed for the model above. After 256 steps, SharpCache
-decodes layers without sharp heads plainly, and c is 1 there. Sharp decoding has no GPU kernel yet. For GPUs the table shows what a kernel
+decoding. r and c are measured (`ssmax bench decode`, peaked and flat, one CPU; a later run gave r = 0.75, 0.56 and 0.18). A c below 1 counts as 1.
+a is computed for the model above. The table is for the first 256 steps: then SharpCache decodes layers without sharp heads plainly. Sharp decoding has no GPU kernel yet. For GPUs the table shows what a kernel
 would gain if its r and c were the same.
 
 {fleet()}

@@ -71,8 +71,9 @@ class Law:
         missing = [name for name, value in chosen.items() if value is None]
         if unknown or missing:
             raise ValueError(
-                f"the law {self.formula!r} takes {', '.join(self.defaults) or 'no parameters'}; "
-                f"got {', '.join(sorted(unknown)) or 'nothing'} too much, {', '.join(missing) or 'nothing'} missing"
+                f"the law {self.formula!r} takes {', '.join(self.defaults) or 'no parameters'}"
+                + "".join(f"; it does not take {name}" for name in sorted(unknown))
+                + "".join(f"; {name} is missing" for name in missing)
             )
         return chosen
 

@@ -183,8 +183,10 @@ def _raise_theta(config: Any, factor: float) -> None:
     if factor == 1:
         return
     rope = getattr(config, "rope_parameters", None) or {}
-    if not factor > 0 or rope.get("rope_type") != "default":
-        raise UserError(f"theta-factor {factor:g} needs to be positive, and the model to have RoPE of type 'default'")
+    if not factor > 0:
+        raise UserError(f"--theta-factor must be positive, got {factor:g}")
+    if rope.get("rope_type") != "default":
+        raise UserError(f"--theta-factor needs RoPE of type 'default'; the model has {rope.get('rope_type') or 'none'}")
     config.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * factor}
 
 

@@ -314,7 +314,7 @@ def catches_sigterm(pid):
         (["--texts", "short.txt"], "fewer than two pieces of 64 tokens"),
         (["--texts", "long.txt", "--inits", "paper"], "init must be"),
         (["--texts", "long.txt", "--steps", "0"], "steps must be at least 1"),
-        (["--texts", "long.txt", "--theta-factor", "-1"], "theta-factor -1"),
+        (["--texts", "long.txt", "--theta-factor", "-1"], "--theta-factor must be positive, got -1"),
         (["--texts", "long.txt", "--layers", "9"], "layers must be some of"),
     ],
 )

@@ -119,7 +119,8 @@ def _other_law(options, config, kinds):
         raise ValueError(f"law {law!r} {instead}; init and bias belong to law 'ssmax'")
     if LAWS[law].of == "p" and set(kinds) != {FULL}:
         raise ValueError(
-            f"law {law!r} is a law of the position, which layers with a window or with later keys do not know; leave these layers out"
+            f"law {law!r} needs each query's position, which layers with a window and layers that are not causal do not give; leave "
+            "these layers out"
         )
     parameters = {**LAWS[law].defaults}
     length = _train_length(options.train_length, config)

@@ -11,7 +11,7 @@ import torch
 from ssmax.demo import measure
 from ssmax.demo.page import page
 from ssmax.demo.run import facts_of
-from ssmax.evaluation import needle_scores, rope_theta
+from ssmax.evaluation import needle_scores, rope_scaling
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_page_shows_what_the_models_compute(short):
     model, shown = short.retrieval["ssmax"], found["views"][-1]["models"]["ssmax"]
     layer, head = map(int, re.findall(r"\d+", found["heads"]["ssmax"]))
     example = short.task().example(short.lengths[-1], 0.5, np.random.default_rng([short.lengths[-1], 1]))
-    with rope_theta(model, short.needle_theta_factor):
+    with rope_scaling(model, short.needle_rope):
         scores = needle_scores(model, torch.tensor(example.prompt), example.span)
     assert shown["needle"] == pytest.approx(scores[layer, head].item(), abs=1e-5)
 

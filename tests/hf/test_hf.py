@@ -393,7 +393,7 @@ def test_laws_that_learn_nothing(model, law, tmp_path):
     ("options", "words"),
     [
         ({"law": "olmo"}, "law must be ssmax, ssmax-fixed"),
-        ({"law": "yarn"}, "factor missing"),
+        ({"law": "yarn"}, "factor is missing"),
         ({"law": "yarn", "law_parameters": {"factor": 2, "length": 3}}, "does not take length"),
         ({"law": "qwen-1", "init": "identity"}, "learns nothing"),
         ({"law": "qwen-1", "bias": True}, "learns nothing"),

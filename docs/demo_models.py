@@ -1,8 +1,8 @@
 """Put models of a finished run into the package, for ssmax demo: python docs/demo_models.py RUN [SEED]
 
-RUN is a folder of ssmax reproduce whose recipe trained paper:ab and fine-tuned them for retrieval; give the seed with the
-median difference of needles found, among those with which both models learned the task (of two, the smaller). Weights are
-kept in float16 (s and b in float32), which moves the losses by less than 0.001 nats.
+RUN is a folder of ssmax reproduce whose recipe trained paper:ab, fine-tuned them for retrieval and has --needle-rope llama3.
+Give the seed with the median difference of needles found, among those with which both models learned the task (of two, the
+smaller). Weights are kept in float16 (s and b in float32), which moves the losses by less than 0.001 nats.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 
 from ssmax.demo.measure import FOLDER
 from ssmax.hf.loading import load_model
+from ssmax.paper.measuring import LLAMA3
 from ssmax.runs.rows import read_rows
 
 TEXTS = 4
@@ -43,7 +44,8 @@ shutil.copy(cache / "tokenizer" / "tokenizer.json", FOLDER)
 length = recipe["train_length"] * recipe["length_factor"] + 1
 np.save(FOLDER / "texts.npy", np.load(cache / "held-out.npy")[:TEXTS, :length].astype(np.uint16))
 shape = {key: recipe[key] for key in ("train_length", "needle_digits")}
-shape["needle_theta_factor"] = max(recipe["needle_theta_factors"] or recipe["theta_factors"])
+factor = float(max(recipe["needle_theta_factors"]))
+shape["needle_rope"] = {"rope_type": recipe["needle_rope"], "factor": factor, **LLAMA3}
 facts = {"recipe": recipe["name"], "seed": seed, "parameters": sum(p.numel() for p in model.parameters()), **shape}
 facts |= {
     key: value for key, value in made.items() if key not in ("recipe", "seconds", "processor_seconds", "peak_mib")

@@ -24,7 +24,7 @@ from ssmax.paper.formula import formula_rows
 from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, stretch, variants
 from ssmax.paper.recipes import tiny
 from ssmax.plots.drawing import STYLE, band, panels, tokens
-from ssmax.plots.select import Spread, by, pick, spread
+from ssmax.plots.select import Spread, by, pick
 from ssmax.runs.rows import Row, read_rows, write_rows
 
 DOCS = Path(__file__).parent
@@ -138,6 +138,11 @@ def losses(rows: list[Row], length: int) -> str:
                 cells.append(f"{Spread(tuple(total / width for total, width in sums)):.3f}")
             lines.append(f"| ({variant}) {NAMES[variant]}, {FORM_NAMES[form]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def spread(per_seed: dict) -> Spread:
+    """Return the spread of the seeds' means."""
+    return Spread(tuple(float(np.mean(values)) for values in per_seed.values()))
 
 
 def needles(rows: list[Row], length: int) -> str:

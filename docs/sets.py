@@ -206,7 +206,7 @@ def page(rows) -> str:
     for claim, task, keys, holds in CLAIMS.values():
         pair = difference(rows, task, keys)
         low, high = map(number, pair.interval)
-        above = sum(one > 0 for one in pair.differences)
+        above = sum(one > 0 for one in pair.values)
         judged.append(
             f"| {claim} | {number(pair.mean)} ({low} to {high}) | {above} of {pair.seeds} | **{verdict(pair.interval, holds)}** |"
         )

@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import ssmax.hf  # noqa: F401 (makes the shipped SSMax models known to transformers)
-from ssmax.evaluation import NeedleExample, NeedleTask, binned, loss_by_position, retrieve_grid, rope_theta
+from ssmax.evaluation import (
+    NeedleExample,
+    NeedleTask,
+    binned,
+    loss_by_position,
+    retrieve_grid,
+    rope_scaling,
+    rope_theta,
+)
 from ssmax.evaluation.attention import attend
 from ssmax.evaluation.reading import Reader
 from ssmax.hf.loading import load_model
@@ -58,9 +66,9 @@ class Shipped:
         return [self.train_length * 2**k for k in range(count)]
 
     @property
-    def needle_theta_factor(self) -> float:
-        """Factor of RoPE's theta for needles: the largest of the run that made the models, by which it judged them."""
-        return self.provenance["needle_theta_factor"]
+    def needle_rope(self) -> dict[str, Any]:
+        """RoPE's parameters for needles: those of the run that made the models, by which it judged them."""
+        return self.provenance["needle_rope"]
 
     def encode(self, text: str) -> list[int]:
         """Return ids without special tokens."""
@@ -121,7 +129,7 @@ def needles(shipped: Shipped, trials: int, progress: Callable[[int], Any]) -> di
     asked = [task.grid(cells, np.random.default_rng(seed)) for seed in range(trials)]
     found = {}
     for name, model in shipped.retrieval.items():
-        with rope_theta(model, shipped.needle_theta_factor):
+        with rope_scaling(model, shipped.needle_rope):
             outcomes = retrieve_grid(model, asked, progress=progress)
         found[name] = {n: [trial[n, d] for trial in outcomes for d in DEPTHS] for n in shipped.lengths}
     return found
@@ -134,11 +142,11 @@ def best_head(outcomes: dict[int, list]) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def look(model: PreTrainedModel, example: NeedleExample, head: tuple[int, int], theta_factor: float) -> Sight:
+def look(model: PreTrainedModel, example: NeedleExample, head: tuple[int, int], rope: dict[str, Any]) -> Sight:
     """Return what a head, (layer, head), attends to from the last token of the prompt, and the model's answer."""
     layer, number = head
     prompt = torch.tensor([example.prompt])
-    with rope_theta(model, theta_factor):
+    with rope_scaling(model, rope):
         reader = Reader(model, prompt, 1024)
         memory = reader.read(reader.empty(1), prompt[:, :-1])
         _, weights = attend(reader, memory, prompt[:, -1:], prompt.shape[1])

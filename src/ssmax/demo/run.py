@@ -50,7 +50,7 @@ def facts_of(shipped: Shipped, progress: Callable[[int], Any], trials: int = TRI
         "views": [_view(shipped, length, heads) for length in shipped.lengths],
         "heads": {name: f"layer {layer}, head {head}" for name, (layer, head) in heads.items()},
         "names": MODELS,
-        "theta": {"loss": THETA_FACTOR, "needles": shipped.needle_theta_factor},
+        "rope": {"theta_factor": THETA_FACTOR, "needles": shipped.needle_rope},
         "asked": trials * len(measure.DEPTHS),
         "texts": len(shipped.texts),
         "provenance": shipped.provenance,
@@ -61,7 +61,7 @@ def _view(shipped: Shipped, length: int, heads: dict[str, tuple[int, int]]) -> d
     """Return one context for the page: its tokens, and what each model's best head attends to from the last token."""
     example = shipped.task().example(length, 0.5, np.random.default_rng([length, 1]))
     sights = {
-        name: measure.look(model, example, heads[name], shipped.needle_theta_factor)
+        name: measure.look(model, example, heads[name], shipped.needle_rope)
         for name, model in shipped.retrieval.items()
     }
     return {
@@ -91,8 +91,9 @@ def _tables(facts: dict[str, Any]) -> list[str]:
     softmax, ssmax = MODELS.values()
     made = facts["provenance"]
     lines = [
-        f"Two models of {made['parameters']:,} parameters, trained on windows of {made['train_length']} tokens; RoPE theta × "
-        f"{facts['theta']['loss']} for the loss and × {facts['theta']['needles']} for needles. Neither was trained on longer texts.",
+        f"Two models of {made['parameters']:,} parameters, trained on windows of {made['train_length']} tokens. Neither was trained on "
+        f"longer texts. RoPE: theta × {facts['rope']['theta_factor']} for the loss, Llama 3.1's rule with factor "
+        f"{facts['rope']['needles']['factor']:g} for needles.",
         "",
         f"Loss (nats per token) by position, {facts['texts']} held-out texts",
         f"{'positions':>15}  {softmax:>8}  {ssmax:>8}  {'difference':>10}",

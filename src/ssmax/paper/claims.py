@@ -1,5 +1,6 @@
 """Judges the registered claims: each gets what was measured, an interval and a verdict."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 HOLDS, HOLDS_NOT, OPEN = "holds", "does not hold", "open"
+NOTHING = (math.nan, math.nan)
 RULE = (
     "A verdict compares models of the same seed, which share initial weights and data. The difference is taken for each seed, "
     "and the 95 % interval of its mean is Student's t over the seeds. A claim holds if the whole interval lies on the claimed side "
@@ -45,10 +47,7 @@ class Claim:
     verdict: str
     name: str = ""
     form: str = ""
-    values: tuple[float, float] = (
-        float("nan"),
-        float("nan"),
-    )  # of the claimed model and of the other, means over seeds
+    values: tuple[float, float] = NOTHING  # means over seeds, of the claimed model and of the other
     paired: Paired = field(default_factory=lambda: Paired(()))
 
 
@@ -105,13 +104,13 @@ def _judged(registered: Registered, rows, form, train_length, values: Values) ->
         differences = [far - near for near, far in zip(*gaps, strict=True)]
         near, far = (Spread(tuple(gap)) for gap in gaps)
         measured = f"{NAMES[models[0]]} is {near:.3f} from {NAMES[models[1]]}, {far:.3f} from {NAMES[models[2]]}{unit}"
-        means, shown = (near.mean, far.mean) if seeds else (float("nan"),) * 2, 1
+        means, shown = (near.mean, far.mean) if seeds else NOTHING, 1
     else:
         x, y = (Spread(tuple(values[model][seed] for seed in seeds)) for model in models)
         shown = -1 if registered.judge == "lower" else 1  # sign with which the difference is printed
         differences = [shown * (a - b) for a, b in zip(x.values, y.values, strict=True)]
         measured = f"{NAMES[models[1]]} {y:.3f}, {NAMES[models[0]]} {x:.3f}{unit}" if seeds else "nothing to compare"
-        means = (x.mean, y.mean) if seeds else (float("nan"),) * 2
+        means = (x.mean, y.mean) if seeds else NOTHING
     paired = Paired(tuple(shown * value for value in differences))
     notes = [measured, interval_words(paired)] if seeds else [measured]
     if registered.measure == "far" and registered.judge == "lower":

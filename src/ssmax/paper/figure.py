@@ -20,7 +20,7 @@ class Figure:
         metric: the metric that it needs.
         caption: its caption in the report.
         draw: (rows, training length) -> a figure of matplotlib.
-        claims: registered claims, which are judged by paired differences over seeds.
+        claims: claims in addition to those that ssmax.paper.registered holds for it.
         judge: (rows, training length) -> further claims, which are judged in another way.
     """
 

@@ -1,5 +1,6 @@
 """The measures that registered claims compare: from rows, one value for each model and seed of a form."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,16 +55,14 @@ def stretch(row: Row) -> str:
     return f"{ROPES[row.at.get('rope', 'theta')]} × {row.at['theta_factor']}"
 
 
-def _means(rows: Sequence[Row], metric: str, form: str, chosen: Callable[[Row], bool], **at: Any) -> Values:
+def _means(
+    rows: Sequence[Row], metric: str, form: str, chosen: Callable[[Row], bool] = lambda row: True, **at: Any
+) -> Values:
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in pick(rows, metric, form=form, **at):
         if row.variant in NAMES and row.seed is not None and chosen(row):
             values[row.variant][row.seed].append(row.value)
     return {model: {seed: float(np.mean(v)) for seed, v in of_seeds.items()} for model, of_seeds in values.items()}
-
-
-def _training(rows, form, train_length):
-    return _means(rows, "train_loss", form, lambda row: True, stage="pretrain")
 
 
 def _trained(rows, form, train_length):
@@ -75,16 +74,13 @@ def _loss(rows, form, chosen):
     return _means(rows, "loss_by_position", form, chosen, theta_factor=raised(rows, "loss_by_position"))
 
 
-def _short(rows, form, train_length):
-    return _loss(rows, form, lambda row: row.at["position"] <= train_length)
+def _loss_between(first, last=math.inf):
+    """Return a measure: the loss at positions between these multiples of the training length."""
 
+    def measure(rows, form, length):
+        return _loss(rows, form, lambda row: row.at["from"] > first * length and row.at["position"] <= last * length)
 
-def _far(rows, form, train_length):
-    return _loss(rows, form, lambda row: row.at["from"] > 8 * train_length and row.at["position"] <= 16 * train_length)
-
-
-def _farther(rows, form, train_length):
-    return _loss(rows, form, lambda row: row.at["from"] > 16 * train_length)
+    return measure
 
 
 def _rise(rows, form, train_length):
@@ -113,19 +109,11 @@ def _retrieval(rows, form, train_length, chosen):
     }
 
 
-def _needles(rows, form, train_length):
-    return _retrieval(rows, form, train_length, lambda row: row.at["length"] > train_length)
-
-
-def _far_needles(rows, form, train_length):
-    return _retrieval(rows, form, train_length, lambda row: row.at["length"] >= 16 * train_length)
-
-
 def _exponent(rows, form, train_length):
     """Return the exponent of log n: the mean over heads if it is learned, 1 for s log n, 0 for a temperature without n."""
-    learned = _means(rows, "learned_scale", form, lambda row: True, name="gamma")
+    exponents = _means(rows, "learned_scale", form, name="gamma")
     fixed = {"b": 1.0, "t": 0.0}
-    return learned | {model: dict.fromkeys(learned.get("g", {}), fixed[model]) for model in fixed}
+    return exponents | {model: dict.fromkeys(exponents.get("g", {}), fixed[model]) for model in fixed}
 
 
 def _head(rows, form, train_length):
@@ -137,14 +125,6 @@ def _head(rows, form, train_length):
     return dict(best)
 
 
-def _top_score(rows, form, train_length):
-    return _means(rows, "top_needle_score", form, lambda row: True)
-
-
-def _counting(rows, form, train_length):
-    return _means(rows, "counting_accuracy", form, lambda row: row.at["length"] <= train_length)
-
-
 def far_texts(rows: Sequence[Row], form: str, model: str, seed: int, train_length: int) -> list[float]:
     """Return each text's loss at 8 to 16 × the training length, in the order of the texts; empty if it was not kept."""
     losses = pick(rows, "text_loss", model, form=form, **{"from": 8 * train_length + 1})
@@ -152,17 +132,21 @@ def far_texts(rows: Sequence[Row], form: str, model: str, seed: int, train_lengt
 
 
 MEASURES: dict[str, Callable[[Sequence[Row], str, int], Values]] = {
-    "training": _training,
+    "training": lambda rows, form, length: _means(rows, "train_loss", form, stage="pretrain"),
     "trained": _trained,
-    "short": _short,
-    "far": _far,
-    "farther": _farther,
+    "short": _loss_between(0, 1),
+    "far": _loss_between(8, 16),
+    "farther": _loss_between(16),
     "rise": _rise,
-    "needles": _needles,
-    "far-needles": _far_needles,
+    "needles": lambda rows, form, length: _retrieval(rows, form, length, lambda row: row.at["length"] > length),
+    "far-needles": lambda rows, form, length: _retrieval(
+        rows, form, length, lambda row: row.at["length"] >= 16 * length
+    ),
     "exponent": _exponent,
     "head": _head,
-    "top-score": _top_score,
-    "counting": _counting,
+    "top-score": lambda rows, form, length: _means(rows, "top_needle_score", form),
+    "counting": lambda rows, form, length: _means(
+        rows, "counting_accuracy", form, lambda row: row.at["length"] <= length
+    ),
 }
 UNITS = dict.fromkeys(("training", "trained", "short", "far", "farther", "rise"), " nats")

@@ -54,21 +54,9 @@ def count_lengths(recipe: Any) -> list[int]:
     return [recipe.train_length // 2, *recipe.lengths]
 
 
-def _pretrain_tokens(recipe):
-    return recipe.steps * recipe.batch_size * recipe.train_length
-
-
 def finetune_step_tokens(recipe: Any) -> int:
     """Return the tokens of a step of fine-tuning, whose examples have about half the training length."""
     return recipe.finetune_batch_size * recipe.train_length // 2
-
-
-def _finetune_tokens(recipe):
-    return recipe.finetune_steps * finetune_step_tokens(recipe)
-
-
-def _count_tokens(recipe):
-    return recipe.count_steps * finetune_step_tokens(recipe)
 
 
 def _loss_tokens(recipe):
@@ -81,17 +69,13 @@ def _retrieval_tokens(recipe):
     return (grid + recipe.score_trials * recipe.score_length_factor * recipe.train_length) // 3
 
 
-def _counting_tokens(recipe):
-    return sum(count_lengths(recipe)) * COUNT_TRIALS * recipe.trials // 3
-
-
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
             "pretrain",
             lambda recipe, job: not VARIANTS[job.variant].made_of,
-            _pretrain_tokens,
+            lambda recipe: recipe.steps * recipe.batch_size * recipe.train_length,
             _of("training:pretrain_stage"),
             trains=True,
         ),
@@ -104,12 +88,23 @@ STAGES: Mapping[str, Stage] = {
         Stage(
             "finetune",
             _in("retrieval"),
-            _finetune_tokens,
+            lambda recipe: recipe.finetune_steps * finetune_step_tokens(recipe),
             partial(_of("training:finetune_stage"), "finetune"),
             trains=True,
         ),
         Stage("retrieval", _in("retrieval"), _retrieval_tokens, _of("measuring:retrieval")),
-        Stage("count", _in("counting"), _count_tokens, partial(_of("training:finetune_stage"), "count"), trains=True),
-        Stage("counting", _in("counting"), _counting_tokens, _of("measuring:counting")),
+        Stage(
+            "count",
+            _in("counting"),
+            lambda recipe: recipe.count_steps * finetune_step_tokens(recipe),
+            partial(_of("training:finetune_stage"), "count"),
+            trains=True,
+        ),
+        Stage(
+            "counting",
+            _in("counting"),
+            lambda recipe: sum(count_lengths(recipe)) * COUNT_TRIALS * recipe.trials // 3,
+            _of("measuring:counting"),
+        ),
     )
 }

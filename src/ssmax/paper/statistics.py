@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+
+from ssmax.plots.select import Spread
 
 __all__ = ["Paired", "bootstrap", "t_cdf", "t_quantile"]
 
@@ -40,30 +41,13 @@ def t_quantile(probability: float, freedom: int) -> float:
     return (low + high) / 2
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Differences between two models, one for each seed; each pair shares initial weights and data.
-
-    Attributes:
-        differences: one for each seed.
-    """
-
-    differences: tuple[float, ...]
+class Paired(Spread):
+    """Differences between two models, one value for each seed; each pair shares initial weights and data."""
 
     @property
     def seeds(self) -> int:
         """Number of pairs."""
-        return len(self.differences)
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return float(np.mean(self.differences))
-
-    @property
-    def deviation(self) -> float:
-        """Sample standard deviation over the seeds; nan for one."""
-        return float(np.std(self.differences, ddof=1)) if self.seeds > 1 else float("nan")
+        return len(self.values)
 
     @property
     def interval(self) -> tuple[float, float]:

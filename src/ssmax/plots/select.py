@@ -9,7 +9,7 @@ import numpy as np
 
 from ssmax.runs.rows import Row
 
-__all__ = ["Spread", "by", "pick", "spread"]
+__all__ = ["Spread", "by", "pick"]
 
 
 def pick(rows: Sequence[Row], metric: str, variant: str | None = None, **at: Any) -> list[Row]:
@@ -51,8 +51,3 @@ class Spread:
     def __format__(self, spec: str) -> str:
         mean = format(self.mean, spec)
         return mean if len(self.values) < 2 else f"{mean} ± {self.deviation:{spec.lstrip('+')}}"
-
-
-def spread(per_seed: dict[Any, list[float]]) -> Spread:
-    """Return the spread of the seeds' means."""
-    return Spread(tuple(float(np.mean(values)) for values in per_seed.values()))

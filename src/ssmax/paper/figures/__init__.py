@@ -9,6 +9,7 @@ from matplotlib.figure import Figure as Drawing
 
 from ssmax.paper.claims import Claim, judged
 from ssmax.paper.figure import Figure
+from ssmax.paper.registered import registered
 from ssmax.plots.drawing import STYLE
 from ssmax.runs.rows import Row
 
@@ -42,5 +43,6 @@ def claims(rows: Sequence[Row], train_length: int) -> list[Claim]:
     found = []
     for name in drawable(rows):
         figure = FIGURES[name]
-        found += [*judged(figure.claims, rows, train_length), *figure.judge(rows, train_length)]
+        asked = (*registered(name), *figure.claims)
+        found += [*judged(asked, rows, train_length), *figure.judge(rows, train_length)]
     return found

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure as Drawing
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import band_of_seeds, listed, mark_training
 from ssmax.paper.measured import FORM_NAMES, forms, variants
-from ssmax.paper.registered import registered
 from ssmax.plots.drawing import panels, title, tokens
 from ssmax.plots.select import by, pick
 from ssmax.runs.rows import Row
@@ -43,5 +42,4 @@ FIGURE = Figure(
         "contexts up to the training length; mean and range over seeds."
     ),
     draw=_draw,
-    claims=registered("counting"),
 )

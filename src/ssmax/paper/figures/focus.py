@@ -9,7 +9,6 @@ from ssmax.paper.claims import HOLDS, HOLDS_NOT, Claim
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import COLOURS
 from ssmax.paper.measured import NAMES
-from ssmax.paper.registered import registered
 from ssmax.plots.drawing import panels, title
 from ssmax.plots.select import by, pick
 from ssmax.runs.rows import Row
@@ -62,6 +61,5 @@ FIGURE = Figure(
     metric="focus_weight",
     caption="Figure 3. The weight of the largest logit against its value, from the formula. Darker: more keys.",
     draw=_draw,
-    claims=registered(3),
     judge=_judge,
 )

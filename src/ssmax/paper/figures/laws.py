@@ -7,7 +7,6 @@ from matplotlib.figure import Figure as Drawing
 from ssmax.paper.figure import Figure
 from ssmax.paper.measured import NAMES, variants
 from ssmax.paper.models import VARIANTS
-from ssmax.paper.registered import registered
 from ssmax.plots.drawing import panels, title
 from ssmax.plots.select import pick
 from ssmax.runs.rows import Row
@@ -33,5 +32,4 @@ FIGURE = Figure(
     metric="learned_scale",
     caption="Laws of n. Values that the scales learned in pretraining; each point is one head of one layer and seed.",
     draw=_draw,
-    claims=registered("laws"),
 )

@@ -10,7 +10,6 @@ from ssmax.paper.claims import Claim, interval_words, verdict
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import COLOURS
 from ssmax.paper.measured import FORM_NAMES, forms
-from ssmax.paper.registered import registered
 from ssmax.paper.statistics import Paired
 from ssmax.plots.drawing import panels, title, tokens
 from ssmax.plots.select import Spread, by, pick
@@ -116,6 +115,5 @@ FIGURE = Figure(
         "left out."
     ),
     draw=_draw,
-    claims=registered(2),
     judge=_judge,
 )

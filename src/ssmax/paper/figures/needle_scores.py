@@ -8,7 +8,6 @@ from matplotlib.figure import Figure as Drawing
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import band_of_seeds, listed
 from ssmax.paper.measured import FORM_NAMES, forms, variants
-from ssmax.paper.registered import registered
 from ssmax.plots.drawing import panels, title
 from ssmax.plots.select import by, pick
 from ssmax.runs.rows import Row
@@ -48,5 +47,4 @@ FIGURE = Figure(
         "the first token of the answer, mean over trials, sorted; mean and range over seeds."
     ),
     draw=_draw,
-    claims=registered(7),
 )

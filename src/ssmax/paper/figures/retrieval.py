@@ -8,7 +8,6 @@ from matplotlib.figure import Figure as Drawing
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import band_of_seeds, mark_training
 from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, stretch, variants
-from ssmax.paper.registered import registered
 from ssmax.plots.drawing import heat_map, panels, title, tokens
 from ssmax.plots.select import by, pick
 from ssmax.runs.rows import Row
@@ -59,5 +58,4 @@ FIGURE = Figure(
         "length."
     ),
     draw=_draw,
-    claims=registered(6),
 )

@@ -9,7 +9,6 @@ from ssmax.paper.claims import OPEN, Claim, interval_words, verdict
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import COLOURS
 from ssmax.paper.measured import FORM_NAMES, NAMES, forms, variants
-from ssmax.paper.registered import registered
 from ssmax.paper.statistics import Paired
 from ssmax.plots.drawing import panels, title
 from ssmax.plots.select import Spread, by, pick
@@ -75,6 +74,5 @@ FIGURE = Figure(
         "answer was right."
     ),
     draw=_draw,
-    claims=registered(8),
     judge=_judge,
 )

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure as Drawing
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import band_of_seeds, listed
 from ssmax.paper.measured import FORM_NAMES, NAMES, forms, variants
-from ssmax.paper.registered import registered
 from ssmax.plots.drawing import legend, panels, title
 from ssmax.plots.select import by, pick
 from ssmax.runs.rows import Row
@@ -47,5 +46,4 @@ FIGURE = Figure(
         "Figure 4. Training loss; mean and range over seeds. The first sixth of the training lies above the panel."
     ),
     draw=_draw,
-    claims=registered(4),
 )

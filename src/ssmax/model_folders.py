@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from ssmax.calibration import Calibration, calibrate, piece_length
 from ssmax.conversion import convert
@@ -18,7 +17,7 @@ from ssmax.data.sources import documents
 from ssmax.errors import RunFailed, UserError
 from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
-from ssmax.hf.loading import load_config, load_model, load_tokenizer
+from ssmax.hf.loading import load_config, load_model, load_tokenizer, quiet
 from ssmax.hf.portable.card import write_card
 from ssmax.hf.spec import ScaleSpec
 from ssmax.runs.failures import is_full, user_errors
@@ -47,7 +46,8 @@ def convert_folder(source: str, target: Path, *, dry_run: bool, **options: Any) 
         RunFailed: the disk is full.
     """
     check_destination(target, new=True)
-    model = _load(source)
+    quiet()
+    model = load_model(source)
     with user_errors():
         convert(model, **options)
     lines = _describe(model)
@@ -76,7 +76,9 @@ def calibrate_folder(
         RunFailed: a loss is not finite, or the disk is full.
     """
     check_destination(target, new=True)
-    config = _config(source, theta_factor)
+    quiet()
+    config = load_config(source)
+    _raise_theta(config, theta_factor)
     with user_errors():
         length = piece_length(config, options["length"])
     tokens = _tokens(source, texts, length, options["steps"])
@@ -115,7 +117,8 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
         if figure.suffix not in (".png", ".svg"):
             raise UserError(f"the figure's name must end in .png or .svg, got {figure.name!r}")
         check_destination(figure)
-    model = _load(source)
+    quiet()
+    model = load_model(source)
     lines = _describe(model)
     if figure is None:
         return lines
@@ -165,18 +168,6 @@ def _scale_words(scale):
 def _layers(model: PreTrainedModel) -> dict[int, Layer]:
     with user_errors():
         return language_layers(model)
-
-
-def _config(source: str, theta_factor: float = 1.0) -> PreTrainedConfig:
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    config = load_config(source)
-    _raise_theta(config, theta_factor)
-    return config
-
-
-def _load(source: str) -> PreTrainedModel:
-    return load_model(source, _config(source))
 
 
 def _raise_theta(config: Any, factor: float) -> None:

@@ -128,10 +128,11 @@ class Reproduce:
         return None
 
     def _together(self, run: RunFolder) -> None:
-        from ssmax.paper.reproduce import reproduce, start_ranks
+        from ssmax.paper.reproduce import reproduce
         from ssmax.training.loop import Setup
+        from ssmax.training.ranks import join
 
-        main = start_ranks(self.timeout_minutes)
+        main = join(self.timeout_minutes)
         with run.opened() if main else contextlib.nullcontext():
             reproduce(run.recipe, self.corpus, run, run.folder.parent / "cache", Setup(shard=self.shard))
             if main:
@@ -178,10 +179,11 @@ class Train:
         recipe = self.chosen()
         if self.dry_run:
             return _print_plan(recipe)
-        from ssmax.paper.reproduce import start_ranks, train  # loads torch and transformers
+        from ssmax.paper.reproduce import train  # loads torch and transformers
         from ssmax.training.loop import Setup
+        from ssmax.training.ranks import join
 
-        main = start_ranks(self.timeout_minutes)
+        main = join(self.timeout_minutes)
         run = RunFolder(self.out, recipe, self.corpus)
         with run.opened() if main else contextlib.nullcontext():
             model = train(recipe, self.corpus, run, self.out.parent / "cache", Setup(self.shard, self.report_to))

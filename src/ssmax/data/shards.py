@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ssmax.errors import UserError
-from ssmax.runs.files import write_atomically
+from ssmax.runs.files import sha256, write_atomically
 from ssmax.runs.progress import progress_bar
 
 __all__ = [
@@ -202,7 +202,7 @@ def check(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, shown: bool = True) -> None:
+def verify(folder: Path) -> None:
     """Read all files of a finished folder and compare their hashes with those of the manifest.
 
     Raises:
@@ -212,17 +212,13 @@ def verify(folder: Path, shown: bool = True) -> None:
     files = [(HELD_OUT, manifest.held_out["sha256"]), ("tokenizer/tokenizer.json", manifest.tokenizer["sha256"])]
     files += [(shard["name"], shard["sha256"]) for shard in manifest.shards]
     total = sum((folder / name).stat().st_size for name, _ in files if (folder / name).exists())
-    with progress_bar(total, "checking corpus", shown, unit="B", delay=3) as bar:
+    with progress_bar(total, "checking corpus", unit="B", delay=3) as bar:
         for name, wanted in files:
             if not (folder / name).is_file():
                 raise _damaged(folder / name, "is missing")
-            digest = hashlib.sha256()
-            with open(folder / name, "rb") as file:
-                for block in iter(lambda: file.read(2**22), b""):
-                    digest.update(block)
-                    bar.update(len(block))
-            if digest.hexdigest() != wanted:
+            if sha256(folder / name) != wanted:
                 raise _damaged(folder / name, "is not what the manifest says (sha256 differs): damaged or swapped")
+            bar.update((folder / name).stat().st_size)
 
 
 def _damaged(path, what):

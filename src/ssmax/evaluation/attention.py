@@ -150,15 +150,8 @@ def sharpness_by_layer(
 def _sharpness(n, weights):
     # A layer with a window has dropped the first token if it holds fewer keys than n.
     behind = weights[:, 1:] / weights[:, 1:].sum(-1, keepdim=True) if weights.shape[1] == n else weights
-    return tuple(f(x) for x in (weights, behind) for f in (_entropy, _largest))
-
-
-def _entropy(weights):
-    return -torch.xlogy(weights, weights).sum(-1) / math.log(weights.shape[-1])
-
-
-def _largest(weights):
-    return weights.max(-1).values
+    entropies = [-torch.xlogy(x, x).sum(-1) / math.log(x.shape[-1]) for x in (weights, behind)]
+    return entropies[0], weights.max(-1).values, entropies[1], behind.max(-1).values
 
 
 def attend(reader: Reader, memory: Memory, token_ids: Tensor, length: int) -> tuple[Tensor, Weights]:

@@ -1,5 +1,6 @@
 """The attention weights of one query in every layer, by the layer's index, or the reason why they are not available."""
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +39,9 @@ class Weights:
             tuple[tuple[str, int], Any, Tensor]
         ] = []  # the layer that was running, its module, its weights
 
-    def enter(self, stack: str, layer: int) -> None:
-        """Note that a layer of a list of layers begins to run."""
-        self._ran.append((stack, layer))
+    def enter(self, where: tuple[str, int], module: Any, inputs: Any) -> None:
+        """Hook of a layer, which is a number in a list of layers: note that it begins to run."""
+        self._ran.append(where)
 
     def keep(self, module: Any, weights: Any) -> None:
         """Keep the weights that an attention function of transformers returned."""
@@ -80,7 +81,7 @@ class Weights:
             self._take(layer, module, weights)
         if self.problem is not None:
             self.refuse(self.problem)
-        elif not found and _has_attention(self.model):
+        elif not found and any("Attention" in type(module).__name__ for module in self.model.modules()):
             self.problem = f"{type(self.model).__name__} returns no attention weights"
 
     def _take(self, layer, module, weights):
@@ -134,7 +135,9 @@ def recorded(model: PreTrainedModel, row: int, length: int) -> Iterator[Weights]
         length: number of tokens that it sees.
     """
     weights = Weights(model, row, length)
-    handles = [module.register_forward_pre_hook(_entering(weights, *where)) for where, module in _numbered(model)]
+    handles = [
+        module.register_forward_pre_hook(functools.partial(weights.enter, where)) for where, module in _numbered(model)
+    ]
     before, interface = private.implementation_of(model.config), AttentionInterface.get_interface
 
     def get_interface(self, attn_implementation, default):
@@ -165,10 +168,6 @@ def _choose(model, implementation):
         private.set_implementation(model.config, implementation)
 
 
-def _entering(weights, stack, layer):
-    return lambda module, inputs: weights.enter(stack, layer)
-
-
 def _numbered(model: nn.Module) -> list[tuple[tuple[str, int], nn.Module]]:
     """Return the layers with their list and number: modules whose name is a number, and that lie in no other such module."""
     found = []
@@ -181,10 +180,6 @@ def _numbered(model: nn.Module) -> list[tuple[tuple[str, int], nn.Module]]:
 
 def _is_square(weights, row, length):
     return isinstance(weights, Tensor) and weights.ndim == 4 and row < weights.shape[2] and length <= weights.shape[3]
-
-
-def _has_attention(model):
-    return any("Attention" in type(module).__name__ for module in model.modules())
 
 
 def _said(layers):

@@ -11,8 +11,8 @@ from ssmax.hf import private
 from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import QueryAwareScale
-from ssmax.modules.attended import Watch, unwatch, watch
-from ssmax.private import drop_child
+from ssmax.modules.attended import Watch
+from ssmax.private import drop_child, drop_hook, set_hook
 from ssmax.query_scale import QueryScale
 
 __all__ = [
@@ -87,7 +87,7 @@ def _watch(model, attentions):
                 outer.inside.append(inner)
             inner = outer
     for module, hook in watches.items():
-        watch(module, hook)
+        set_hook(module, "ssmax", hook)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -96,7 +96,7 @@ def detach(model: PreTrainedModel) -> None:
     for module in model.modules():
         drop_child(module, "ssmax")
         module.__dict__.pop("ssmax_layer", None)
-        unwatch(module)
+        drop_hook(module, "ssmax")
 
 
 def carriers(model: PreTrainedModel) -> list[tuple[str, Any]]:

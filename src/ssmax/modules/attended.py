@@ -6,9 +6,7 @@ from typing import Any
 
 from torch.fx import Proxy
 
-from ssmax.private import drop_hook, set_hook
-
-__all__ = ["Watch", "note", "require", "unwatch", "watch"]
+__all__ = ["Watch", "note", "require"]
 
 
 # For each thread: module, the last one that noted itself, and watch, the last watch that passed. This is no subclass of
@@ -45,16 +43,6 @@ class Watch:
     def excuses(self, module: Any) -> bool:
         """Return whether this forward may have passed by all watched modules inside."""
         return False
-
-
-def watch(module: Any, hook: Watch) -> None:
-    """Check each forward of a module."""
-    set_hook(module, "ssmax", hook)
-
-
-def unwatch(module: Any) -> None:
-    """Undo watch."""
-    drop_hook(module, "ssmax")
 
 
 def require(module: Any, inputs: Any, output: Any) -> None:

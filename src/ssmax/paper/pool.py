@@ -53,8 +53,12 @@ def run_jobs(run: RunFolder, recipe: Recipe, tokens: Path, provenance: dict) -> 
     on_gpu = torch.cuda.is_available()
     workers = 1 if on_gpu else min(len(chains), os.cpu_count() or 1, MAX_WORKERS)
     threads = (os.cpu_count() or 1) // workers
-    _keep_freed_memory()
-    _give_back_freed_memory()
+    # Let the workers keep freed memory; glibc would return large blocks that each step asks for again.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**31))
+    # Return what the tokenisation freed to the system; glibc would keep it for as long as the workers train.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     total = sum(_tokens(chain, recipe) for chain in chains)
@@ -81,18 +85,6 @@ def run_jobs(run: RunFolder, recipe: Recipe, tokens: Path, provenance: dict) -> 
             # A killed worker may hold the lock of messages for ever, so messages is not used after this.
             _kill(pool)
             pool.shutdown(cancel_futures=True)
-
-
-def _keep_freed_memory() -> None:
-    """Let processes started from here keep freed memory; glibc would return large blocks that each step asks for again."""
-    for name, size in (("MALLOC_MMAP_THRESHOLD_", 2**25), ("MALLOC_TRIM_THRESHOLD_", 2**31)):
-        os.environ.setdefault(name, str(size))
-
-
-def _give_back_freed_memory() -> None:
-    """Return what the tokenisation freed to the system; glibc would keep it for as long as the workers train."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def _tokens(chain, recipe):

@@ -14,7 +14,6 @@ from accelerate import PartialState
 from ssmax.data import corpus as corpora
 from ssmax.data.shards import check, verify
 from ssmax.evaluation.tasks import NEEDLE_WORDS
-from ssmax.hf.loading import quiet
 from ssmax.paper.formula import formula_rows
 from ssmax.paper.pool import run_jobs
 from ssmax.paper.recipes import Recipe
@@ -27,9 +26,9 @@ from ssmax.runs.progress import progress_bar
 from ssmax.runs.provenance import provenance_of, stamped
 from ssmax.runs.rows import read_rows, write_rows
 from ssmax.training.loop import Setup
-from ssmax.training.ranks import agree, explained, gpu_name, join, leave, world_size
+from ssmax.training.ranks import agree, explained, gpu_name, leave, world_size
 
-__all__ = ["reproduce", "start_ranks", "tokenise", "train"]
+__all__ = ["reproduce", "tokenise", "train"]
 
 # An error on one rank may be caused by another rank.
 failures = functools.partial(failures_alone, explained=explained)
@@ -145,18 +144,6 @@ def _from_main(make: Callable[[], Any]) -> Any:
     found = [make() if PartialState().is_main_process else None]
     dist.broadcast_object_list(found, src=0, group=patient)
     return found[0]
-
-
-def start_ranks(timeout_minutes: float) -> bool:
-    """Join the other ranks that torchrun started, if any; return whether this process is the main one.
-
-    Args:
-        timeout_minutes: how long a rank waits for the others. A rank that hangs must not stop them
-            for ever.
-    """
-    state = join(timedelta(minutes=timeout_minutes))
-    quiet()
-    return state.is_main_process
 
 
 def _run_together(run, recipe, tokens, provenance, setup):

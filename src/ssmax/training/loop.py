@@ -175,7 +175,7 @@ def train(
     signals.check()
     if watch.stopped:  # by a signal that reached another rank
         raise Stopped(signal.SIGTERM)
-    nonfinite.check_weights(trainer.weights, trainer.state.global_step)
+    nonfinite.check_weights(trainer.model, trainer.state.global_step)
     if sharded:
         trained: Any = trainer.model
         state = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -221,11 +221,7 @@ class _InOrder(Trainer):
     """The Trainer with the data in order, the paper's parameter groups, and a check that each step's numbers are finite."""
 
     spec: Spec
-
-    @property
-    def weights(self) -> Any:
-        """The model without its wrappers."""
-        return self.model
+    model: Any  # without its wrappers
 
     def _get_train_sampler(self, train_dataset=None):
         data: Any = self.train_dataset
@@ -262,7 +258,7 @@ class _InOrder(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         kept = labels[:, first - 1 :]
         inputs = {**inputs, "labels": kept, "logits_to_keep": kept.shape[1]}
-        with _last_layer_from(self.weights, first - 1):
+        with _last_layer_from(self.model, first - 1):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _clip_grad_norm(self, model):
@@ -270,13 +266,13 @@ class _InOrder(Trainer):
         norm: Any = super()._clip_grad_norm(model)
         if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
             with self.compute_loss_context_manager():
-                where = nonfinite.first_not_finite(self.weights, self._prepare_inputs(self.batch))
+                where = nonfinite.first_not_finite(self.model, self._prepare_inputs(self.batch))
             raise RunFailed(f"step {self.state.global_step + 1}: {where}; {ADVICE}")
         return norm
 
     def _save_checkpoint(self, model, trial):
         """Save like the Trainer, with the losses since the last log entry, which the Trainer does not save."""
-        nonfinite.check_weights(self.weights, self.state.global_step)
+        nonfinite.check_weights(self.model, self.state.global_step)
         super()._save_checkpoint(model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         (folder / f"loss-{self.args.process_index}.json").write_text(json.dumps(private.unlogged_loss(self)))

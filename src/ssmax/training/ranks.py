@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from ssmax.errors import RunFailed, UserError
+from ssmax.hf.loading import quiet
 from ssmax.private import default_store
 from ssmax.runs import signals
 
@@ -20,9 +21,15 @@ __all__ = ["agree", "any_of", "explained", "gpu_name", "join", "leave", "world_s
 LAST_WORDS = timedelta(seconds=5)
 
 
-def join(timeout: timedelta) -> PartialState:
-    """Join the other ranks that torchrun started. A rank that waits for another one longer than timeout fails."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
+def join(timeout_minutes: float) -> bool:
+    """Join the other ranks that torchrun started, if any; return whether this process is the main one.
+
+    A rank that waits longer for another one fails, so that one that hangs does not stop all for
+    ever.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=timeout_minutes))
+    quiet()
+    return state.is_main_process
 
 
 def world_size() -> int:

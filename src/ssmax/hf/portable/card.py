@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -185,26 +186,19 @@ def _origin(facts):
 def _values(scales):
     """Return a table of the learned values of each module; nothing if none are learned, or they are not all on this process."""
     rows = [(name, list(scale.learned.values())) for name, scale in scales.items()]
-    if not all(parts and all(_is_here(part) for part in parts) for _, parts in rows):
+    if not all(parts and all(type(part.data) is Tensor and not part.is_meta for part in parts) for _, parts in rows):
         return ""
     names = list(next(iter(scales.values())).learned)
+    quantiles = torch.tensor([0.0, 0.5, 1.0])
     lines = [
         f"\n## {' and '.join(names)}\n",
         "| attention module | " + " | ".join(f"{name}: least | median | largest" for name in names) + " |",
         "|---|" + "---:|" * 3 * len(names),
     ]
     for name, parts in rows:
-        cells = [f"{float(x):.4f}" for part in parts for x in _spread(part.detach().float().cpu())]
+        cells = [f"{float(x):.4f}" for part in parts for x in part.detach().float().cpu().quantile(quantiles)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values):
-    return values.min(), values.quantile(0.5), values.max()
-
-
-def _is_here(part):
-    return type(part.data) is Tensor and not part.is_meta
 
 
 def _losses(losses, measured):

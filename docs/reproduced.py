@@ -21,7 +21,7 @@ from ssmax.laws import LAWS
 from ssmax.paper.claims import Claim, headlines
 from ssmax.paper.figures import claims
 from ssmax.paper.formula import formula_rows
-from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, stretch, variants
+from ssmax.paper.measured import FORM_NAMES, NAMES, forms, largest_factor, stretch, variants
 from ssmax.paper.recipes import tiny
 from ssmax.plots.drawing import STYLE, band, panels, tokens
 from ssmax.plots.select import Spread, by, pick
@@ -64,7 +64,7 @@ def results(name: str) -> list[Row]:
 
 def draw_front(rows: list[Row], length: int) -> None:
     """Draw README's figure: what fades, and what that costs, in one picture."""
-    factor = raised(rows, "loss_by_position")
+    factor = largest_factor(rows, "loss_by_position")
     with rc_context({**STYLE, "font.size": 11, "axes.titlesize": 12}):
         figure, axes = panels(1, 2, 10, 3.6)
         left, right = axes[0]
@@ -121,7 +121,7 @@ def all_claims(found: list[Claim]) -> str:
 
 
 def losses(rows: list[Row], length: int) -> str:
-    factor = raised(rows, "loss_by_position")
+    factor = largest_factor(rows, "loss_by_position")
     names = [f"{first * length + 1:,}-{last * length:,}" for first, last in BANDS]
     lines = [f"| loss at positions, theta × {factor} | {' | '.join(names)} |", "|---" * (len(BANDS) + 1) + "|"]
     for form in forms(pick(rows, "loss_by_position")):
@@ -146,7 +146,7 @@ def spread(per_seed: dict) -> Spread:
 
 
 def needles(rows: list[Row], length: int) -> str:
-    cells, judged = pick(rows, "retrieval_accuracy"), raised(rows, "retrieval_accuracy")
+    cells, judged = pick(rows, "retrieval_accuracy"), largest_factor(rows, "retrieval_accuracy")
     sizes = sorted({row.at["length"] for row in cells})
     factors = sorted({row.at["theta_factor"] for row in cells} - {1}, key=lambda factor: (factor != judged, factor))
     heads = [f"{length}, RoPE as trained", *(f"{size:,}" for size in sizes)]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 import ssmax
-from ssmax.paper.statistics import Paired
 from ssmax.plots.drawing import STYLE, band, panels, tokens
+from ssmax.plots.statistics import Paired
 from ssmax.runs.files import write_atomically
 from ssmax.runs.provenance import commit
 from ssmax.runs.rows import Row, read_rows, write_rows

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ssmax.evaluation.chunks import CausalBehindCache
+from ssmax.evaluation.chunks import CausalAfterCache
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -25,7 +25,7 @@ def test_the_join_is_softmax_over_all_keys(rows, keys, key_heads, scale):
     given = inputs(rows, keys, key_heads=key_heads)
     options = {"attn_mask": causal(rows, keys), "scale": scale, "enable_gqa": key_heads != 4}
     want = scaled_dot_product_attention(*given, **options)
-    with CausalBehindCache():
+    with CausalAfterCache():
         got = scaled_dot_product_attention(*given, **options)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -37,7 +37,7 @@ def test_logits_far_apart_do_not_overflow():
         apart = key.clone()
         apart[:, :, far] *= 1e3
         want = scaled_dot_product_attention(query, apart, value, mask)
-        with CausalBehindCache():
+        with CausalAfterCache():
             got = scaled_dot_product_attention(query, apart, value, mask)
         assert got.isfinite().all()
         torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
@@ -57,7 +57,7 @@ def other_masks():
 def test_any_other_mask_is_left_as_it_is(mask):
     given = inputs(150, 400)
     want = scaled_dot_product_attention(*given, attn_mask=mask)
-    with CausalBehindCache():
+    with CausalAfterCache():
         got = scaled_dot_product_attention(*given, attn_mask=mask)
     assert torch.equal(got, want)
     assert not torch.allclose(want, scaled_dot_product_attention(*given, attn_mask=causal(150, 400)))

@@ -191,7 +191,7 @@ def test_rounding_in_half_precision_is_no_lost_memory(name):
 def test_a_model_that_shares_nothing_yields_its_prompts():
     model, base = family("mamba"), tokens(30)
     prompts = [base, torch.cat([base[:, :20], tokens(5, 2)], 1)]
-    held = dict(prefill(model, prompts, prefix_tree(prompts), chunk=8))
+    held = dict(prefill(Reader(model, prompts[0], 8), prompts, prefix_tree(prompts)))
     assert all(torch.equal(held[i], prompts[i]) for i in range(2))
 
 

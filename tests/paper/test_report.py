@@ -117,7 +117,7 @@ def test_the_learned_exponent_is_judged_between_no_n_and_log_n(gamma, expected):
     found = next(claim for claim in figures.claims(rows, 16) if claim.name == "law-exponent")
     assert found.verdict == expected
     assert found.paired.seeds == 3
-    assert figures.draw("laws", rows, 16).axes[0].get_title() == "gamma"
+    assert figures.FIGURES["laws"].draw(rows, 16).axes[0].get_title() == "gamma"
 
 
 def test_models_that_did_not_learn_the_task_are_left_out_and_counted():

@@ -6,7 +6,7 @@ import pytest
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, interval_words, verdict
 from ssmax.paper.measured import MEASURES
 from ssmax.paper.registered import ABSTRACT, REGISTERED
-from ssmax.paper.statistics import Paired, bootstrap, t_cdf, t_quantile
+from ssmax.plots.statistics import Paired, bootstrap, t_cdf, t_quantile
 
 
 # Two-sided 95 % points of Student's t, as any table prints them.

@@ -1,7 +1,7 @@
 """ssmax bench: choose cases, measure them, print tables, write rows and figures."""
 
+import functools
 import importlib.util
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ssmax.bench import measure
 from ssmax.bench.cases import CASES
 from ssmax.errors import UserError
-from ssmax.plots.drawing import STYLE
+from ssmax.plots.drawing import rendered
 from ssmax.runs.files import check_destination, write_atomically
 from ssmax.runs.rows import Row, write_rows
 
@@ -70,7 +70,7 @@ def bench(names: list[str], out: Path, *, dry_run: bool, **generate: Any) -> Non
             print(table(rows))
             write_rows(out / f"{name}.jsonl", rows)
             if any(row.metric == "time_ratio" for row in rows):
-                write_atomically(out / f"{name}.png", _png(figure(name, rows)))
+                write_atomically(out / f"{name}.png", rendered(functools.partial(figure, name, rows), "png")[0])
             print(f"Rows: {(out / name).resolve()}.jsonl\n")
     if dry_run:
         skipped = "".join(
@@ -129,32 +129,22 @@ def figure(name: str, rows: list[Row]) -> Figure:
     """Draw the ratios of a case: a line for each contender of each comparison, median and quartiles."""
     ratios = [(place, who, found["time_ratio"]) for place, who, found in _by_contender(rows) if "time_ratio" in found]
     contenders = list(dict.fromkeys(who for _, who, _ in ratios))
-    with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=(8, 1.4 + 0.24 * len(ratios)))
-        axis = drawn.add_subplot()
-        for i, (_, who, row) in enumerate(ratios):
-            low, high = row.value - row.at["low"], row.at["high"] - row.value
-            axis.errorbar(
-                row.value, i, xerr=[[max(0, low)], [max(0, high)]], fmt="o", ms=4, color=f"C{contenders.index(who)}"
-            )
-        axis.axvline(1, color="0.4", lw=1)
-        axis.set_yticks(range(len(ratios)), [f"{place}: {who}" for place, who, _ in ratios])
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        ends = [row.value for _, _, row in ratios]
-        ticks = [x for x in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(ends) / 2 <= x <= max(ends) * 2]
-        axis.set_xticks(ticks)
-        axis.set(xlabel="time / time of the base")
-        axis.invert_yaxis()
-        drawn.suptitle(
-            f"{name}: {min(ends):.2f} to {max(ends):.2f} of the base's time (medians, quartiles)", fontsize=10
+    drawn = Figure(figsize=(8, 1.4 + 0.24 * len(ratios)))
+    axis = drawn.add_subplot()
+    for i, (_, who, row) in enumerate(ratios):
+        low, high = row.value - row.at["low"], row.at["high"] - row.value
+        axis.errorbar(
+            row.value, i, xerr=[[max(0, low)], [max(0, high)]], fmt="o", ms=4, color=f"C{contenders.index(who)}"
         )
+    axis.axvline(1, color="0.4", lw=1)
+    axis.set_yticks(range(len(ratios)), [f"{place}: {who}" for place, who, _ in ratios])
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    ends = [row.value for _, _, row in ratios]
+    ticks = [x for x in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(ends) / 2 <= x <= max(ends) * 2]
+    axis.set_xticks(ticks)
+    axis.set(xlabel="time / time of the base")
+    axis.invert_yaxis()
+    drawn.suptitle(f"{name}: {min(ends):.2f} to {max(ends):.2f} of the base's time (medians, quartiles)", fontsize=10)
     return drawn
-
-
-def _png(drawn):
-    content = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        drawn.savefig(content, format="png")
-    return content.getvalue()

@@ -61,7 +61,7 @@ def measurements(
         )
     for context, batch in itertools.product(contexts, batches):
         prompt = torch.tensor(ids[: batch * context]).view(batch, context)
-        yield from _behind(prompt, ours, plain, {"model": name, "context": context, "batch": batch})
+        yield from _after(prompt, ours, plain, {"model": name, "context": context, "batch": batch})
 
 
 def _shipped():
@@ -78,7 +78,7 @@ def _given(folder):
 
 
 @torch.inference_mode()
-def _behind(prompt: Tensor, model: Any, plain: Any, at: dict[str, Any]) -> Iterator[Row]:
+def _after(prompt: Tensor, model: Any, plain: Any, at: dict[str, Any]) -> Iterator[Row]:
     """Compare the caches after one prompt; each holds its own copy of the keys and values."""
     context = prompt.shape[1]
     read: Any = DynamicCache(config=model.config)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ssmax.runs.rows import Row
 from ssmax.versions import __version__
 
-__all__ = ["PLAIN", "Case", "Comparison", "compare", "largest_error", "peak_memory", "row", "run"]
+__all__ = ["PLAIN", "Case", "Comparison", "alternate", "compare", "largest_error", "peak_memory", "row", "run"]
 
 PLAIN = "plain"
 
@@ -86,7 +86,7 @@ def compare(comparison: Comparison) -> Iterator[Row]:
             right[name] = call
     if base not in right:
         return
-    times, cpu = _alternate(right, comparison.repeats, ", ".join(map(str, at.values())))
+    times, cpu = alternate(right, comparison.repeats, ", ".join(map(str, at.values())))
     for name, values in times.items():
         # What slows down a whole round cancels in the ratio of that round.
         ratios, of_cpu = (
@@ -100,7 +100,7 @@ def compare(comparison: Comparison) -> Iterator[Row]:
             yield row("peak_bytes", name, at, peak_memory(right[name]), 1)
 
 
-def _alternate(contenders, rounds, name):
+def alternate(contenders, rounds, name):
     """Return wall and CPU times of each contender, one for each round, after a warm-up. The order alternates."""
     times, cpu = ({name: [] for name in contenders} for _ in range(2))
     for call in contenders.values():

@@ -1,14 +1,14 @@
 """Formulae of cost and memory for training, prefill and decode by context length, and a check of them by measurement."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmax.bench.measure import peak_memory, row
+from ssmax.bench.measure import alternate, peak_memory, row
 from ssmax.functional import attention
 from ssmax.runs.rows import Row
 from ssmax.sharp.keys import ScreenedKeys
@@ -145,12 +145,12 @@ def _attention_checks():
         yield "one more query in training, bytes", {"length": length}, more - plain, one.query_bytes(length)
     with torch.no_grad():
         inputs = {length: [torch.randn(1, 8, length, 64) for _ in range(3)] for length in (4096, 8192)}
-        short, long = _quickest(
-            [lambda q=q, k=k, v=v: attention(q, k, v, 0.43, is_causal=True) for q, k, v in inputs.values()], 8
-        )
+        calls = {str(n): partial(attention, q, k, v, 0.43, is_causal=True) for n, (q, k, v) in inputs.items()}
+        short, long = map(min, alternate(calls, 8, "attention")[0].values())
         yield "growth of attention's time, 4,096 to 8,192", {}, long / short, (8192 * 8193) / (4096 * 4097)
         caches = {keys: [torch.randn(1, 4, keys, 64) for _ in range(2)] for keys in (65536, 262144)}
-        short, long = _quickest([lambda k=k, v=v: attention(k[:, :, :1], k, v, 0.43) for k, v in caches.values()], 40)
+        calls = {str(n): partial(attention, k[:, :, :1], k, v, 0.43) for n, (k, v) in caches.items()}
+        short, long = map(min, alternate(calls, 40, "decode")[0].values())
         yield "growth of a decode step's time, 65,536 to 262,144", {}, long / short, 4.0
 
 
@@ -168,14 +168,3 @@ def _model():
     )  # fmt: skip
     set_implementation(config, "eager")
     return convert(LlamaForCausalLM(config).eval())
-
-
-def _quickest(calls, rounds):
-    """Return the shortest time of each call, measured in alternation."""
-    times = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, mine in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            mine.append(time.perf_counter() - start)
-    return [min(mine) for mine in times]

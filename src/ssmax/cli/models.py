@@ -178,6 +178,8 @@ class Calibrate:
         """Run it."""
         from ssmax.model_folders import calibrate_folder  # loads torch and transformers
 
+        fit = dict(vars(self.fit))
+        layers = fit.pop("layers")
         lines = calibrate_folder(
             self.source,
             self.target,
@@ -185,13 +187,8 @@ class Calibrate:
             theta_factor=self.theta_factor,
             checkpointing=self.checkpointing,
             dry_run=self.dry_run,
-            length=self.fit.length,
-            steps=self.fit.steps,
-            inits=[_number(init) for init in self.fit.inits],
-            layer_sets=[None if self.fit.layers is None else list(self.fit.layers)],
-            bias=self.fit.bias,
-            learning_rate=self.fit.learning_rate,
-            seed=self.fit.seed,
+            **fit
+            | {"inits": list(map(_number, self.fit.inits)), "layer_sets": [None if layers is None else list(layers)]},
         )
         print("\n".join(lines))
 

@@ -14,7 +14,7 @@ from ssmax.evaluation.attention import attend
 from ssmax.evaluation.mode import eval_mode
 from ssmax.evaluation.reading import Reader
 
-__all__ = ["check_fit", "check_model", "told_of_numbers"]
+__all__ = ["check_fit", "check_model", "naming_nonfinite"]
 
 SAMPLE = 48  # tokens of the first forward
 # Rows that a table of learned positions may have beyond the config's number (BART, OPT: 2).
@@ -94,7 +94,7 @@ def check_model(model: PreTrainedModel, material: Material, attention: bool, chu
     """
     ids = torch.tensor([material.sample(SAMPLE)], device=model.device)
     try:
-        with eval_mode(model), told_of_numbers(model):
+        with eval_mode(model), naming_nonfinite(model):
             reader = Reader(model, ids, chunk)
             logits, weights = attend(reader, reader.read(reader.empty(1), ids[:, :-1]), ids[:, -1:], ids.shape[1])
             if logits.isnan().any():
@@ -117,7 +117,7 @@ def check_model(model: PreTrainedModel, material: Material, attention: bool, chu
 
 
 @contextmanager
-def told_of_numbers(model: PreTrainedModel) -> Iterator[None]:
+def naming_nonfinite(model: PreTrainedModel) -> Iterator[None]:
     """Turn a FloatingPointError into a UserError that names the cause: a weight, or the dtype."""
     try:
         yield

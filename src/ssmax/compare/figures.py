@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ssmax.plots.drawing import STYLE, band, heat_map, legend, panels, title, tokens
+from ssmax.plots.drawing import band, heat_map, legend, panels, title, tokens
 from ssmax.plots.select import by, pick
 from ssmax.runs.rows import Row
 
@@ -21,15 +20,6 @@ def _look(models: Sequence[str], model: str) -> tuple[str, dict]:
     return PALETTE[index % len(PALETTE)], {"ls": ("-", "--", ":")[index // len(PALETTE) % 3]}
 
 
-def _styled(draw: Callable) -> Callable[[Sequence[Row], Sequence[str]], Figure]:
-    def styled(rows, models):
-        with matplotlib.rc_context(STYLE):
-            return draw(rows, models)
-
-    return styled
-
-
-@_styled
 def _loss(rows, models):
     figure, axes = panels(1, 1, 7, 3.8)
     axis, ends, values = axes[0, 0], [], []
@@ -51,7 +41,6 @@ def _loss(rows, models):
     return figure
 
 
-@_styled
 def _retrieval(rows, models):
     cells = pick(rows, "retrieval_accuracy")
     tasks = list(dict.fromkeys(row.at["task"] for row in cells))
@@ -74,7 +63,6 @@ def _retrieval(rows, models):
     return figure
 
 
-@_styled
 def _needle_scores(rows, models):
     figure, axes = panels(1, 1, 7, 3.6)
     scores = pick(rows, "needle_score")
@@ -95,7 +83,6 @@ def _needle_scores(rows, models):
     return figure
 
 
-@_styled
 def _sharpness(rows, models):
     figure, axes = panels(2, 2, 10, 6, sharex=True)
     for line, metric, words in zip(

@@ -4,13 +4,14 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssmax.compare.tasks import TASKS
-from ssmax.plots.html import document, escaped, figures_html, is_made_from, save, state_of
+from ssmax.plots.html import document, escaped, figures_html, is_made_from, state_of
 from ssmax.plots.select import by, pick
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import Row, read_rows
@@ -45,11 +46,12 @@ def build(folder: Path) -> list[Table]:
     if is_made_from(page, state):
         return found
     from ssmax.compare.figures import FIGURES  # loads matplotlib
+    from ssmax.plots.drawing import save
 
     models, images = models_of(rows), []
     for name, (metric, caption, draw) in FIGURES.items():
         if pick(rows, metric):
-            images.append((caption, save(draw(rows, models), folder / "figures", name)))
+            images.append((caption, save(partial(draw, rows, models), folder / "figures", name)))
     write_atomically(page, _page(rows, json.loads((folder / "recipe.json").read_text()), found, images, state))
     return found
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ssmax.compare.checks import check_fit, check_model, told_of_numbers
+from ssmax.compare.checks import check_fit, check_model, naming_nonfinite
 from ssmax.compare.settings import Contender, Settings
-from ssmax.compare.stages import Material, Needs, finetune, finetuned_owner, run_stage, stage_needs
+from ssmax.compare.stages import Material, Needs, finetune, finetune_recipe, run_stage, stage_needs
 from ssmax.data.sources import documents
-from ssmax.errors import Damaged, RunFailed, UserError
+from ssmax.errors import RunFailed, UserError
 from ssmax.evaluation import rope_scaling, rope_theta
 from ssmax.hf.loading import check_causal, check_weights, load_config, load_model, load_tokenizer, quiet
+from ssmax.paper.training import check_stage
 from ssmax.runs.failures import failures, out_of_memory, user_errors
-from ssmax.runs.files import check_folder
 from ssmax.runs.folder import RunFolder
 from ssmax.runs.progress import progress_bar
 from ssmax.runs.provenance import provenance_of, stamped
@@ -74,17 +74,13 @@ def filled_in(settings: Settings) -> Settings:
     quiet()
     length = settings.length
     if not length:
-        known = [_context(contender) for contender in settings.jobs]
+        configs = (load_config(contender.source).get_text_config() for contender in settings.jobs)
+        known = [getattr(config, "max_position_embeddings", None) for config in configs]
         length = min((n for n in known if n), default=0)
         if not length:
             raise UserError("no model's config holds a context length; give --length")
     steps = tuple(length * k // SIZES for k in range(1, SIZES + 1))
     return dataclasses.replace(settings, length=length, sizes=settings.sizes or steps)
-
-
-def _context(contender):
-    config = load_config(contender.source)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def plan(settings: Settings, source: str | None) -> list[str]:
@@ -131,7 +127,7 @@ def _prepared(
     contender: Contender, stages: list[str], settings: Settings, texts: list[str], machine: Machine
 ) -> tuple[Material, dict[str, Needs]]:
     """Return the model's tokens and the needs of each stage, checked against the model's config."""
-    with failures(f"{contender.name}: "), _for_people(machine):
+    with failures(f"{contender.name}: "), _user_errors(machine):
         config = load_config(contender.source)
         check_causal(contender.source, config)
         check_weights(Path(contender.source))
@@ -156,34 +152,24 @@ def _measure(contender, material, needs, run, machine, provenance):
     with progress_bar(sum(need.tokens for need in needs.values()), contender.name) as bar:
         for stage in needs:
             bar.set_description_str(f"{contender.name} {stage}")
-            with failures(f"{contender.name} {stage}: "), _for_people(machine), ExitStack() as rope:
+            with failures(f"{contender.name} {stage}: "), _user_errors(machine), ExitStack() as rope:
                 if stage == "finetune":
                     rows = finetune(contender.name, model(contender.source), material, tuned, bar.update)
                     loaded.clear()
                 else:
                     asks = stage in settings.tasks and settings.finetune_steps
                     if asks:
-                        _check_tuned(tuned, settings)
+                        check_stage(tuned, finetune_recipe(settings), "finetune.*")
                     chosen = model(str(tuned) if asks else contender.source)
                     rope.enter_context(rope_scaling(chosen, settings.rope_parameters))
                     rope.enter_context(rope_theta(chosen, settings.theta_factor))
-                    with told_of_numbers(chosen):
+                    with naming_nonfinite(chosen):
                         rows = run_stage(stage, contender.name, chosen, material, machine.chunk, bar.update)
             write_rows(run.stage_file(f"{contender.name}.{stage}"), stamped(rows, provenance), checked=True)
 
 
-def _check_tuned(folder: Path, settings: Settings) -> None:
-    try:
-        check_folder(folder, finetuned_owner(folder, settings))
-    except Damaged as error:
-        name = folder.parent.name
-        raise UserError(
-            f"{error}; delete models/{name} and stages/{name}.finetune.* in the run's folder to fine-tune that model again"
-        ) from error
-
-
 @contextmanager
-def _for_people(machine: Machine) -> Iterator[None]:
+def _user_errors(machine: Machine) -> Iterator[None]:
     """Turn ValueError into UserError; if memory ran out, raise RunFailed with advice."""
     try:
         with user_errors():

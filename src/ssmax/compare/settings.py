@@ -1,13 +1,14 @@
 """Settings of ssmax evaluate. Its options on the command line are made from these fields. No torch."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from ssmax.compare.tasks import TASKS
 from ssmax.errors import UserError
+from ssmax.runs.settings import check_fields, setting
 
 __all__ = ["MEASURES", "Contender", "Settings"]
 
@@ -28,13 +29,9 @@ class Contender:
     source: str
 
 
-def _field(group: str, default: Any, text: str, *, zero: bool = False) -> Any:
-    return field(default=default, metadata={"group": group, "help": text, "zero": zero})
-
-
 # A field's group of options on the command line.
-_measure, _retrieval = partial(_field, "measurement"), partial(_field, "retrieval")
-_rope, _tune = partial(_field, "rope"), partial(_field, "fine_tuning")
+_measure, _retrieval = partial(setting, "measurement"), partial(setting, "retrieval")
+_rope, _tune = partial(setting, "rope"), partial(setting, "fine_tuning")
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,9 @@ class Settings:
     tasks: tuple[TaskName, ...] = _retrieval(
         ("needle",), " ".join(f"{name}: {task.help}." for name, task in TASKS.items())
     )
-    sizes: tuple[int, ...] = _retrieval((), "Context sizes, in tokens. None: five equal steps up to --length.")
+    sizes: tuple[int, ...] = _retrieval(
+        (), "Context sizes, in tokens. None: five equal steps up to --length.", empty=True
+    )
     depths: tuple[float, ...] = _retrieval(
         (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True
     )
@@ -84,20 +83,7 @@ class Settings:
     seed: int = _measure(0, "Seed that chooses texts, numbers and cities.", zero=True)
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            option = "MODEL ..." if f.name == "models" else f"--{f.name.replace('_', '-')}"
-            numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, (int, float))]
-            if any(x < 0 or x != x or (x == 0 and not f.metadata.get("zero")) for x in numbers):
-                raise UserError(
-                    f"{option} must be {'at least 0' if f.metadata.get('zero') else 'positive'}, got {value}"
-                )
-            if value == () and f.name != "sizes":
-                raise UserError(f"{option} must name at least one, got none")
-            if isinstance(value, tuple) and len(set(value)) < len(value):
-                raise UserError(f"{option} must name each once, got {' '.join(map(str, value))}")
-        if max(self.depths) > 1:
-            raise UserError(f"--depths must lie in 0 to 1, got {self.depths}")
+        check_fields(self)
         _ = self.rope_parameters
 
     @property

@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from ssmax.evaluation.retrieval import grid_tokens
 from ssmax.evaluation.rows import attention_rows, document_losses, draw_trials, loss_rows, retrieval_rows
 from ssmax.paper import training
 from ssmax.paper.recipes import Recipe, paper
-from ssmax.runs.files import written_whole
 from ssmax.runs.rows import Row
-from ssmax.training import checkpoints
 
-__all__ = ["Material", "Needs", "finetune", "finetuned_owner", "run_stage", "stage_needs"]
+__all__ = ["Material", "Needs", "finetune", "finetune_recipe", "run_stage", "stage_needs"]
 
 # Length of the text around the needles, in lengths of the longest context.
 HAYSTACK_LENGTHS = 8
@@ -152,18 +150,12 @@ def finetune(
 ) -> list[Row]:
     """Fine-tune a model on the first task as in the paper's Table 3, save it, and return rows of its training loss."""
     s, task = material.settings, material.task(material.settings.tasks[0])
-    recipe = _recipe(s)
-
-    def draw(length, rng):
-        depth = rng.random()
-        return task.grid([(length, depth)], rng)[length, depth]
-
-    shortest = getattr(task, "shortest", 64)
+    recipe = finetune_recipe(s)
+    draw, shortest = partial(training.at_any_depth, task), getattr(task, "shortest", 64)
     examples = training.task_examples(draw, shortest, recipe, recipe.finetune_steps, s.seed)
     scratch = folder.with_name(f"{folder.name}-checkpoints")
     trained = training.finetune(model, recipe, examples, scratch, progress)
-    with written_whole(folder, finetuned_owner(folder, s)) as temporary:
-        trained.model.save_pretrained(temporary)
+    training.save_stage(trained.model, folder, recipe)
     shutil.rmtree(scratch, ignore_errors=True)
     return [
         Row("train_loss", variant, s.seed, {"stage": "finetune", "step": step}, loss, 1)
@@ -171,12 +163,8 @@ def finetune(
     ]
 
 
-def finetuned_owner(folder: Path, settings: Settings) -> str:
-    """Return the owner of a fine-tuned model's folder: the model with these settings of fine-tuning."""
-    return checkpoints.owner(folder, _recipe(settings))
-
-
-def _recipe(s: Settings) -> Recipe:
+def finetune_recipe(s: Settings) -> Recipe:
+    """Return the recipe of a fine-tuning: the paper's, with what the settings say."""
     return dataclasses.replace(
         paper(),
         train_length=s.finetune_length,

@@ -8,13 +8,13 @@ from torch.overrides import TorchFunctionMode
 
 from ssmax.private import flash_with_log_sum
 
-__all__ = ["CausalBehindCache"]
+__all__ = ["CausalAfterCache"]
 
 # With fewer queries there is nothing to gain: the mask hides few of their keys.
 FEWEST = 128
 
 
-class CausalBehindCache(TorchFunctionMode):
+class CausalAfterCache(TorchFunctionMode):
     """Inside the block, scaled_dot_product_attention on a CPU computes a chunk after a cache without a mask.
 
     The kernel has a causal form only for equal numbers of queries and keys. After a cache it needs

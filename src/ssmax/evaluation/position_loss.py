@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 
 from ssmax.evaluation.mode import eval_mode
 from ssmax.evaluation.reading import Reader
+from ssmax.plots.statistics import t_quantile
 
 __all__ = ["Bin", "binned", "log_edges", "loss_by_position"]
 
 # Rows of logits that exist at once: 50 MB for a vocabulary of 50,000.
 LOGIT_ROWS = 256
-# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @torch.inference_mode()
@@ -122,14 +121,7 @@ def binned(losses: Tensor) -> list[Bin]:
         mean, count = of_documents.mean().item(), len(of_documents)
         low = high = None
         if count > 1:
-            half = t_quantile(count - 1) * of_documents.std().item() / math.sqrt(count)
+            half = t_quantile(0.975, count - 1) * of_documents.std().item() / math.sqrt(count)
             low, high = mean - half, mean + half
         bins.append(Bin(first + 1, last, mean, low, high))
     return bins
-
-
-def t_quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t, within 0.2 %."""
-    if freedom <= len(T_QUANTILES):
-        return T_QUANTILES[freedom - 1]
-    return 1.95996 + 2.3722 / freedom + 2.8225 / freedom**2

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ssmax.evaluation.reading import Memory, Reader, branch
 
@@ -64,29 +63,30 @@ def size(node: Node) -> int:
 
 @torch.inference_mode()
 def prefill(
-    model: PreTrainedModel,
+    reader: Reader,
     prompts: Sequence[Tensor],
-    tree: Node,
-    *,
-    chunk: int,
-    reader: Reader | None = None,
+    node: Node,
     progress: Callable[[int], Any] | None = None,
+    memory: Memory | None = None,
 ) -> Iterator[tuple[int, Memory]]:
     """Yield each prompt's index and what the model has read of it (Memory), in the order of the tree; the caller may extend it.
 
     At most a few caches of the longest prompt exist at once, one for each branching above the
     present prompt. If the model does not continue exactly from a cache, the memory is the prompt
     itself and nothing is shared.
+
+    Args:
+        reader: the model.
+        prompts: (B, T) each, on the model's device.
+        node: their tree, or a part of it.
+        progress: called with the number of tokens that were read.
+        memory: what was read before node; None: nothing. It is extended.
     """
-    reader = reader or Reader(model, max(prompts, key=lambda prompt: prompt.shape[1]), chunk)
-    yield from _walk(reader, prompts, tree, reader.empty(len(prompts[0])), progress or (lambda tokens: None))
-
-
-def _walk(reader, prompts, node, memory, progress):
-    memory = reader.read(memory, prompts[node.prompt][:, node.start : node.stop], progress)
+    memory = reader.empty(len(prompts[0])) if memory is None else memory
+    memory = reader.read(memory, prompts[node.prompt][:, node.start : node.stop], progress or (lambda tokens: None))
     for i in node.ends:
         yield i, branch(memory)
     for child in node.children[:-1]:
-        yield from _walk(reader, prompts, child, branch(memory), progress)
+        yield from prefill(reader, prompts, child, progress, branch(memory))
     if node.children:
-        yield from _walk(reader, prompts, node.children[-1], memory, progress)
+        yield from prefill(reader, prompts, node.children[-1], progress, memory)

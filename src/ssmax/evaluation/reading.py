@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ssmax.evaluation.chunks import CausalBehindCache
+from ssmax.evaluation.chunks import CausalAfterCache
 from ssmax.hf.private import implementation_of
 from ssmax.hf.visibility import forward_scope
 from ssmax.modules import attended
@@ -82,9 +82,9 @@ class Reader:
         self.backbone: nn.Module | None = None
         self._sample = token_ids[:1, : sum(PIECES)].to(model.device)
         with _plain_kernels(model):
-            self._whole = self._look()
+            self._whole = self._find_backbone()
             half = max(1, self._sample.shape[1] // 2)
-            self._refuse_two_ways(self._states(self._sample[:, :half], self.fresh_if_needed()), self._whole[:, :half])
+            self._check_causal(self._states(self._sample[:, :half], self.fresh_if_needed()), self._whole[:, :half])
 
     @cached_property
     def pieces(self) -> bool:
@@ -126,7 +126,7 @@ class Reader:
                 return True
         return False
 
-    def _look(self):
+    def _find_backbone(self):
         """Find the backbone; return the sample's states, or its logits if there is no backbone."""
         if not is_transformers(self.model):
             return self._states(self._sample, self.fresh_if_needed())
@@ -145,7 +145,7 @@ class Reader:
             return logits
         return output.last_hidden_state
 
-    def _refuse_two_ways(self, alone, within):
+    def _check_causal(self, alone, within):
         # Three times the tolerance: a false alarm refuses a model here, and only costs time elsewhere.
         if relative_error(alone, within) > 3 * tolerance(alone.dtype):
             raise ValueError(
@@ -175,7 +175,7 @@ class Reader:
         """Run tokens (B, T) after the cache, if there is one; return the output of the backbone, or of the model."""
         if self.backbone is None:
             return self.call(token_ids, cache)
-        with forward_scope(), CausalBehindCache():
+        with forward_scope(), CausalAfterCache():
             return self.backbone(input_ids=token_ids, **self._given(cache))
 
     def call(self, token_ids: Tensor, cache: Cache | None = None, **options: Any) -> Any:

@@ -102,7 +102,7 @@ def retrieve_grid(
             prompts = [prompt.to(model.device) for prompt in prompts]
             # _answer reads the last token of a prompt, with its attention weights.
             before = [prompt[:, :-1] for prompt in prompts]
-            for cell, memory in prefill(model, before, tree, chunk=chunk, reader=reader, progress=progress):
+            for cell, memory in prefill(reader, before, tree, progress):
                 name = list(examples)[cell]
                 for row, trial in zip(members, _answer(reader, prompts[cell], memory, examples[name]), strict=True):
                     found[row][name] = trial

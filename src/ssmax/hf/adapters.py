@@ -1,6 +1,5 @@
 """PEFT's adapters of converted models: their files also hold s and b, and are loaded only into a model with these scales."""
 
-import functools
 import sys
 from typing import Any
 
@@ -27,13 +26,9 @@ def install() -> None:
         return
     for name, around in (("get_peft_model_state_dict", _written), ("set_peft_model_state_dict", _read)):
         original = getattr(peft, name)
-        if getattr(original, "_ssmax", False):
-            continue
-        wrapped = functools.wraps(original)(functools.partial(around, original))
-        wrapped.__dict__["_ssmax"] = True
         for module in [module for key, module in sys.modules.items() if key.partition(".")[0] == "peft"]:
             if vars(module).get(name) is original:
-                setattr(module, name, wrapped)
+                wrap(module, name, around)
     wrap(PeftAdapterMixin, "load_adapter", _refuse_lost)
 
 

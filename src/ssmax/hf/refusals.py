@@ -41,8 +41,8 @@ def install() -> None:
     wrap(PreTrainedModel, private.FINISH_LOADING, _refuse_lost_scales)
 
 
-def wrap(owner: type, name: str, around: Callable) -> None:
-    """Replace a method by around(method, ...), once. A class method stays a class method."""
+def wrap(owner: Any, name: str, around: Callable) -> None:
+    """Replace a method of a class, or a function of a module, by around(original, ...), once. A class method stays one."""
     method = owner.__dict__[name]
     original = getattr(method, "__func__", method)
     if getattr(original, "_ssmax", False):

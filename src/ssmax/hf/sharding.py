@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
+from ssmax.hf.refusals import wrap
 from ssmax.private import fsdp_parameter_group
 from ssmax.query_scale import QueryScale
 
@@ -19,25 +20,15 @@ def install() -> None:
     Classes are changed instead of functions, so that it also works if fully_shard was imported
     before.
     """
-    group = fsdp_parameter_group()
-    if getattr(group.__init__, "_ssmax", False):
-        return
-    for kind, apart in ((group, _apart_in_fsdp2), (FullyShardedDataParallel, _apart_in_fsdp1)):
-        _before_init(kind, apart)
+    for kind, apart in ((fsdp_parameter_group(), _apart_in_fsdp2), (FullyShardedDataParallel, _apart_in_fsdp1)):
+        wrap(kind, "__init__", functools.partial(_after, apart))
 
 
-def _before_init(kind: Any, change) -> None:
-    original = kind.__init__
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
-        bound = signature.bind(self, *args, **kwargs)
-        change(bound.arguments)
-        original(*bound.args, **bound.kwargs)
-
-    __init__.__dict__["_ssmax"] = True
-    kind.__init__ = __init__
+def _after(change, original, *args, **kwargs):
+    """Call a method after a change of its arguments."""
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    change(bound.arguments)
+    original(*bound.args, **bound.kwargs)
 
 
 def _scales(modules):

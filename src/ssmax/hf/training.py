@@ -1,6 +1,5 @@
 """Training a converted model with transformers' Trainer: s and b are not decayed."""
 
-import functools
 import sys
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from transformers import trainer_pt_utils
 
 from ssmax import nn
+from ssmax.hf.refusals import wrap
 
 __all__ = ["install", "parameter_groups"]
 
@@ -21,15 +21,10 @@ def parameter_groups(
 
 def install() -> None:
     """Make transformers' Trainer exclude s and b from weight decay, like norms and biases."""
-    original = trainer_pt_utils.get_parameter_names
-    if getattr(original, "_ssmax", False):
-        return
-
-    @functools.wraps(original)
-    def get_parameter_names(*args, **kwargs):
-        return [name for name in original(*args, **kwargs) if "ssmax" not in name.split(".")]
-
-    get_parameter_names.__dict__["_ssmax"] = True
     for module in (trainer_pt_utils, sys.modules.get("transformers.trainer")):
         if module is not None:
-            module.__dict__["get_parameter_names"] = get_parameter_names
+            wrap(module, "get_parameter_names", _decayed)
+
+
+def _decayed(original, *args, **kwargs):
+    return [name for name in original(*args, **kwargs) if "ssmax" not in name.split(".")]

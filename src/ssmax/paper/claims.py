@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ssmax.paper.measured import FORM_NAMES, MEASURES, NAMES, UNITS, Values, far_texts, forms, learned, raised
+from ssmax.paper.measured import FORM_NAMES, MEASURES, NAMES, UNITS, Values, far_texts, forms, largest_factor, learned
 from ssmax.paper.registered import ABSTRACT, LEARNED, Registered
-from ssmax.paper.statistics import Paired, bootstrap
 from ssmax.plots.select import Spread
+from ssmax.plots.statistics import Paired, bootstrap
 from ssmax.runs.rows import Row
 
 __all__ = [
@@ -92,7 +92,7 @@ def verdict(differences: Sequence[float]) -> str:
 
 def _judged(registered: Registered, rows, form, train_length, values: Values) -> Claim:
     texts = {
-        "theta": raised(rows, "loss_by_position"),
+        "theta": largest_factor(rows, "loss_by_position"),
         "score_span": max((row.at["length"] for row in rows if row.metric == "needle_score"), default=0)
         // train_length,
     }

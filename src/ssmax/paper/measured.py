@@ -20,8 +20,8 @@ __all__ = [
     "Values",
     "far_texts",
     "forms",
+    "largest_factor",
     "learned",
-    "raised",
     "stretch",
     "variants",
 ]
@@ -45,7 +45,7 @@ def variants(rows: Sequence[Row]) -> list[str]:
     return sorted({row.variant for row in rows if row.variant in NAMES})
 
 
-def raised(rows: Sequence[Row], metric: str) -> int:
+def largest_factor(rows: Sequence[Row], metric: str) -> int:
     """Return the largest factor by which RoPE was stretched where a metric was measured; 1 without rows."""
     return max((row.at["theta_factor"] for row in rows if row.metric == metric), default=1)
 
@@ -71,7 +71,7 @@ def _trained(rows, form, train_length):
 
 
 def _loss(rows, form, chosen):
-    return _means(rows, "loss_by_position", form, chosen, theta_factor=raised(rows, "loss_by_position"))
+    return _means(rows, "loss_by_position", form, chosen, theta_factor=largest_factor(rows, "loss_by_position"))
 
 
 def _loss_between(first, last=math.inf):
@@ -102,7 +102,7 @@ def learned(rows: Sequence[Row], form: str, train_length: int) -> dict[str, dict
 def _retrieval(rows, form, train_length, chosen):
     """Return the values of the models that learned the task; of all models if it was not measured whether they did."""
     able = learned(rows, form, train_length)
-    found = _means(rows, "retrieval_accuracy", form, chosen, theta_factor=raised(rows, "retrieval_accuracy"))
+    found = _means(rows, "retrieval_accuracy", form, chosen, theta_factor=largest_factor(rows, "retrieval_accuracy"))
     return {
         model: {seed: value for seed, value in seeds.items() if able.get(model, {}).get(seed, True)}
         for model, seeds in found.items()

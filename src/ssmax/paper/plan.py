@@ -20,7 +20,7 @@ from ssmax.training.ranks import world_size
 __all__ = ["plan"]
 
 H100 = 989e12 * 0.4  # dense bfloat16 FLOP/s of the data sheet, times a usual utilisation
-MEASURED = 3  # steps that are timed; the fastest counts
+TIMED_STEPS = 3  # steps that are timed; the fastest counts
 ENOUGH = 1024  # tokens of such a step, so that it is short at the paper's size too
 
 
@@ -125,7 +125,7 @@ def _measured_rate(recipe, vocabulary, windows):
     some = max(1, min(windows, ENOUGH // recipe.train_length))
     tokens = torch.zeros(some, recipe.train_length, dtype=torch.long, device=device)
     times = []
-    for _ in range(MEASURED):
+    for _ in range(TIMED_STEPS):
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16" and on_gpu):
             model(input_ids=tokens, labels=tokens).loss.backward()

@@ -1,13 +1,14 @@
 """Recipes: settings of the paper's experiments. The command line is made from the fields of Recipe."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 from ssmax.errors import UserError
 from ssmax.paper.models import FORMS, VARIANTS
 from ssmax.paper.stages import STAGES
+from ssmax.runs.settings import check_fields, setting
 
 __all__ = [
     "LATER", "PAPER_THETA", "PAPER_TURNS", "RECIPES", "Job", "Recipe", "fitting_theta", "laptop", "laws", "paper", "small", "smoke",
@@ -51,13 +52,9 @@ class Job:
         return f"{self.form}-{self.variant}-{self.seed}"
 
 
-def _field(group: str, default: Any, text: str, *, zero: bool = False, empty: bool = False) -> Any:
-    return field(default=default, metadata={"group": group, "help": text, "zero": zero, "empty": empty})
-
-
 # A field's group of options on the command line.
-_models, _shape, _text = (partial(_field, group) for group in ("models", "architecture", "text"))
-_train, _tune, _measure = (partial(_field, group) for group in ("pretraining", "fine_tuning", "measurement"))
+_models, _shape, _text = (partial(setting, group) for group in ("models", "architecture", "text"))
+_train, _tune, _measure = (partial(setting, group) for group in ("pretraining", "fine_tuning", "measurement"))
 
 
 @dataclass(frozen=True)
@@ -135,15 +132,7 @@ class Recipe:
     corpus_tokens: int = _text(0, "Tokens to prepare, with --tokenizer. 0: as many as training reads.", zero=True)
 
     def __post_init__(self):
-        for f in fields(self):
-            value, option = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
-            values = value if isinstance(value, tuple) else (value,)
-            numbers = [x for x in values if isinstance(x, (int, float))]
-            zero = f.metadata.get("zero", False)
-            if any(x < 0 or (x == 0 and not zero) or x != x for x in numbers):
-                raise UserError(f"{option} must be {'at least 0' if zero else 'positive'}, got {value}")
-            if value == () and not f.metadata["empty"]:
-                raise UserError(f"{option} must be positive numbers or names, got none")
+        check_fields(self)
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(
                 f"--hidden-size must be a multiple of twice --num-heads, for RoPE; got {self.hidden_size}, {self.num_heads}"

@@ -3,12 +3,13 @@
 import json
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, RULE, Claim, headlines, interval_words
 from ssmax.paper.measured import FORM_NAMES
 from ssmax.paper.recipes import PAPER_THETA, fitting_theta, turns
-from ssmax.plots.html import document, escaped, figures_html, is_made_from, save, state_of
+from ssmax.plots.html import document, escaped, figures_html, is_made_from, state_of
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import read_rows
 
@@ -22,7 +23,8 @@ def build(folder: Path) -> list[Claim]:
 
     A report that was made from the same rows by the same code is left as it is.
     """
-    from ssmax.paper.figures import FIGURES, claims, draw, drawable  # loads matplotlib
+    from ssmax.paper.figures import FIGURES, claims, drawable  # loads matplotlib
+    from ssmax.plots.drawing import save
 
     rows = read_rows(folder / "rows.jsonl")
     settings = json.loads((folder / "recipe.json").read_text())
@@ -35,7 +37,8 @@ def build(folder: Path) -> list[Claim]:
     images = []
     for name in drawable(rows):
         figure = FIGURES[name]
-        image = save(draw(name, rows, recipe["train_length"]), folder / "figures", figure.file_name)
+        drawn = partial(figure.draw, rows, recipe["train_length"])
+        image = save(drawn, folder / "figures", figure.file_name)
         images.append((figure.caption, image))
     write_atomically(page, _page(rows, settings, found, images, made_from))
     return found
@@ -170,7 +173,7 @@ def theta_of(recipe: dict) -> float:
     return recipe["theta"] or fitting_theta(recipe["train_length"], recipe["full_turns"])
 
 
-def _stretched(recipe):
+def _needle_rope_words(recipe):
     if recipe.get("needle_rope") != "llama3":
         return ""
     factor = max(recipe["needle_theta_factors"] or recipe["theta_factors"])
@@ -199,7 +202,7 @@ def _method(rows, recipe):
         f"Retrieval: “The special magic Tokyo number is: {'8106422'[:digits]}.” with a number of {digits} digit{'s' * (digits > 1)} (the paper: 7), "
         "hidden in held-out text. The tokenizer keeps each word of the sentence whole. Fine-tuned with the loss on the answer, on "
         f"contexts that grow up to the training length. An answer is right if greedy decoding gives exactly the number; "
-        f"{recipe['trials']} trials for each cell and seed, the same for all models.{_stretched(recipe)}",
+        f"{recipe['trials']} trials for each cell and seed, the same for all models.{_needle_rope_words(recipe)}",
         "Needle score: the paper does not define it precisely. Here it is the attention of one head on the needle's tokens, from the "
         "query that predicts the first token of the answer.",
     ]

@@ -29,7 +29,7 @@ from ssmax.training.loop import Branch, Setup, Spec, Trained, train
 from ssmax.training.ranks import world_size
 
 __all__ = [
-    "FINETUNED", "check_fit", "finetune", "finetune_stage", "load_stage", "pretrain", "pretrain_stage", "pretrained",
+    "FINETUNED", "at_any_depth", "check_fit", "check_stage", "finetune", "finetune_stage", "load_stage", "pretrain", "pretrain_stage", "pretrained",
     "save_stage", "stage_examples", "task_examples",
 ]  # fmt: skip
 
@@ -214,12 +214,14 @@ def stage_examples(stage: str, corpus: Corpus, recipe: Recipe, seed: int) -> Exa
         task = count_task(corpus, corpus.train)
         return task_examples(task.example, task.shortest, recipe, recipe.count_steps, seed)
     needles = needle_task(corpus, recipe, corpus.train)
-    draw = partial(_at_any_depth, needles)
+    draw = partial(at_any_depth, needles)
     return task_examples(draw, needles.shortest, recipe, recipe.finetune_steps, seed)
 
 
-def _at_any_depth(task, length, rng):
-    return task.example(length, rng.random(), rng)
+def at_any_depth(task: Any, length: int, rng: np.random.Generator) -> Any:
+    """Return an example of a task of needles, of that length and at a random depth."""
+    depth = rng.random()
+    return task.grid([(length, depth)], rng)[length, depth]
 
 
 def _loss_rows(job, losses, stage):
@@ -250,12 +252,19 @@ def pretrained(job: Job, recipe: Recipe, models: Path) -> PreTrainedModel:
     return convert(load_stage(source, recipe), "matched", **(variant.conversion(recipe) or {}))
 
 
-def load_stage(folder: Path, recipe: Recipe) -> PreTrainedModel:
-    """Load a model that save_stage saved. Raise UserError if it is incomplete or damaged, or belongs to another run."""
+def check_stage(folder: Path, recipe: Recipe, stages: str = "*") -> None:
+    """Raise UserError if a model that save_stage saved is incomplete or damaged, or belongs to another run."""
     try:
         check_folder(folder, owner(folder, recipe))
     except Damaged as error:
         name = folder.parent.name
-        raise UserError(f"{error}; delete models/{name} and stages/{name}.* to train that model again") from error
+        raise UserError(
+            f"{error}; delete models/{name} and stages/{name}.{stages} to train that model again"
+        ) from error
+
+
+def load_stage(folder: Path, recipe: Recipe) -> PreTrainedModel:
+    """Load a model that save_stage saved. It raises as check_stage does."""
+    check_stage(folder, recipe)
     model: Any = load_model(folder, attn_implementation="sdpa", local_files_only=True)
     return model.to(PartialState().device)

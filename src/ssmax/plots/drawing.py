@@ -1,14 +1,19 @@
 """Shared by all figures: style, panels, titles, token axes, bands and heat maps."""
 
+import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["STYLE", "band", "heat_map", "legend", "panels", "title", "tokens"]
+from ssmax.runs.files import write_atomically
+
+__all__ = ["STYLE", "band", "heat_map", "legend", "panels", "rendered", "save", "title", "tokens"]
 
 STYLE = {
     "axes.grid": True,
@@ -23,6 +28,26 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "ssmax",
 }
+
+
+def rendered(draw: Callable[[], Figure], *kinds: str) -> list[bytes]:
+    """Draw a figure in the style of all figures, and return it as an image of each kind, "png" or "svg"."""
+    images = []
+    with matplotlib.rc_context(STYLE):  # matplotlib reads some of it when it saves
+        figure = draw()
+        for kind in kinds:
+            content = io.BytesIO()
+            figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            images.append(content.getvalue())
+    return images
+
+
+def save(draw: Callable[[], Figure], folder: Path, name: str) -> bytes:
+    """Draw a figure, save it as PNG and SVG, and return the SVG."""
+    png, svg = rendered(draw, "png", "svg")
+    write_atomically(folder / f"{name}.png", png)
+    write_atomically(folder / f"{name}.svg", svg)
+    return svg
 
 
 def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:

@@ -3,14 +3,11 @@
 import base64
 import hashlib
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssmax.runs.files import write_atomically
-
-__all__ = ["document", "escaped", "figures_html", "is_made_from", "save", "state_of"]
+__all__ = ["document", "escaped", "figures_html", "is_made_from", "state_of"]
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -33,17 +30,6 @@ def state_of(folder: Path) -> str:
 def is_made_from(page: Path, state: str) -> bool:
     """Return whether the page exists and was made from that state."""
     return page.exists() and state in page.read_text()
-
-
-def save(figure: Any, folder: Path, name: str) -> bytes:
-    """Save a figure as PNG and SVG and return the SVG."""
-    image = b""
-    for kind in ("png", "svg"):
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        image = content.getvalue()
-        write_atomically(folder / f"{name}.{kind}", image)
-    return image
 
 
 def document(name: str, state: str, body: str) -> str:

@@ -4,16 +4,12 @@ import importlib
 import pkgutil
 from collections.abc import Sequence
 
-import matplotlib
-from matplotlib.figure import Figure as Drawing
-
 from ssmax.paper.claims import Claim, judged
 from ssmax.paper.figure import Figure
 from ssmax.paper.registered import registered
-from ssmax.plots.drawing import STYLE
 from ssmax.runs.rows import Row
 
-__all__ = ["FIGURES", "claims", "draw", "drawable", "find_figures"]
+__all__ = ["FIGURES", "claims", "drawable", "find_figures"]
 
 
 def find_figures() -> dict[int | str, Figure]:
@@ -24,12 +20,6 @@ def find_figures() -> dict[int | str, Figure]:
 
 
 FIGURES = find_figures()
-
-
-def draw(name: int | str, rows: Sequence[Row], train_length: int) -> Drawing:
-    """Draw a figure by its name."""
-    with matplotlib.rc_context(STYLE):
-        return FIGURES[name].draw(rows, train_length)
 
 
 def drawable(rows: Sequence[Row]) -> list[int | str]:

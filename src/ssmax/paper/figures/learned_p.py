@@ -10,9 +10,9 @@ from ssmax.paper.claims import Claim, interval_words, verdict
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import COLOURS
 from ssmax.paper.measured import FORM_NAMES, forms
-from ssmax.paper.statistics import Paired
 from ssmax.plots.drawing import panels, title, tokens
 from ssmax.plots.select import Spread, by, pick
+from ssmax.plots.statistics import Paired
 from ssmax.runs.rows import Row
 
 

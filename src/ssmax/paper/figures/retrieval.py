@@ -7,14 +7,14 @@ from matplotlib.figure import Figure as Drawing
 
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import band_of_seeds, mark_training
-from ssmax.paper.measured import FORM_NAMES, NAMES, forms, raised, stretch, variants
+from ssmax.paper.measured import FORM_NAMES, NAMES, forms, largest_factor, stretch, variants
 from ssmax.plots.drawing import heat_map, panels, title, tokens
 from ssmax.plots.select import by, pick
 from ssmax.runs.rows import Row
 
 
 def _draw(rows: Sequence[Row], train_length: int) -> Drawing:
-    rows = pick(rows, "retrieval_accuracy", theta_factor=raised(rows, "retrieval_accuracy"))
+    rows = pick(rows, "retrieval_accuracy", theta_factor=largest_factor(rows, "retrieval_accuracy"))
     cells = rows
     shown = forms(cells)
     asked = {form: variants(pick(cells, "retrieval_accuracy", form=form)) for form in shown}

@@ -9,9 +9,9 @@ from ssmax.paper.claims import OPEN, Claim, interval_words, verdict
 from ssmax.paper.figure import Figure
 from ssmax.paper.figures.parts import COLOURS
 from ssmax.paper.measured import FORM_NAMES, NAMES, forms, variants
-from ssmax.paper.statistics import Paired
 from ssmax.plots.drawing import panels, title
 from ssmax.plots.select import Spread, by, pick
+from ssmax.plots.statistics import Paired
 from ssmax.runs.rows import Row
 
 

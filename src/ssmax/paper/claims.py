@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ssmax.paper.measured import FORM_NAMES, MEASURES, NAMES, UNITS, Values, far_texts, forms, largest_factor, learned
+from ssmax.paper.measured import FORM_NAMES, MEASURES, NAMES, UNITS, Values, far_texts, forms, largest_factor
 from ssmax.paper.registered import ABSTRACT, LEARNED, Registered
 from ssmax.plots.select import Spread
 from ssmax.plots.statistics import Paired, bootstrap
@@ -159,7 +159,7 @@ def _over_texts(rows, form, train_length, models, seeds):
 
 
 def _who_learned(rows, form, train_length, models):
-    able = learned(rows, form, train_length)
+    able = learned_the_task(rows, form, train_length)
     asked = [ok for model in models for ok in able.get(model, {}).values()]
     if not asked or all(asked):
         return []

@@ -21,7 +21,7 @@ __all__ = [
     "far_texts",
     "forms",
     "largest_factor",
-    "learned",
+    "learned_the_task",
     "stretch",
     "variants",
 ]
@@ -90,7 +90,7 @@ def _rise(rows, form, train_length):
     return {model: {seed: end[model][seed] - start[model][seed] for seed in start[model]} for model in start}
 
 
-def learned(rows: Sequence[Row], form: str, train_length: int) -> dict[str, dict[int, bool]]:
+def learned_the_task(rows: Sequence[Row], form: str, train_length: int) -> dict[str, dict[int, bool]]:
     """Return for each model and seed whether it learned to retrieve: at the training length, under its trained theta.
 
     Models without this measurement are left out.
@@ -101,7 +101,7 @@ def learned(rows: Sequence[Row], form: str, train_length: int) -> dict[str, dict
 
 def _retrieval(rows, form, train_length, chosen):
     """Return the values of the models that learned the task; of all models if it was not measured whether they did."""
-    able = learned(rows, form, train_length)
+    able = learned_the_task(rows, form, train_length)
     found = _means(rows, "retrieval_accuracy", form, chosen, theta_factor=largest_factor(rows, "retrieval_accuracy"))
     return {
         model: {seed: value for seed, value in seeds.items() if able.get(model, {}).get(seed, True)}

@@ -4,7 +4,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ssmax.paper.measured import FORM_NAMES, MEASURES, NAMES, UNITS, Values, far_texts, forms, largest_factor
+from ssmax.paper.measured import (
+    FORM_NAMES,
+    MEASURES,
+    NAMES,
+    UNITS,
+    Values,
+    far_texts,
+    forms,
+    largest_factor,
+    learned_the_task,
+)
 from ssmax.paper.registered import ABSTRACT, LEARNED, Registered
 from ssmax.plots.select import Spread
 from ssmax.plots.statistics import Paired, bootstrap

@@ -124,7 +124,12 @@ VARIANTS = {
             made_of="a",
         ),
         Variant(
-            "y", "YaRN's constant afterwards", "Softmax with YaRN's after its training", "#888888", _yarn, made_of="a"
+            "y",
+            "YaRN's constant afterwards",
+            "Softmax with YaRN's constant after its training",
+            "#888888",
+            _yarn,
+            made_of="a",
         ),
         Variant("p", "", "one factor learned for each n (Figure 2)", "", finish=_learn_factors, measured=False),
     )

@@ -71,10 +71,10 @@ class Recipe:
     name: str
     models: tuple[str, ...] = _models(
         ("paper:abcdefp",),
-        "Models to train, as FORM:LETTERS. Forms: paper (Llama's shape), qk-norm (queries and keys normalised), partial-rope "
-        "(RoPE on half of each head). Letters: a Softmax, b SSMax, c SSMax without s, d SSMax with bias, e switched after "
-        "pretraining, f switched for its last eighth, p one factor learned for each n (Figure 2). Other laws of n: g s (log n)^gamma, t "
-        "a temperature without n, q query-aware, l Llama 4's and y YaRN's after pretraining.",
+        "Models to train, as FORM:LETTERS. Forms: "
+        + " ".join(f"{name}: {form.title}, {form.family}." for name, form in FORMS.items())
+        + " Letters: "
+        + " ".join(f"{letter}: {variant.help}." for letter, variant in VARIANTS.items()),
     )
     retrieval: tuple[str, ...] = _models(
         ("paper:ab",), "Of these models, those that are fine-tuned and tested on needles.", empty=True

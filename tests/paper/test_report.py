@@ -280,6 +280,16 @@ def test_the_bootstrap_over_texts_counts_seeds():
     assert "over texts (bootstrap) below zero in 2 of 3 seeds" in claim.measured
 
 
+def test_figures_made_twice_are_the_same_files(run):
+    made = []
+    for _ in range(2):
+        report.build(run)
+        made.append({path.name: path.read_bytes() for path in (run / "figures").iterdir()})
+        (run / "report.html").unlink()
+    assert made[0] == made[1]
+    assert len(made[0]) > 8
+
+
 def test_an_unchanged_report_is_left_alone_and_other_rows_make_another(run):
     report.build(run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}

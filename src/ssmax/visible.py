@@ -207,7 +207,6 @@ def count_plain(
     num_keys: int,
     *,
     causal: bool,
-    window: int | None = None,
     top_left: bool = False,
     device: torch.device | None = None,
 ) -> Tensor:
@@ -217,15 +216,13 @@ def count_plain(
         num_queries: N.
         num_keys: S.
         causal: a query sees no later key; the queries are the last N positions.
-        window: largest number of keys that a query sees.
         top_left: the queries are the first N positions instead, as in torch.
         device: device of the result.
     """
     if not causal:
         return torch.full((num_queries,), num_keys, device=device)
     first = 0 if top_left else num_keys - num_queries
-    n = (torch.arange(first, first + num_queries, device=device) + 1).clamp(min=0, max=num_keys)
-    return n if window is None else n.clamp(max=window)
+    return (torch.arange(first, first + num_queries, device=device) + 1).clamp(min=0, max=num_keys)
 
 
 def count_at(position: Tensor, window: int | None = None) -> Tensor:

@@ -24,13 +24,17 @@ class Watch:
 
     It passes if the module noted itself, or if the last watch that passed is one of those inside.
 
+    Attributes:
+        inside: watches of the next modules inside that hold converted attention. Copies of a module
+            share or copy them.
+
     Args:
-        inside: watches of the next modules inside that hold converted attention. Copies of a module share or copy them.
         counts: whether the modules around may rely on this one. They may not if it does not run in each of their forwards.
     """
 
-    def __init__(self, inside: "list[Watch] | None" = None, counts: bool = True):
-        self.inside, self.counts = inside or [], counts
+    def __init__(self, counts: bool = True):
+        self.inside: list[Watch] = []
+        self.counts = counts
 
     def __call__(self, module: Any, inputs: Any, output: Any) -> None:
         """Check one forward."""

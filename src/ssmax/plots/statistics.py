@@ -11,6 +11,7 @@ __all__ = ["Paired", "bootstrap", "t_cdf", "t_quantile"]
 
 LEVEL = 0.95
 MOST_SEEDS = 1000
+DRAWS = 2000  # of a bootstrap
 
 
 def t_cdf(t: float, freedom: int) -> float:
@@ -73,9 +74,9 @@ class Paired(Spread):
         return None
 
 
-def bootstrap(differences: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean over resampled texts. The random draws are always the same."""
     values = np.asarray(differences, dtype=float)
-    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    chosen = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
     low, high = np.quantile(values[chosen].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

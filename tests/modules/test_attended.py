@@ -94,19 +94,31 @@ def test_threads_do_not_disturb_one_another(case):
     assert not failed
 
 
-class Leaves(torch.fx.Tracer):
-    """Records calls of attention without running it, as llm-compressor records those of a model's layers."""
+class Recorder(torch.fx.Tracer):
+    """Records calls of these modules without running them, as llm-compressor records those of a model's layers."""
+
+    def __init__(self, *leaves):
+        super().__init__()
+        self.leaves = leaves
 
     def is_leaf_module(self, m, module_qualified_name):
-        return getattr(m, "ssmax", None) is not None or super().is_leaf_module(m, module_qualified_name)
+        return m in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
 
 def test_a_forward_that_is_only_recorded_passes_and_the_record_is_checked():
     model, _ = converted(made(lambda: Stack(Attention(), Attention())), (X,))
     want = model(X)
-    recorded = torch.fx.GraphModule(model, Leaves().trace(model))
+    attentions = [block.attn for block in model.blocks]
+    recorded = torch.fx.GraphModule(model, Recorder(*attentions).trace(model))
     close(recorded(X), want)
-    attention = model.blocks[1].attn
-    attention.forward = types.MethodType(fused, attention)
+    attentions[1].forward = types.MethodType(fused, attentions[1])
     with pytest.raises(ValueError, match="did not use its scale"):
         recorded(X)
+
+
+def test_a_replaced_forward_is_not_recorded():
+    model, _ = converted(made(lambda: Stack(Attention(), Attention())), (X,))
+    first, second = (block.attn for block in model.blocks)
+    second.forward = types.MethodType(lambda self, x: self.proj(x), second)
+    with pytest.raises(ValueError, match="did not use its scale"):
+        Recorder(first).trace(model)

@@ -52,7 +52,7 @@ class Watch:
 def require(module: Any, inputs: Any, output: Any) -> None:
     """Raise ValueError unless the module was the last that noted itself. A module notes itself after those inside it."""
     attended, _last.module = getattr(_last, "module", None), None
-    if attended is not module and not _is_symbolic(output):
+    if attended is not module and not _is_recorded(module, output):
         name = getattr(module, "ssmax_base", type(module)).__name__
         held = "" if getattr(module, "ssmax", None) is not None else "holds attention that "
         raise ValueError(
@@ -61,9 +61,22 @@ def require(module: Any, inputs: Any, output: Any) -> None:
         )
 
 
-def _is_symbolic(output):
-    """Return whether torch.fx only recorded a forward. It does not run the modules that it takes as leaves."""
+def _is_recorded(module, output):
+    """Return whether torch.fx only recorded this forward, and in it the call of a part that holds converted attention.
+
+    Such a part, which torch.fx calls a leaf, does not run while it is recorded. It is checked when
+    the record runs.
+    """
     values = (
         output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else (output,)
     )
-    return any(isinstance(value, Proxy) for value in values)
+    proxy = next((value for value in values if isinstance(value, Proxy)), None)
+    if proxy is None:
+        return False
+    tracer: Any = proxy.tracer
+    leaves = [tracer.root.get_submodule(node.target) for node in tracer.graph.nodes if node.op == "call_module"]
+    inside = {id(part) for part in module.modules()}
+    return any(
+        id(leaf) in inside and any(getattr(part, "ssmax", None) is not None for part in leaf.modules())
+        for leaf in leaves
+    )

@@ -57,9 +57,9 @@ class SSMaxScale(QueryScale):
             layers the same module.
 
     Attributes:
-        weight: s, (H,), or (1,) if shared. Exclude it from weight decay: the paper decays matrices
+        weight: s, (H,), or (1,) if shared; also called s. Exclude it from weight decay: the paper decays matrices
             only.
-        bias: b, of the same shape, or None.
+        bias: b, of the same shape, or None; also called b.
 
     Raises:
         ValueError: num_heads is not a positive integer, or b is given without bias.

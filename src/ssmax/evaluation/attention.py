@@ -36,7 +36,8 @@ def needle_scores(model: PreTrainedModel, token_ids: Tensor, span: tuple[int, in
     first token of the answer.
 
     Args:
-        model: a causal language model of transformers with eager attention.
+        model: a causal language model of transformers whose family has eager attention. It may be
+            loaded with another.
         token_ids: (T,) or (1, T) integers, without padding.
         span: index of the needle's first token, and index after its last.
         chunk: positions in each forward pass. Fewer need less memory.
@@ -98,7 +99,8 @@ def attention_sharpness(
     Each n costs one token on eager attention. All other tokens use the model's own attention.
 
     Args:
-        model: a causal language model of transformers with eager attention.
+        model: a causal language model of transformers whose family has eager attention. It may be
+            loaded with another.
         token_ids: (T,) or (1, T) integers, without padding.
         lengths: values of n, ascending, from 3 to T.
         chunk: positions in each forward pass. Fewer need less memory.

@@ -115,7 +115,9 @@ class Recipe:
     length_factor: int = _measure(32, "Longest context that is measured, in training lengths.")
     theta_factors: tuple[int, ...] = _measure((50,), "Factors of RoPE's theta for the loss by position.")
     needle_theta_factors: tuple[int, ...] = _measure(
-        (), "Factors of RoPE's theta for needles. None: the largest of --theta-factors.", empty=True
+        (),
+        "Factors by which RoPE is stretched for needles, see --needle-rope. None: the largest of --theta-factors.",
+        empty=True,
     )
     needle_rope: Literal["theta", "llama3"] = _measure(
         "theta",

@@ -173,7 +173,7 @@ def test_a_law_that_learns_nothing(folder):
     assert "law yarn, factor 4" in done.stdout
     assert "yarn: (0.1 log(factor) + 1)^2" in run("inspect", folder / "new").stdout
     for arguments, words in (
-        (["--law", "yarn"], "factor missing"),
+        (["--law", "yarn"], "factor is missing"),
         (["--law", "olmo"], "law must be ssmax, ssmax-fixed"),
         (["--law", "qwen-1", "--init", "identity"], "learns nothing"),
         (["--law-parameters", "factor", "4"], "not law_parameters"),

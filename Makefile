@@ -40,6 +40,7 @@ test-harness: $(STAMP)
 	$(BIN)/python -m pytest tests/evaluation/test_lm_eval.py
 
 # Converts models of timm, x-transformers, diffusers and litgpt; runs the recipes for litgpt, torchtitan and Lightning.
+# timm needs the torchvision of the same build as torch: with a torch for CPUs alone, install that torchvision first.
 test-modules: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse einops
 	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13 lightning==2.6.6 lightning-utilities torchmetrics \

@@ -57,8 +57,8 @@ class SSMaxScale(QueryScale):
             layers the same module.
 
     Attributes:
-        weight: s, (H,), or (1,) if shared; also called s. Exclude it from weight decay: the paper decays matrices
-            only.
+        weight: s, (H,), or (1,) if shared; also called s. Exclude it from weight decay: the paper
+            decays matrices only.
         bias: b, of the same shape, or None; also called b.
 
     Raises:

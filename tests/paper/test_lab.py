@@ -501,6 +501,8 @@ def test_recipes_hold_together(recipe):
         ({"warmup_steps": -1}, "--warmup-steps must be at least 0"),
         ({"learning_rate": float("nan")}, "--learning-rate must be positive"),
         ({"seeds": ()}, "--seeds"),
+        ({"seeds": (1, 2, 1)}, "--seeds must name each once, got 1 2 1"),
+        ({"depths": (0.5, 2.0)}, "--depths must lie in 0 to 1"),
     ],
 )
 def test_a_recipe_that_makes_no_sense(change, words):

@@ -4,7 +4,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -100,7 +100,9 @@ def compare(comparison: Comparison) -> Iterator[Row]:
             yield row("peak_bytes", name, at, peak_memory(right[name]), 1)
 
 
-def alternate(contenders, rounds, name):
+def alternate(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, name: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Return wall and CPU times of each contender, one for each round, after a warm-up. The order alternates."""
     times, cpu = ({name: [] for name in contenders} for _ in range(2))
     for call in contenders.values():

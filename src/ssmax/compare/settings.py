@@ -62,7 +62,7 @@ class Settings:
         (), "Context sizes, in tokens. None: five equal steps up to --length.", empty=True
     )
     depths: tuple[float, ...] = _retrieval(
-        (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True
+        (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True, most=1
     )
     trials: int = _retrieval(4, "Texts for each size and depth.")
     distractors: int = _retrieval(3, "Further needles in the task distractors.")

@@ -35,7 +35,7 @@ def _attend(attend: Callable, implementation: str, module, query, key, value, at
     attended.note(module)
     if kwargs.get("position_bias") is not None:
         raise ValueError(
-            "this model adds a position bias to its logits, for which SSMax is not defined; ssmax.revert(model)"
+            "this model adds a position bias to its logits, for which SSMax is not defined; ssmax.revert(model) takes SSMax out of it"
         )
     closed = implementation == "vllm" or sees_what_it_is_handed(attend)  # vLLM's n depends only on positions
     n, log_n = kernel_visible_keys(implementation, module, query, key, attention_mask, kwargs, closed)

@@ -21,11 +21,10 @@ def install() -> None:
     before.
     """
     for kind, apart in ((fsdp_parameter_group(), _apart_in_fsdp2), (FullyShardedDataParallel, _apart_in_fsdp1)):
-        wrap(kind, "__init__", functools.partial(_after, apart))
+        wrap(kind, "__init__", functools.partial(_with_changed_arguments, apart))
 
 
-def _after(change, original, *args, **kwargs):
-    """Call a method after a change of its arguments."""
+def _with_changed_arguments(change, original, *args, **kwargs):
     bound = inspect.signature(original).bind(*args, **kwargs)
     change(bound.arguments)
     original(*bound.args, **bound.kwargs)

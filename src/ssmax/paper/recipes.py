@@ -125,7 +125,7 @@ class Recipe:
         "divides the slow frequencies by them, and keeps those that complete 4 turns in training.",
     )
     depths: tuple[float, ...] = _measure(
-        (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True
+        (0.0, 0.25, 0.5, 0.75, 1.0), "Depths of the needle in the text, 0 (start) to 1 (end).", zero=True, most=1
     )
     trials: int = _measure(16, "Needles for each size and depth. Counting takes 8 times as many texts for each size.")
     score_trials: int = _measure(60, "Trials of the needle scores.")

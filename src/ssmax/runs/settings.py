@@ -1,5 +1,6 @@
 """Settings of a run whose fields are options of the command line, and the checks of their values. No torch."""
 
+import math
 from dataclasses import field, fields
 from typing import Any
 
@@ -8,7 +9,9 @@ from ssmax.errors import UserError
 __all__ = ["check_fields", "setting"]
 
 
-def setting(group: str, default: Any, text: str, *, zero: bool = False, empty: bool = False) -> Any:
+def setting(
+    group: str, default: Any, text: str, *, zero: bool = False, empty: bool = False, most: float = math.inf
+) -> Any:
     """Return a field of a dataclass of settings.
 
     Args:
@@ -17,21 +20,23 @@ def setting(group: str, default: Any, text: str, *, zero: bool = False, empty: b
         text: its help.
         zero: its numbers may be 0.
         empty: as a tuple it may be empty.
+        most: its largest number.
     """
-    return field(default=default, metadata={"group": group, "help": text, "zero": zero, "empty": empty})
+    metadata = {"group": group, "help": text, "zero": zero, "empty": empty, "most": most}
+    return field(default=default, metadata=metadata)
 
 
 def check_fields(settings: Any) -> None:
     """Raise UserError if a number is out of its range, or a tuple is empty or names something twice."""
     for f in fields(settings):
-        value, zero = getattr(settings, f.name), f.metadata.get("zero", False)
+        value, zero, most = getattr(settings, f.name), f.metadata.get("zero", False), f.metadata.get("most", math.inf)
         option = f"--{f.name.replace('_', '-')}" if "help" in f.metadata else "MODEL ..."
         values = value if isinstance(value, tuple) else (value,)
         numbers = [x for x in values if isinstance(x, (int, float))]
         if any(x < 0 or x != x or (x == 0 and not zero) for x in numbers):
             raise UserError(f"{option} must be {'at least 0' if zero else 'positive'}, got {value}")
-        if f.name == "depths" and max(values, default=0) > 1:
-            raise UserError(f"{option} must lie in 0 to 1, got {value}")
+        if max(numbers, default=0) > most:
+            raise UserError(f"{option} must lie in 0 to {most:g}, got {value}")
         if value == () and not f.metadata.get("empty"):
             raise UserError(f"{option} must name at least one, got none")
         if len(set(values)) < len(values):

@@ -23,6 +23,7 @@ __all__ = ["CASES"]
 
 S = 0.43  # as in Figure 1 of the paper; the cost does not depend on it
 HEADS, SIZE = 8, 64
+SCORES = ("random", "competing", "peaked")
 ROWS = 64  # rows at either end of a long output that are compared with float64
 
 
@@ -103,6 +104,15 @@ def _error(call, inputs):
     return max(error, *(largest_error(mine, truth) / max(1.0, truth.abs().max().item()) for mine, truth in pairs))
 
 
+def _errors(calls: dict[str, Callable[[], Tensor]], exact: Tensor, rows: int = 0) -> dict[str, Callable[[], float]]:
+    """Return for each call a function that returns the largest error of its last rows. 0: of all rows."""
+    return {name: functools.partial(_largest, call, exact, rows) for name, call in calls.items()}
+
+
+def _largest(call, exact, rows):
+    return largest_error(call()[:, :, -rows:].detach(), exact)
+
+
 @functools.cache
 def _flex_runs():
     q = torch.zeros(1, 1, 128, SIZE)
@@ -138,7 +148,7 @@ def decode() -> Iterator[Comparison]:
             {"keys": keys, "heads": heads, "scores": kind},
             {name: _forward(call) for name, call in calls.items()},
             repeats,
-            {name: lambda call=call, exact=exact: largest_error(call(), exact) for name, call in calls.items()},
+            _errors(calls, exact),
             allowed=2e-3 * v.abs().max().item(),
         )
 
@@ -156,7 +166,7 @@ def grouped_decode() -> Iterator[Comparison]:
             {"heads": heads, "key_heads": key_heads, "keys": keys},
             {name: _forward(call) for name, call in calls.items()},
             100,
-            {name: lambda call=call, exact=exact: largest_error(call(), exact) for name, call in calls.items()},
+            _errors(calls, exact),
             allowed=1e-4,
         )
 
@@ -238,7 +248,7 @@ def peer() -> Iterator[Comparison]:
             {"layout": name},
             {who: _forward(call) for who, call in calls.items()},
             40,
-            {who: lambda call=call, exact=exact: largest_error(call().detach(), exact) for who, call in calls.items()},
+            _errors(calls, exact),
             base="ssmax",
         )
     q, k, v = tensors(8192, heads=2)
@@ -259,10 +269,7 @@ def peer() -> Iterator[Comparison]:
             {"length": 8192, "heads": 2, "pass": f"forward + backward, {name}"},
             {who: _forward_backward(call, inputs) for who, call in calls.items()},
             6,
-            {
-                who: lambda call=call, exact=exact: largest_error(call(*inputs)[:, :, -ROWS:].detach(), exact)
-                for who, call in calls.items()
-            },
+            _errors({who: functools.partial(call, *inputs) for who, call in calls.items()}, exact, ROWS),
             base="ssmax",
             memory=True,
         )
@@ -270,27 +277,45 @@ def peer() -> Iterator[Comparison]:
 
 def gradient() -> Iterator[Row]:
     """Relative error of ds and db in bfloat16 attention on torch's kernel (a scaled query), against float64."""
-    for length, kind in itertools.product((1024, 4096), ("random", "competing", "peaked")):
-        q, k, v = tensors(length, heads=4, dtype=torch.float64, seed=length)
-        # One key of each query leads: by little ("competing", four of them) or by much ("peaked").
-        for lag in range({"random": 0, "competing": 4, "peaked": 1}[kind]):
-            target = (torch.arange(length) * 7 + lag * 13) % (torch.arange(length) + 1)
-            q = q + k[:, :, target] * (0.5 if kind == "competing" else 1.0)
-        upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-        exact = _scale_gradients(q, k, v, upstream, torch.float64)
+    for length, scores in itertools.product((1024, 4096), SCORES):
         for dtype in (torch.float32, torch.bfloat16):
-            for name, mine, truth in zip("sb", _scale_gradients(q, k, v, upstream, dtype), exact, strict=True):
-                error = ((mine.double() - truth).norm() / truth.norm()).item()
-                at = {"length": length, "scores": kind, "gradient": name, "dtype": str(dtype).removeprefix("torch.")}
-                yield row("gradient_error", "ssmax", at, error, 4)
+            yield from scale_gradient_errors(length, scores, torch.bfloat16, {"ssmax": ("sdpa", dtype)})
 
 
-def _scale_gradients(q, k, v, upstream, dtype):
-    """Return the gradients of s and b per head. All inputs are bfloat16 numbers, so that only the arithmetic differs."""
+def scale_gradient_errors(
+    length: int, scores: str, rounded: torch.dtype, contenders: dict[str, tuple[str, torch.dtype]]
+) -> Iterator[Row]:
+    """Yield relative errors (L2) of ds and db against float64.
+
+    All inputs are numbers of the dtype `rounded`, so that only the arithmetic differs.
+
+    Args:
+        length: causal tokens.
+        scores: one of SCORES. "competing": four keys of each query have slightly higher scores.
+            "peaked": one has a much higher score.
+        rounded: a narrow dtype.
+        contenders: by variant, impl and dtype of the attention.
+    """
+    q, k, v = tensors(length, heads=4, dtype=torch.float64, seed=length)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for lag in range({"random": 0, "competing": 4, "peaked": 1}[scores]):
+        target = (torch.arange(length) * 7 + lag * 13) % (torch.arange(length) + 1)
+        q = q + k[:, :, target] * (0.5 if scores == "competing" else 1.0)
+    inputs = [x.to(rounded) for x in (q, k, v, upstream)]
+    exact = _scale_gradients("reference", torch.float64, inputs)
+    for variant, (impl, dtype) in contenders.items():
+        for name, mine, truth in zip("sb", _scale_gradients(impl, dtype, inputs), exact, strict=True):
+            error = ((mine.double() - truth).norm() / truth.norm()).item()
+            at = {"length": length, "scores": scores, "gradient": name, "dtype": str(dtype).removeprefix("torch.")}
+            yield row("gradient_error", variant, at, error, 4)
+
+
+def _scale_gradients(impl, dtype, inputs):
+    """Return the gradients of s and b per head."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     s, b = (torch.full((4,), x, dtype=wide, requires_grad=True) for x in (S, 0.0))
-    q, k, v, upstream = (x.to(torch.bfloat16).to(dtype) for x in (q, k, v, upstream))
-    output = attention(q, k, v, s, b, is_causal=True, impl="reference" if dtype == torch.float64 else "sdpa")
+    q, k, v, upstream = (x.to(dtype) for x in inputs)
+    output = attention(q, k, v, s, b, is_causal=True, impl=impl)
     return torch.autograd.grad((output * upstream).sum(), [s, b])
 
 

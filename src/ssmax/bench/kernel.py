@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ssmax.bench import measure
+from ssmax.bench.cases import SCORES, scale_gradient_errors
+from ssmax.bench.measure import row
 from ssmax.errors import UserError
 from ssmax.functional import attention
 from ssmax.runs.rows import Row
@@ -130,7 +131,8 @@ def errors_on(length: int, size: int, device: str = "cuda") -> Iterator[Row]:
     softmax = gradients(lambda q, k, v: attention(q, k, v, 0, 1, is_causal=True, impl="reference"), wide, upstream)
     for variant, found in ((OURS, errors(ours, exact)), ("plain", errors(theirs, softmax))):
         for of, error in zip(OUTPUTS, found, strict=False):
-            yield row("relative_error", variant, {"length": length, "head_size": size, "of": of}, error, 1, device)
+            at = {"length": length, "head_size": size, "of": of}
+            yield _tagged(row("relative_error", variant, at, error, 1), device)
 
 
 def time_on(length: int, size: int, passes: str, device: str = "cuda") -> Row:
@@ -161,7 +163,7 @@ def time_on(length: int, size: int, passes: str, device: str = "cuda") -> Row:
     of_rounds = [mine / other for mine, other in zip(times[OURS], times[best], strict=True)]
     low, middle, high = statistics.quantiles(of_rounds, n=4)
     at = {"length": length, "head_size": size, "pass": passes, "over": best, "low": low, "high": high}
-    return row("time_ratio", OURS, at, middle, ROUNDS, device)
+    return _tagged(row("time_ratio", OURS, at, middle, ROUNDS), device)
 
 
 def works(call):
@@ -181,31 +183,15 @@ def gradients_interpreted() -> Iterator[Row]:
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("case 'kernel-gradient' needs TRITON_INTERPRET=1 in the environment")
-    length, heads = 1024, 4
-    for scores in ("random", "competing", "peaked"):
-        q, k, v, upstream = (x.double() for x in tensors(length, heads, 64, torch.float64, "cpu"))
-        for lag in range({"random": 0, "competing": 4, "peaked": 1}[scores]):
-            # One key of each query has a much higher score, or four keys have slightly higher scores.
-            target = (torch.arange(length) * 7 + lag * 13) % (torch.arange(length) + 1)
-            q = q + k[:, :, target] * (0.5 if scores == "competing" else 1.0)
-        q, k, v, upstream = (x.half().double() for x in (q, k, v, upstream))
-        s, b = torch.full((heads,), S), torch.zeros(heads)
-        exact = _scale_gradients("reference", [q, k, v, s.double(), b.double()], upstream)
-        for variant, impl in ((OURS, "triton"), ("ssmax sdpa", "sdpa")):
-            got = _scale_gradients(impl, [q.half(), k.half(), v.half(), s, b], upstream)
-            for name, error in zip("sb", errors(got, exact), strict=True):
-                at = {"length": length, "scores": scores, "gradient": name, "dtype": "float16"}
-                yield row("gradient_error", variant, at, error, heads, "cpu")
+    contenders = {OURS: ("triton", torch.float16), "ssmax sdpa": ("sdpa", torch.float16)}
+    for scores in SCORES:
+        for made in scale_gradient_errors(1024, scores, torch.float16, contenders):
+            yield _tagged(made)
 
 
-def _scale_gradients(impl, inputs, upstream):
-    return gradients(lambda *x: attention(*x, is_causal=True, impl=impl), inputs, upstream)[-2:]
-
-
-def row(metric: str, variant: str, at: dict[str, Any], value: float, samples: int, device: str) -> Row:
+def _tagged(made, device="cpu"):
     """Return a row that also names Triton's version and the GPU."""
     import triton
 
-    made = measure.row(metric, variant, at, value, samples)
     more = {"triton": triton.__version__} | ({"machine": torch.cuda.get_device_name()} if device == "cuda" else {})
     return replace(made, provenance={**(made.provenance or {}), **more})

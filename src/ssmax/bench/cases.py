@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ssmax.bench import scale
-from ssmax.bench.measure import PLAIN, Case, Comparison, largest_error, row
+from ssmax.bench.measure import PLAIN, Case, Comparison, largest_error
 from ssmax.conversion import convert
 from ssmax.functional import attention
-from ssmax.runs.rows import Row
 from ssmax.sharp.keys import ScreenedKeys
 
 __all__ = ["CASES"]
 
 S = 0.43  # as in Figure 1 of the paper; the cost does not depend on it
 HEADS, SIZE = 8, 64
-SCORES = ("random", "competing", "peaked")
 ROWS = 64  # rows at either end of a long output that are compared with float64
 
 
@@ -275,50 +273,6 @@ def peer() -> Iterator[Comparison]:
         )
 
 
-def gradient() -> Iterator[Row]:
-    """Relative error of ds and db in bfloat16 attention on torch's kernel (a scaled query), against float64."""
-    for length, scores in itertools.product((1024, 4096), SCORES):
-        for dtype in (torch.float32, torch.bfloat16):
-            yield from scale_gradient_errors(length, scores, torch.bfloat16, {"ssmax": ("sdpa", dtype)})
-
-
-def scale_gradient_errors(
-    length: int, scores: str, rounded: torch.dtype, contenders: dict[str, tuple[str, torch.dtype]]
-) -> Iterator[Row]:
-    """Yield relative errors (L2) of ds and db against float64.
-
-    All inputs are numbers of the dtype `rounded`, so that only the arithmetic differs.
-
-    Args:
-        length: causal tokens.
-        scores: one of SCORES. "competing": four keys of each query have slightly higher scores.
-            "peaked": one has a much higher score.
-        rounded: a narrow dtype.
-        contenders: by variant, impl and dtype of the attention.
-    """
-    q, k, v = tensors(length, heads=4, dtype=torch.float64, seed=length)
-    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    for lag in range({"random": 0, "competing": 4, "peaked": 1}[scores]):
-        target = (torch.arange(length) * 7 + lag * 13) % (torch.arange(length) + 1)
-        q = q + k[:, :, target] * (0.5 if scores == "competing" else 1.0)
-    inputs = [x.to(rounded) for x in (q, k, v, upstream)]
-    exact = _scale_gradients("reference", torch.float64, inputs)
-    for variant, (impl, dtype) in contenders.items():
-        for name, mine, truth in zip("sb", _scale_gradients(impl, dtype, inputs), exact, strict=True):
-            error = ((mine.double() - truth).norm() / truth.norm()).item()
-            at = {"length": length, "scores": scores, "gradient": name, "dtype": str(dtype).removeprefix("torch.")}
-            yield row("gradient_error", variant, at, error, 4)
-
-
-def _scale_gradients(impl, dtype, inputs):
-    """Return the gradients of s and b per head."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    s, b = (torch.full((4,), x, dtype=wide, requires_grad=True) for x in (S, 0.0))
-    q, k, v, upstream = (x.to(dtype) for x in inputs)
-    output = attention(q, k, v, s, b, is_causal=True, impl=impl)
-    return torch.autograd.grad((output * upstream).sum(), [s, b])
-
-
 def _of(module: str, name: str = "measurements") -> Callable[..., Iterator[Any]]:
     """Return a function of a module; the module is loaded when the case runs."""
     return lambda **options: getattr(importlib.import_module(f"ssmax.bench.{module}"), name)(**options)
@@ -341,7 +295,7 @@ CASES = {
     "training": Case(
         "pretraining of the recipe tiny over a bare loop; also AdamW not fused, and torch.compile", 3, _of("training")
     ),
-    "gradient": Case("error of the gradients of s and b in bfloat16", 2, gradient),
+    "gradient": Case("error of the gradients of s and b in bfloat16", 2, _of("gradients")),
     "kernel": Case(
         "impl='triton' on a GPU: errors, and time over torch's flash kernels",
         10,
@@ -351,7 +305,7 @@ CASES = {
     "kernel-gradient": Case(
         "error of the gradients of s and b by impl='triton' in Triton's interpreter",
         2,
-        _of("kernel", "gradients_interpreted"),
+        _of("gradients", "interpreted"),
     ),
     "scale": Case("measured cost and memory over the formulae of docs/scale.md", 1, scale.check),
 }

@@ -6,7 +6,6 @@ SSMax, those of the plain kernel to softmax.
 """
 
 import itertools
-import os
 import re
 import statistics
 from collections.abc import Iterator
@@ -18,13 +17,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ssmax.bench.cases import SCORES, scale_gradient_errors
 from ssmax.bench.measure import row
 from ssmax.errors import UserError
 from ssmax.functional import attention
 from ssmax.runs.rows import Row
 
-__all__ = ["compile_for", "dry_run", "gradients_interpreted", "measurements"]
+__all__ = ["OURS", "compile_for", "dry_run", "measurements", "tagged"]
 
 S, ROUNDS, OURS = 0.43, 12, "ssmax triton"
 PLAIN = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -132,7 +130,7 @@ def errors_on(length: int, size: int, device: str = "cuda") -> Iterator[Row]:
     for variant, found in ((OURS, errors(ours, exact)), ("plain", errors(theirs, softmax))):
         for of, error in zip(OUTPUTS, found, strict=False):
             at = {"length": length, "head_size": size, "of": of}
-            yield _tagged(row("relative_error", variant, at, error, 1), device)
+            yield tagged(row("relative_error", variant, at, error, 1), device)
 
 
 def time_on(length: int, size: int, passes: str, device: str = "cuda") -> Row:
@@ -163,7 +161,7 @@ def time_on(length: int, size: int, passes: str, device: str = "cuda") -> Row:
     of_rounds = [mine / other for mine, other in zip(times[OURS], times[best], strict=True)]
     low, middle, high = statistics.quantiles(of_rounds, n=4)
     at = {"length": length, "head_size": size, "pass": passes, "over": best, "low": low, "high": high}
-    return _tagged(row("time_ratio", OURS, at, middle, ROUNDS), device)
+    return tagged(row("time_ratio", OURS, at, middle, ROUNDS), device)
 
 
 def works(call):
@@ -175,21 +173,7 @@ def works(call):
     return True
 
 
-def gradients_interpreted() -> Iterator[Row]:
-    """Yield relative errors of the gradients of s and b in float16: impl="triton" in the interpreter, and torch's kernel.
-
-    Raises:
-        UserError: TRITON_INTERPRET is not 1, which Triton reads when it is imported.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("case 'kernel-gradient' needs TRITON_INTERPRET=1 in the environment")
-    contenders = {OURS: ("triton", torch.float16), "ssmax sdpa": ("sdpa", torch.float16)}
-    for scores in SCORES:
-        for made in scale_gradient_errors(1024, scores, torch.float16, contenders):
-            yield _tagged(made)
-
-
-def _tagged(made, device="cpu"):
+def tagged(made: Row, device: str = "cpu") -> Row:
     """Return a row that also names Triton's version and the GPU."""
     import triton
 

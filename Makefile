@@ -40,12 +40,15 @@ test-harness: $(STAMP)
 	$(BIN)/python -m pytest tests/evaluation/test_lm_eval.py
 
 # Converts models of timm, x-transformers, diffusers and litgpt; runs the recipes for litgpt, torchtitan and Lightning.
-# timm needs the torchvision of the same build as torch: with a torch for CPUs alone, install that torchvision first.
+# timm has a folder of its own: it imports torchvision, whose wheels do not load beside a torch for CPUs alone. Packages that use
+# torchvision where it is installed would fail there; timm's test alone helps itself.
 test-modules: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt timm x-transformers diffusers jsonargparse einops
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt x-transformers diffusers jsonargparse einops
 	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13 lightning==2.6.6 lightning-utilities torchmetrics \
 		torchtitan==0.3.0 spmd_types==0.2.3 torchdata
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venvs/timm timm==1.0.31 torchvision==0.28.0
 	$(BIN)/python -m pytest -rs tests/modules/test_packages.py tests/test_examples.py
+	PYTHONPATH=.venvs/timm $(BIN)/python -m pytest tests/modules/test_packages.py -k timm
 
 # The recipe for axolotl in a venv of its own, 3.2 GB: axolotl's pins differ from ours, and it also requires packages for GPUs.
 test-axolotl:

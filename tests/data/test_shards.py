@@ -24,7 +24,7 @@ from ssmax import cli
 from ssmax.data import corpus, preparation
 from ssmax.data.shards import HELD_OUT, Manifest, Shards, ShardWriter, check, token_type, verify
 from ssmax.data.sources import Documents
-from ssmax.data.tokenizer import load_tokenizer
+from ssmax.data.tokenizer import load_given_tokenizer
 from ssmax.errors import LeftOut, UserError
 from ssmax.paper import reproduce
 from ssmax.paper.plan import _data, plan
@@ -476,7 +476,7 @@ def test_a_tokenizer_that_can_only_be_a_path_is_said_at_once(name, tmp_path, mon
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
     with pytest.raises(UserError, match=r"does not exist; give a folder with a tokenizer\.json"):
-        load_tokenizer(name.format(here="here"))
+        load_given_tokenizer(name.format(here="here"))
 
 
 def test_a_tokenizer_without_an_end(tmp_path, rows):

@@ -65,7 +65,7 @@ def prepare(
         vocab_size: tokens of the trained tokenizer, without words.
         held_out: (K, L), the number of held-out texts and their length in tokens.
         cache: folder for tokenised corpora.
-        tokenizer: see ssmax.data.tokenizer.load_tokenizer; empty: train one.
+        tokenizer: see ssmax.data.tokenizer.load_given_tokenizer; empty: train one.
         tokens: number of training tokens to prepare, with a tokenizer.
         words: words that become single tokens of the trained tokenizer.
 

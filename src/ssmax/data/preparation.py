@@ -11,7 +11,7 @@ import numpy as np
 
 from ssmax.data.shards import HELD_OUT, SHARD_TOKENS, VERSION, Manifest, ShardWriter, locked, token_type
 from ssmax.data.sources import Documents, warn_left_out
-from ssmax.data.tokenizer import GivenTokenizer, load_tokenizer, vocabulary
+from ssmax.data.tokenizer import GivenTokenizer, load_given_tokenizer, vocabulary
 from ssmax.errors import UserError
 from ssmax.runs.progress import progress_bar
 
@@ -38,7 +38,7 @@ def prepare_stream(
 
     Args:
         source: see ssmax.data.sources.Documents.
-        tokenizer: see ssmax.data.tokenizer.load_tokenizer.
+        tokenizer: see ssmax.data.tokenizer.load_given_tokenizer.
         tokens: number of training tokens that are enough.
         held_out: (K, L), the largest number of held-out texts, and their length in tokens.
         cache: folder for tokenised corpora.
@@ -50,7 +50,7 @@ def prepare_stream(
     Raises:
         UserError: a bad source or tokenizer, or no text that is long enough to be held out.
     """
-    chosen, stream = load_tokenizer(tokenizer), Documents(source)
+    chosen, stream = load_given_tokenizer(tokenizer), Documents(source)
     key = [VERSION, stream.identity(), chosen.sha256, chosen.end, tokens, held_out, shard_tokens]
     folder = cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     with locked(folder):

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ssmax.errors import UserError
 from ssmax.runs.hub import cached_only_offline, is_hub_name, reason
 
-__all__ = ["END_OF_TEXT", "GivenTokenizer", "load_tokenizer", "train_tokenizer", "vocabulary", "wrapped"]
+__all__ = ["END_OF_TEXT", "GivenTokenizer", "load_given_tokenizer", "train_tokenizer", "vocabulary", "wrapped"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -42,7 +42,7 @@ class GivenTokenizer:
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()
 
 
-def load_tokenizer(name: str, *, cached_only: bool = False) -> GivenTokenizer:
+def load_given_tokenizer(name: str, *, cached_only: bool = False) -> GivenTokenizer:
     """Load a tokenizer from a folder, a tokenizer.json, or a hub by its name.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ssmax.data.shards import SHARD_TOKENS, token_type
-from ssmax.data.tokenizer import load_tokenizer, vocabulary
+from ssmax.data.tokenizer import load_given_tokenizer, vocabulary
 from ssmax.errors import UserError
 from ssmax.paper.building import build_model, switch_at
 from ssmax.paper.models import VARIANTS
@@ -85,7 +85,7 @@ def _vocabulary(recipe):
     if not recipe.tokenizer:
         return recipe.vocab_size
     try:
-        return vocabulary(load_tokenizer(recipe.tokenizer, cached_only=True).core)
+        return vocabulary(load_given_tokenizer(recipe.tokenizer, cached_only=True).core)
     except UserError:
         return recipe.vocab_size
 

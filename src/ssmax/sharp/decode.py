@@ -8,8 +8,6 @@ from ssmax.backends import sdpa
 from ssmax.backends.call import AttentionCall
 from ssmax.sharp.keys import MIN_KEYS
 
-__all__ = ["forward", "why_not"]
-
 MOST_KEPT = (
     0.05  # a head that keeps a larger share of its keys is flat: streaming all keys is faster than reading single rows
 )

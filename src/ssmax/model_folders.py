@@ -24,8 +24,6 @@ from ssmax.runs.failures import is_full, user_errors
 from ssmax.runs.files import check_destination, write_atomically, written_whole
 from ssmax.runs.rows import Row
 
-__all__ = ["calibrate_folder", "convert_folder", "inspect_folder"]
-
 TEXT_LIMIT = 64 * 2**20  # bytes of text read for a calibration
 
 
@@ -122,7 +120,7 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
     lines = _describe(model)
     if figure is None:
         return lines
-    rows = _scale_rows(model, Path(source).name)
+    rows = _scale_rows(model, Path(source).resolve().name)
     if not rows:
         raise UserError(f"{source} has no learned number for each head, such as s; there is nothing to draw")
     from ssmax.plots.scales import scales  # loads matplotlib

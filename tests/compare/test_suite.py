@@ -18,6 +18,7 @@ import ssmax
 from ssmax.compare import run as suite
 from ssmax.compare import stages
 from ssmax.compare.settings import Settings
+from ssmax.errors import UserError
 from ssmax.runs.rows import read_rows
 
 QUICK = ("--length", "300", "--sizes", "200", "300", "--depths", "0", "1", "--documents", "2", "--trials", "2")
@@ -229,10 +230,16 @@ def test_memory_that_runs_out_is_advice(folder, capsys, tmp_path, monkeypatch):
         assert word in err.splitlines()[-1]
 
 
-def test_models_of_one_name_keep_their_paths():
+def test_models_of_one_name_keep_their_paths(tmp_path, monkeypatch):
     jobs = Settings("x", ("runs/a/model", "runs/b/model", "other")).jobs
     assert [job.name for job in jobs] == ["runs-a-model", "runs-b-model", "other"]
     assert [job.name for job in Settings("x", ("/m/one", "two/")).jobs] == ["one", "two"]
+    assert [job.name for job in Settings("x", ("x/a/b", "x-a/b")).jobs] == ["1-x-a-b", "2-x-a-b"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    for again in ("m/", "./m", str(tmp_path / "m")):
+        with pytest.raises(UserError, match="is given twice"):
+            Settings("x", ("m", again))
 
 
 def test_help_teaches():

@@ -210,6 +210,30 @@ def test_the_published_model_is_sealed(root):
     check_folder(root / "run" / "model")
 
 
+def test_a_hubs_files_and_an_edited_card_are_no_damage(root):
+    model = shutil.copytree(root / "run" / "model", root / "from a hub")
+    (model / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (model / ".cache" / "huggingface").mkdir(parents=True)
+    (model / ".cache" / "huggingface" / "README.md.metadata").write_text("1\n")
+    (model / "README.md").write_text("my own words\n")
+    check_folder(model)
+    (model / "README.md").unlink()
+    check_folder(model)
+    (model / "more.safetensors").write_bytes(b"")
+    with pytest.raises(Damaged, match=r"more\.safetensors is not listed"):
+        check_folder(model)
+
+
+def test_a_missing_checksum_is_written_again(tmp_path):
+    rows = [Row("loss", "a", 0, {}, 1.0, 1)]
+    write_rows(tmp_path / "rows.jsonl", rows, checked=True)
+    sums = tmp_path / "rows.jsonl.sha256"
+    before = sums.read_bytes()
+    sums.unlink()
+    write_rows(tmp_path / "rows.jsonl", rows, checked=True)
+    assert sums.read_bytes() == before
+
+
 def test_another_version_is_said_before_anything_is_written(root, capsys, record):
     recipe = root / "run" / "recipe.json"
     settings = json.loads(recipe.read_text())

@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import ssmax
@@ -25,7 +26,7 @@ from ssmax.paper.stages import STAGES
 from ssmax.paper.tasks import count_task, counted
 from ssmax.runs import provenance
 from ssmax.runs.folder import RunFolder
-from ssmax.training import checkpoints
+from ssmax.training import checkpoints, loop
 from ssmax.training.datasets import Windows
 
 WORDS = [
@@ -412,8 +413,9 @@ def test_theta_follows_the_training_length():
 
     small_paper = dataclasses.replace(paper(), num_layers=1, hidden_size=128, num_heads=2, vocab_size=300)
     assert complete(small_paper) == 18 / 32
-    assert complete(tiny()) == 9 / 16
-    assert complete(dataclasses.replace(tiny(), theta=10_000.0)) == 6 / 16
+    assert complete(laptop()) == 9 / 16
+    assert complete(tiny()) == 7 / 12
+    assert complete(dataclasses.replace(laptop(), theta=10_000.0)) == 6 / 16
     assert dataclasses.replace(tiny(), train_length=1024).rope_theta == pytest.approx(10_000)
     for length in (64, 128, 4096):
         assert turns(dataclasses.replace(tiny(), train_length=length).rope_theta, length) == pytest.approx(
@@ -467,6 +469,36 @@ def test_the_last_layer_computes_only_the_answer_and_loss_and_gradients_are_the_
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+
+
+NO_DROPOUT = {"gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "opt": {"dropout": 0.0}}
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gpt2", "opt", "phi", "qwen3_moe"])
+def test_families_that_are_not_built_like_llama_are_fine_tuned(loaded, tmp_path, family):
+    recipe = dataclasses.replace(smoke(), finetune_steps=1)
+    examples = training.stage_examples("finetune", loaded, recipe, 0)
+    batch = [examples[i] for i in range(recipe.finetune_batch_size)]
+    inputs = {name: torch.stack([item[name] for item in batch]) for name in batch[0]}
+    model = tiny_model(family, vocab_size=loaded.tokenizer.get_vocab_size(), **NO_DROPOUT.get(family, {})).train()
+    with torch.no_grad():
+        loss = model(**inputs).loss
+    trained = training.finetune(model, recipe, examples, tmp_path, lambda tokens: None)
+    assert trained.losses[0][1] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_trackers_are_told_what_is_computed(loaded, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(smoke(), finetune_steps=1)
+    told = []
+    real = loop.TrainingArguments
+    monkeypatch.setattr(loop, "TrainingArguments", lambda **given: told.append(made := real(**given)) or made)
+    model = build_model(recipe, "paper", "b", 0, loaded.tokenizer.get_vocab_size())
+    training.finetune(
+        model, recipe, training.stage_examples("finetune", loaded, recipe, 0), tmp_path, lambda tokens: None
+    )
+    (arguments,) = told
+    assert arguments.learning_rate == recipe.finetune_learning_rate
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.weight_decay) == (0.9, 0.999, 0.0)
 
 
 def test_the_plan_counts_what_is_built():

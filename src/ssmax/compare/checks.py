@@ -11,10 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ssmax.compare.stages import Material, Needs
 from ssmax.errors import UserError
 from ssmax.evaluation.attention import attend
-from ssmax.evaluation.mode import eval_mode
-from ssmax.evaluation.reading import Reader
-
-__all__ = ["check_fit", "check_model", "naming_nonfinite"]
+from ssmax.evaluation.reading import Reader, eval_mode
 
 SAMPLE = 48  # tokens of the first forward
 # Rows that a table of learned positions may have beyond the config's number (BART, OPT: 2).

@@ -9,8 +9,6 @@ from ssmax.plots.drawing import band, heat_map, legend, panels, title, tokens
 from ssmax.plots.select import by, pick
 from ssmax.runs.rows import Row
 
-__all__ = ["FIGURES"]
-
 # Safe for colour-blind readers (Okabe and Ito). Further models repeat the colours with dashed lines.
 PALETTE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 

@@ -16,8 +16,6 @@ from ssmax.plots.select import by, pick
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import Row, read_rows
 
-__all__ = ["Table", "build", "tables", "tables_json", "tables_text"]
-
 
 @dataclass(frozen=True)
 class Table:

@@ -26,8 +26,6 @@ from ssmax.runs.provenance import provenance_of, stamped
 from ssmax.runs.rows import read_rows, write_rows
 from ssmax.training.ranks import gpu_name
 
-__all__ = ["Machine", "evaluate", "filled_in", "plan"]
-
 TEXT_LIMIT = 64 * 2**20  # bytes of text that are read
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "spiece*", "*.model", "*.tiktoken")
 SIZES = 5  # number of context sizes, in equal steps, if the user names none

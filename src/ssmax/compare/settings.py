@@ -10,8 +10,6 @@ from ssmax.compare.tasks import TASKS
 from ssmax.errors import UserError
 from ssmax.runs.settings import check_fields, setting
 
-__all__ = ["MEASURES", "Contender", "Settings"]
-
 MEASURES = ("loss", "attention", "retrieval")
 TaskName: TypeAlias = Literal[tuple(TASKS)]  # pyrefly: ignore (known when the file is read)
 
@@ -85,6 +83,9 @@ class Settings:
     def __post_init__(self):
         check_fields(self)
         _ = self.rope_parameters
+        places = [_resolved(model) for model in self.models]
+        if again := [model for i, model in enumerate(self.models) if places[i] in places[:i]]:
+            raise UserError(f"{again[0]} is given twice; give each model once")
 
     @property
     def rope_parameters(self) -> dict[str, Any] | None:
@@ -102,11 +103,11 @@ class Settings:
     @property
     def jobs(self) -> list[Contender]:
         """The models with short names: the names of their folders if these differ, otherwise their whole paths."""
-        paths = [Path(model) for model in self.models]
-        short = [path.name or model for path, model in zip(paths, self.models, strict=True)]
-        names = (
-            short if len(set(short)) == len(short) else [model.strip("/").replace("/", "-") for model in self.models]
-        )
+        names = [_resolved(model).name for model in self.models]
+        if len(set(names)) < len(names):
+            names = [model.strip("/").replace("/", "-") for model in self.models]
+        if len(set(names)) < len(names):  # a/b-c and a-b/c
+            names = [f"{place}-{name}" for place, name in enumerate(names, 1)]
         return [Contender(name, model) for name, model in zip(names, self.models, strict=True)]
 
     def stages(self, job: Contender) -> list[str]:
@@ -115,3 +116,8 @@ class Settings:
         if "retrieval" in self.measures:
             named += ["finetune"] * bool(self.finetune_steps) + list(self.tasks)
         return named
+
+
+def _resolved(model):
+    """Return the folder of a model without links and dots, or its name on a hub as a path."""
+    return Path(model).resolve() if Path(model).exists() else Path(model)

@@ -23,8 +23,6 @@ from ssmax.paper import training
 from ssmax.paper.recipes import Recipe, paper
 from ssmax.runs.rows import Row
 
-__all__ = ["Material", "Needs", "finetune", "finetune_recipe", "run_stage", "stage_needs"]
-
 # Length of the text around the needles, in lengths of the longest context.
 HAYSTACK_LENGTHS = 8
 

@@ -13,8 +13,6 @@ from ssmax.data.sources import Documents
 from ssmax.data.tokenizer import END_OF_TEXT, train_tokenizer, vocabulary, wrapped
 from ssmax.errors import UserError
 
-__all__ = ["Corpus", "load", "prepare"]
-
 
 @dataclass(frozen=True)
 class Corpus:

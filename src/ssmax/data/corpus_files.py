@@ -8,8 +8,6 @@ from ssmax.data import row_files
 from ssmax.data.text import Account
 from ssmax.errors import UserError
 
-__all__ = ["declared_files", "find_corpus", "is_saved", "name_in", "visible_files"]
-
 # Names of files that describe the data and are not part of it.
 COMPANION = re.compile(
     r"(readme|licen[cs]e|copying|notice|authors|citation|change(log|s)|contributing|code_of_conduct|_success|manifest|"

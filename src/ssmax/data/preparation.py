@@ -15,8 +15,6 @@ from ssmax.data.tokenizer import GivenTokenizer, load_given_tokenizer, vocabular
 from ssmax.errors import UserError
 from ssmax.runs.progress import progress_bar
 
-__all__ = ["prepare_stream"]
-
 BATCH_BYTES = 2**22  # of text that is tokenised at once
 HELD_OUT_SHARE = 10  # one long text in so many is held out
 

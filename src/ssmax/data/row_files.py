@@ -23,8 +23,6 @@ from ssmax.data.text import (
 )
 from ssmax.errors import UserError
 
-__all__ = ["LOOK", "SUFFIXES", "choose_column", "column_of_files", "is_rows", "text_of", "texts"]
-
 NAMED = ("text", "content")
 LOOK, LOOK_LONGEST = 1000, 100_000  # rows by which the column is chosen; at most so many if none of them shows one
 # Limit of a field of a CSV file, so that a quote that is never closed does not take the rest of the file.

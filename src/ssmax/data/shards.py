@@ -19,18 +19,6 @@ from ssmax.errors import UserError
 from ssmax.runs.files import sha256, write_atomically
 from ssmax.runs.progress import progress_bar
 
-__all__ = [
-    "SHARD_TOKENS",
-    "Manifest",
-    "ShardWriter",
-    "Shards",
-    "check",
-    "is_prepared",
-    "locked",
-    "token_type",
-    "verify",
-]
-
 SHARD_TOKENS = 2**28  # 512 MiB of 16-bit tokens
 VERSION = 1
 MANIFEST, HELD_OUT = "manifest.json", "held-out.npy"

@@ -20,8 +20,6 @@ from ssmax.errors import LeftOut, RunFailed, UserError
 from ssmax.runs.hub import cached_only_offline, is_hub_name, may_pass, reason
 from ssmax.runs.progress import progress_bar
 
-__all__ = ["Documents", "documents", "warn_left_out"]
-
 SPELLING = "NAME[:SUBSET][#COLUMN][=WEIGHT], several with commas, such as books=0.3,org/web:en#body=0.7"
 # Version of the way in which files are read. If that changes, corpora that were prepared before are not reused.
 READING = 2
@@ -77,7 +75,7 @@ class Documents:
         else:
             self.parts = _parse(source)
             alone = self.parts[0].path if len(self.parts) == 1 else None
-            self.name = alone.name if alone is not None and alone.exists() else source
+            self.name = alone.resolve().name if alone is not None and alone.exists() else source
             self.sources = [_open(part, piece) for part in self.parts]
         self.bytes_read = [0] * len(self.parts)
 

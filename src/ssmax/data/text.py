@@ -13,21 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = [
-    "BAD_BYTES",
-    "COMPRESSED",
-    "UNREADABLE",
-    "Account",
-    "Damage",
-    "cleaned",
-    "damage",
-    "decoded",
-    "opened",
-    "opened_text",
-    "pieces",
-    "refusal",
-]
-
 HEAD = 2**20  # characters at a file's beginning by which its kind is decided
 SHOWN = 3  # places shown in one line
 BAD_BYTES, UNREADABLE = "bytes that are not UTF-8", "files that cannot be read to their end"

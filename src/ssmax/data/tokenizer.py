@@ -15,8 +15,6 @@ from transformers.utils import logging
 from ssmax.errors import UserError
 from ssmax.runs.hub import cached_only_offline, is_hub_name, reason
 
-__all__ = ["END_OF_TEXT", "GivenTokenizer", "load_given_tokenizer", "train_tokenizer", "vocabulary", "wrapped"]
-
 END_OF_TEXT = "<|endoftext|>"
 
 

@@ -13,16 +13,6 @@ from ssmax.paper.recipes import Recipe
 from ssmax.scaling import scale_query
 from ssmax.visible import rows_of
 
-__all__ = [
-    "LearnedFactors",
-    "SwitchedScale",
-    "build_model",
-    "put_learned_factors",
-    "put_switches",
-    "set_switches",
-    "switch_at",
-]
-
 
 class SwitchedScale(SSMaxScale):
     """The scale of (f). Until it is turned on it computes Softmax; s is in the optimizer, but its gradient is zero."""

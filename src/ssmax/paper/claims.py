@@ -20,19 +20,6 @@ from ssmax.plots.select import Spread
 from ssmax.plots.statistics import Paired, bootstrap
 from ssmax.runs.rows import Row
 
-__all__ = [
-    "HOLDS",
-    "HOLDS_NOT",
-    "OPEN",
-    "RULE",
-    "Claim",
-    "Headline",
-    "headlines",
-    "interval_words",
-    "judged",
-    "verdict",
-]
-
 HOLDS, HOLDS_NOT, OPEN = "holds", "does not hold", "open"
 NOTHING = (math.nan, math.nan)
 RULE = (

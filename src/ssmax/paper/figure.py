@@ -8,8 +8,6 @@ from ssmax.paper.claims import Claim
 from ssmax.paper.registered import Registered
 from ssmax.runs.rows import Row
 
-__all__ = ["Figure"]
-
 
 @dataclass(frozen=True)
 class Figure:

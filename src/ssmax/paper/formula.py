@@ -6,8 +6,6 @@ import torch
 from ssmax.runs.rows import Row
 from ssmax.scaling import scalable_softmax
 
-__all__ = ["formula_rows"]
-
 
 def formula_rows() -> list[Row]:
     """Return the weight of the largest logit by the number of keys and by its lead, under Softmax and SSMax."""

@@ -12,20 +12,6 @@ from ssmax.paper.registered import LEARNED
 from ssmax.plots.select import pick
 from ssmax.runs.rows import Row
 
-__all__ = [
-    "FORM_NAMES",
-    "MEASURES",
-    "NAMES",
-    "UNITS",
-    "Values",
-    "far_texts",
-    "forms",
-    "largest_factor",
-    "learned_the_task",
-    "stretch",
-    "variants",
-]
-
 # Names of models and forms in figures and tables.
 NAMES = {variant.letter: variant.title for variant in VARIANTS.values() if variant.measured}
 FORM_NAMES = {form.name: form.title for form in FORMS.values()}

@@ -18,8 +18,6 @@ from ssmax.paper.tasks import count_task, counted, needle_task
 from ssmax.paper.training import FINETUNED, load_stage, pretrained
 from ssmax.runs.rows import Row
 
-__all__ = ["counting", "position_loss", "retrieval"]
-
 # Tokens in a forward pass of an evaluation, which limits its memory.
 BATCH_TOKENS = 32_768
 # Llama 3.1's values: frequencies with less than one turn within the training length are divided, those with four or more kept.

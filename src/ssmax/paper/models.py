@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FORMS", "VARIANTS", "Form", "Variant"]
-
 
 @dataclass(frozen=True)
 class Form:

@@ -17,8 +17,6 @@ from ssmax.paper.stages import finetune_step_tokens
 from ssmax.training.loop import batch_arguments
 from ssmax.training.ranks import world_size
 
-__all__ = ["plan"]
-
 H100 = 989e12 * 0.4  # dense bfloat16 FLOP/s of the data sheet, times a usual utilisation
 TIMED_STEPS = 3  # steps that are timed; the fastest counts
 ENOUGH = 1024  # tokens of such a step, so that it is short at the paper's size too

@@ -26,8 +26,6 @@ from ssmax.runs.progress import progress_bar
 from ssmax.runs.provenance import Meter, stamped
 from ssmax.runs.rows import write_rows
 
-__all__ = ["run_jobs"]
-
 MAX_WORKERS = 8
 # Time for a step and a checkpoint. A second Ctrl-C stops at once.
 SAVING_SECONDS = 60

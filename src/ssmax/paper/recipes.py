@@ -10,11 +10,6 @@ from ssmax.paper.models import FORMS, VARIANTS
 from ssmax.paper.stages import STAGES
 from ssmax.runs.settings import check_fields, setting
 
-__all__ = [
-    "LATER", "PAPER_THETA", "PAPER_TURNS", "RECIPES", "Job", "Recipe", "fitting_theta", "laptop", "laws", "paper", "small", "smoke",
-    "tiny", "turns",
-]  # fmt: skip
-
 
 def turns(theta: float, length: int) -> float:
     """Return the share of RoPE's frequencies that complete a turn within length tokens.

@@ -6,8 +6,6 @@ Add claims, never remove one because of what came out; a change of a measure is 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ABSTRACT", "LEARNED", "REGISTERED", "Line", "Registered", "registered"]
-
 # Share of needles that a model has to find at its training length, under its trained theta, to have learned the task.
 LEARNED = 0.9
 

@@ -13,8 +13,6 @@ from ssmax.plots.html import document, escaped, figures_html, is_made_from, stat
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import read_rows
 
-__all__ = ["build", "claims_text", "theta_of"]
-
 CSS = {HOLDS: "holds", HOLDS_NOT: "not"}
 
 
@@ -45,8 +43,8 @@ def build(folder: Path) -> list[Claim]:
 
 
 def claims_text(found: Sequence[Claim], width: int) -> str:
-    """Return the verdicts as a table for a terminal with `width` columns."""
-    verdict = 14
+    """Return the verdicts as a table for a terminal with `width` columns, at least 40."""
+    verdict, width = 14, max(width, 40)
     claim = (width - verdict - 4) * 2 // 5
     columns = [claim, width - verdict - 4 - claim, verdict]
     lines = [_line(("what the abstract claims", "measured here", "verdict"), columns), "─" * (sum(columns) + 4)]

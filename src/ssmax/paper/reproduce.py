@@ -28,8 +28,6 @@ from ssmax.runs.rows import read_rows, write_rows
 from ssmax.training.loop import Setup
 from ssmax.training.ranks import agree, explained, gpu_name, leave, world_size
 
-__all__ = ["reproduce", "tokenise", "train"]
-
 # An error on one rank may be caused by another rank.
 failures = functools.partial(failures_alone, explained=explained)
 

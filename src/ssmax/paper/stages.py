@@ -11,8 +11,6 @@ from typing import Any
 
 from ssmax.paper.models import VARIANTS
 
-__all__ = ["COUNT_TRIALS", "STAGES", "Stage", "count_lengths", "finetune_step_tokens"]
-
 # A text is counted right or wrong as a whole, so counting needs this many times more texts than a cell of the needle grid.
 COUNT_TRIALS = 8
 

@@ -11,10 +11,8 @@ from transformers import PreTrainedModel
 from ssmax.data.corpus import Corpus
 from ssmax.errors import UserError
 from ssmax.evaluation import NeedleTask
-from ssmax.evaluation.mode import eval_mode
+from ssmax.evaluation.reading import eval_mode
 from ssmax.paper.recipes import Recipe
-
-__all__ = ["CountExample", "CountTask", "count_task", "counted", "needle_task"]
 
 
 @dataclass(frozen=True)

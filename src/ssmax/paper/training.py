@@ -28,11 +28,6 @@ from ssmax.training.datasets import Examples, Windows
 from ssmax.training.loop import Branch, Setup, Spec, Trained, train
 from ssmax.training.ranks import world_size
 
-__all__ = [
-    "FINETUNED", "at_any_depth", "check_fit", "check_stage", "finetune", "finetune_stage", "load_stage", "pretrain", "pretrain_stage", "pretrained",
-    "save_stage", "stage_examples", "task_examples",
-]  # fmt: skip
-
 SCRATCH = "pretrain-checkpoints"
 SWITCHABLE = "switchable"  # a file there: the checkpoints are those of a model that could switch
 FINETUNED = {"finetune": "finetuned", "count": "counting"}  # folders of fine-tuned models

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from ssmax.errors import RunFailed, Stopped, UserError
 from ssmax.versions import INSTALL
 
-__all__ = ["AGAIN", "failures", "is_full", "line_of", "out_of_memory", "user_errors"]
-
 KEPT = "finished stages are kept"
 AGAIN = f"the same command continues, {KEPT}"
 # The machine's own failures, which may be gone when the same command runs again.

@@ -10,17 +10,6 @@ from pathlib import Path
 
 from ssmax.errors import Damaged, UserError
 
-__all__ = [
-    "check_destination",
-    "check_file",
-    "check_folder",
-    "seal_folder",
-    "sha256",
-    "write_atomically",
-    "write_checked",
-    "written_whole",
-]
-
 SEAL = "seal.json"
 
 
@@ -89,7 +78,7 @@ def check_folder(folder: Path, owner: str | None = None) -> None:
     """Raise Damaged, with the file's name, if a folder has changed since it was sealed, has no seal, or has another owner."""
     try:
         seal = json.loads((folder / SEAL).read_bytes())
-        wanted, whose = dict(seal["files"]), seal["owner"]
+        wanted, whose = {name: sha for name, sha in dict(seal["files"]).items() if _counts(name)}, seal["owner"]
     except FileNotFoundError:
         raise Damaged(f"{folder} has no {SEAL}; it was not written completely") from None
     except (ValueError, KeyError, TypeError):
@@ -110,14 +99,15 @@ def write_checked(path: Path, content: str) -> None:
     write_atomically(path, content)
 
 
-def check_file(path: Path) -> None:
-    """Raise Damaged if a file does not match its PATH.sha256. Without PATH.sha256 nothing is checked."""
+def check_file(path: Path) -> bool:
+    """Raise Damaged if a file does not match its PATH.sha256, and return whether there is one to check it by."""
     try:
         wanted = _sum_file(path).read_bytes()
     except FileNotFoundError:
-        return
+        return False
     if wanted != f"{sha256(path)}  {path.name}\n".encode():
         raise Damaged(f"{path} is damaged: it does not match {_sum_file(path).name}; delete it to make it again")
+    return True
 
 
 def sha256(path: Path) -> str:
@@ -134,8 +124,14 @@ def _files(folder):
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL and p.suffix != ".tmp")
 
 
+def _counts(name):
+    """Whether a seal covers a file. A hub adds hidden files to what it stores, and people edit the model card."""
+    return name != "README.md" and not any(part.startswith(".") for part in Path(name).parts)
+
+
 def _hashes(folder):
-    return {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
+    names = {str(path.relative_to(folder)): path for path in _files(folder)}
+    return {name: sha256(path) for name, path in names.items() if _counts(name)}
 
 
 def _sync_all(folder):

@@ -16,8 +16,6 @@ from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import is_whole
 from ssmax.versions import __version__
 
-__all__ = ["RunFolder", "versions"]
-
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that numbers depend on. A run does not mix versions."""

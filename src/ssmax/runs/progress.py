@@ -4,8 +4,6 @@ import sys
 
 from tqdm import tqdm
 
-__all__ = ["progress_bar"]
-
 
 def progress_bar(
     total: int, description: str, shown: bool = True, *, unit: str = "", initial: int = 0, delay: float = 0

@@ -15,8 +15,6 @@ from typing import Any
 from ssmax.runs.folder import versions
 from ssmax.runs.rows import Row
 
-__all__ = ["Meter", "commit", "provenance_of", "stamped"]
-
 
 def stamped(rows: Sequence[Row], provenance: dict[str, Any]) -> list[Row]:
     """Return the rows with their provenance and the present time."""

@@ -10,8 +10,6 @@ from typing import Any
 from ssmax.errors import Damaged
 from ssmax.runs.files import check_file, write_atomically, write_checked
 
-__all__ = ["Row", "is_whole", "read_rows", "write_rows"]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -54,7 +52,7 @@ def write_rows(path: Path, rows: Iterable[Row], *, checked: bool = False) -> Non
                 f"{row.metric} of {row.variant} at {row.at} is {row.value}; a row holds finite numbers only"
             )
     text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
-    if not (is_whole(path) and path.read_text() == text):
+    if not (is_whole(path, checked=checked) and path.read_text() == text):
         (write_checked if checked else write_atomically)(path, text)
 
 
@@ -74,13 +72,12 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def is_whole(path: Path) -> bool:
-    """Return whether a file of rows exists and matches its checksum."""
+def is_whole(path: Path, *, checked: bool = False) -> bool:
+    """Return whether a file of rows exists and matches its checksum. checked: without a checksum it does not count."""
     try:
-        check_file(path)
+        return path.exists() and (check_file(path) or not checked)
     except (Damaged, FileNotFoundError):
         return False
-    return path.exists()
 
 
 def _row(content):

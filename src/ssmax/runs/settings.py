@@ -6,8 +6,6 @@ from typing import Any
 
 from ssmax.errors import UserError
 
-__all__ = ["check_fields", "setting"]
-
 
 def setting(
     group: str, default: Any, text: str, *, zero: bool = False, empty: bool = False, most: float = math.inf

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from ssmax.errors import Stopped
 
-__all__ = ["asked_to_stop", "check", "deferred", "install"]
-
 # Seconds in which two signals count as one: ranks get Ctrl-C from the terminal, and once more from torchrun.
 SAME_WISH = 2.0
 # Seconds after which a signal that came during an import is looked at again.

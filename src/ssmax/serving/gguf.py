@@ -25,8 +25,6 @@ from ssmax.runs.files import check_destination
 from ssmax.serving.gguf_tokenizer import add_tokenizer
 from ssmax.versions import INSTALL
 
-__all__ = ["DTYPES", "export_gguf"]
-
 DTYPES = ("f32", "f16", "q8_0")
 ARCHITECTURE = "mistral3"
 FAMILIES = ("llama", "mistral", "qwen2")

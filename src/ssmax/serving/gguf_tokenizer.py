@@ -9,8 +9,6 @@ from ssmax.errors import UserError
 from ssmax.hf.loading import load_tokenizer
 from ssmax.runs.failures import user_errors
 
-__all__ = ["add_tokenizer"]
-
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CLITICS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

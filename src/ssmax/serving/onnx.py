@@ -14,10 +14,8 @@ from ssmax.errors import RunFailed, UserError
 from ssmax.hf.companions import copy_companions
 from ssmax.hf.loading import load_model
 from ssmax.runs.failures import user_errors
-from ssmax.runs.files import written_whole
+from ssmax.runs.files import check_destination, written_whole
 from ssmax.versions import INSTALL
-
-__all__ = ["export_onnx", "sample_inputs"]
 
 
 def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str]:
@@ -40,8 +38,7 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
             model.
         RunFailed: the exporter does not take this model.
     """
-    if target.exists():
-        raise UserError(f"{target} exists already; give a new folder")
+    check_destination(target, new=True)
     logging.disable_progress_bar()
     with user_errors():
         model = load_model(source, dtype=torch.float32).eval()
@@ -62,10 +59,11 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
         ) from error
     with written_whole(target) as temporary:
         exported.save_pretrained(temporary)
-        copy_companions(source, temporary)
+        behind = copy_companions(source, temporary)
     graph = exported.program.graph
     names = [", ".join(str(value.name) for value in values) for values in (graph.inputs, graph.outputs)]
-    return [done, f"inputs: {names[0]}", f"outputs: {names[1]}", f"saved as {target.resolve()}"]
+    lines = [done, f"inputs: {names[0]}", f"outputs: {names[1]}", behind, f"saved as {target.resolve()}"]
+    return [line for line in lines if line is not None]
 
 
 def sample_inputs(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The plugin for vLLM's Transformers backend. vLLM calls register in each of its processes."""
 
-__all__ = ["register"]
-
 
 def register() -> None:
     """Register the converted families with vLLM: their configs, their attention and their architectures."""

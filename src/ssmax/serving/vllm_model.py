@@ -12,8 +12,6 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ssmax.query_scale import QueryAwareScale, QueryScale
 
-__all__ = ["SSMaxForCausalLM"]
-
 
 class SSMaxForCausalLM(TransformersForCausalLM):
     """A converted decoder. Under tensor parallelism, s and b are split like the heads."""

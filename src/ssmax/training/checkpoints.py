@@ -14,8 +14,6 @@ from tqdm import tqdm
 from ssmax.errors import Damaged
 from ssmax.runs.files import SEAL, check_folder, seal_folder
 
-__all__ = ["copy", "newest", "owner", "seal"]
-
 
 def owner(folder: Path, recipe: Any) -> str:
     """Return the owner of a folder of checkpoints or of a saved model: model, folder name, and a hash of the recipe.

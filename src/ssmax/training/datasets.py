@@ -9,8 +9,6 @@ from torch.utils.data import Dataset
 
 from ssmax.errors import UserError
 
-__all__ = ["Examples", "Windows"]
-
 # Tokens of text in the shortest example of a task.
 SOME_TEXT = 8
 

@@ -25,8 +25,6 @@ from ssmax.runs import signals
 from ssmax.training import checkpoints, nonfinite
 from ssmax.training.ranks import any_of, world_size
 
-__all__ = ["Branch", "Setup", "Spec", "Trained", "batch_arguments", "train"]
-
 
 @dataclass(frozen=True)
 class Spec:
@@ -145,6 +143,10 @@ def train(
             output_dir=str(folder),
             **batch_arguments(spec.batch_size, spec.device_batch_size),
             max_steps=spec.steps,
+            learning_rate=spec.learning_rate,  # this and the next three are for trackers: create_optimizer reads spec
+            adam_beta1=spec.betas[0],
+            adam_beta2=spec.betas[1],
+            weight_decay=spec.weight_decay,
             lr_scheduler_type=spec.schedule,
             warmup_steps=spec.warmup_steps,
             bf16=spec.precision == "bfloat16",
@@ -202,12 +204,19 @@ def batch_arguments(batch_size: int, device_batch_size: int) -> dict[str, Any]:
     return {"per_device_train_batch_size": share // rounds, "gradient_accumulation_steps": rounds}
 
 
+def _by_position(model: Any) -> list[nn.Module]:
+    """Return the output projection and the feed-forward of the last layer. Nothing if it is not built like Llama's."""
+    last = (getattr(model.base_model, "layers", None) or [None])[-1]
+    projection, feed_forward = getattr(getattr(last, "self_attn", None), "o_proj", None), getattr(last, "mlp", None)
+    dense = isinstance(feed_forward, nn.Module) and isinstance(getattr(feed_forward, "down_proj", None), nn.Linear)
+    return [projection, feed_forward] if isinstance(projection, nn.Linear) and dense else []
+
+
 @contextmanager
 def _last_layer_from(model, first):
     """Let the last layer leave out what it computes for each position by itself, at positions before first."""
-    last = model.base_model.layers[-1]
     hooks = []
-    for module in (last.self_attn.o_proj, last.mlp):
+    for module in _by_position(model):
         hooks.append(module.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, first:],)))
         hooks.append(module.register_forward_hook(lambda _, inputs, output: pad(output, (0, 0, first, 0))))
     try:

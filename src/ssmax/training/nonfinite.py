@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ssmax.errors import RunFailed
 
-__all__ = ["check_weights", "first_not_finite"]
-
 
 def check_weights(model: nn.Module, step: int) -> None:
     """Raise RunFailed with the weight's name if a weight is not finite."""

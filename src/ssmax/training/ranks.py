@@ -15,8 +15,6 @@ from ssmax.hf.loading import quiet
 from ssmax.private import default_store
 from ssmax.runs import signals
 
-__all__ = ["agree", "any_of", "explained", "gpu_name", "join", "leave", "world_size"]
-
 # How long a rank that failed waits for the messages of the others.
 LAST_WORDS = timedelta(seconds=5)
 

@@ -9,8 +9,6 @@ from ssmax.paper.figure import Figure
 from ssmax.paper.registered import registered
 from ssmax.runs.rows import Row
 
-__all__ = ["FIGURES", "claims", "drawable", "find_figures"]
-
 
 def find_figures() -> dict[int | str, Figure]:
     """Return the figures of all files in this folder by their names, numbers first."""

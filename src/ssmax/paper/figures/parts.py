@@ -9,8 +9,6 @@ from ssmax.paper.models import VARIANTS
 from ssmax.plots.drawing import band
 from ssmax.plots.select import Spread
 
-__all__ = ["COLOURS", "band_of_seeds", "listed", "mark_training"]
-
 COLOURS = {variant.letter: variant.colour for variant in VARIANTS.values()}
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from ssmax.private import is_batched
 from ssmax.versions import require
 
-__all__ = ["as_count", "check_flag", "check_plain", "is_readable", "moved", "whole_number"]
-
 require("torch", torch.__version__)
 
 

@@ -17,12 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssmax.conversion import convert, revert
 from ssmax.evaluation import loss_by_position
-from ssmax.evaluation.mode import eval_mode
-from ssmax.evaluation.reading import check_reads_text
+from ssmax.evaluation.reading import check_reads_text, eval_mode
 from ssmax.modules.whole import scale_parameters, whole_or_not_at_all
 from ssmax.nn import SSMaxScale
-
-__all__ = ["Calibration", "Trial", "calibrate", "piece_length"]
 
 HELD_OUT = 4  # held-out pieces, if the caller gives no held-out text
 LOSS_POSITIONS = 1024  # positions of a piece whose loss a step takes: at most 1024 x vocabulary logits

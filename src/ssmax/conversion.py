@@ -8,10 +8,8 @@ from typing import Any
 from torch import nn
 
 from ssmax import modules
-from ssmax.modules.options import Options
+from ssmax.modules.conversion import Options
 from ssmax.modules.whole import whole_or_not_at_all
-
-__all__ = ["convert", "converted", "revert"]
 
 
 @whole_or_not_at_all()

@@ -16,8 +16,6 @@ from ssmax.sharp import decode
 from ssmax.sharp.keys import ScreenedKeys
 from ssmax.visible import as_bool, check_offsets, count_blocks, rows_of, visible_keys
 
-__all__ = ["attention"]
-
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 

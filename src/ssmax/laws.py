@@ -17,8 +17,6 @@ from ssmax.query_scale import QueryAwareScale, QueryScale, is_number, own_part
 from ssmax.scaling import matched_scale, scale_query
 from ssmax.visible import rows_of
 
-__all__ = ["LAWS", "Law", "LawScale", "QueryAwareScale", "make_scale", "matched_start"]
-
 
 @dataclass(frozen=True)
 class Law:

@@ -11,8 +11,6 @@ from ssmax.query_scale import QueryScale, own_part
 from ssmax.scaling import log_visible, matched_scale
 from ssmax.visible import rows_of
 
-__all__ = ["SSMaxScale", "parameter_groups", "starting_values"]
-
 
 def starting_values(init: str | float, bias: bool | None, train_length: int | None) -> dict[str, Any]:
     """Return s, b and bias of an SSMaxScale as ssmax.convert's init names them.

@@ -9,11 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "SOFTMAX_CALLS", "compiler_is_loaded", "default_store", "drop_child", "drop_hook", "flash_with_log_sum",
-    "fsdp_parameter_group", "has_hooks", "hidden_from_modes", "int8_matmul", "is_batched", "set_hook",
-]  # fmt: skip
-
 # Names under which a softmax reaches a TorchFunctionMode.
 SOFTMAX_CALLS = {"softmax", "_softmax", "_safe_softmax"}
 

@@ -12,8 +12,6 @@ from torch.nn.functional import gelu, linear
 from ssmax.scaling import log_visible, matched_scale
 from ssmax.visible import rows_of
 
-__all__ = ["QueryAwareScale", "QueryScale", "is_number", "own_part"]
-
 
 class QueryScale(nn.Module):
     """A module that multiplies the queries of one attention layer. Its parameters are float32.

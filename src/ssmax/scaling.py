@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ssmax.arguments import as_count, check_plain, moved
 
-__all__ = ["head_multiplier", "log_visible", "matched_scale", "multiplier", "scalable_softmax", "scale_query"]
-
 
 def matched_scale(train_length: int) -> float:
     """Return the s at which SSMax is on average as sharp as softmax over the training length.

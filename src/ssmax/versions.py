@@ -2,8 +2,6 @@
 
 import re
 
-__all__ = ["INSTALL", "SUPPORTED", "TORCH_OF_TRANSFORMERS", "__version__", "require"]
-
 __version__ = "0.1.0"
 
 # How to install this package with its extra NAME, for messages. The package is on no package index yet, and somebody else could

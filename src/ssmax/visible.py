@@ -13,11 +13,6 @@ from ssmax.arguments import as_count, check_flag, check_plain, is_readable, whol
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = [
-    "as_bool", "check_offsets", "count_at", "count_blocks", "count_packed", "count_plain", "count_range", "count_unpadded",
-    "document_bounds", "rows_of", "visible_keys",
-]  # fmt: skip
-
 # Rows of a block mask that are counted at once.
 ROWS = 512
 ENDLESS = 2**40

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ssmax.demo import measure
-from ssmax.demo.page import page
-from ssmax.demo.run import facts_of
+from ssmax.demo.run import facts_of, page
 from ssmax.evaluation import needle_scores, rope_scaling
 
 

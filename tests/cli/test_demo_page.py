@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from ssmax.demo import measure
-from ssmax.demo.page import page
-from ssmax.demo.run import facts_of
+from ssmax.demo.run import facts_of, page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="make test-browser installs selenium and runs this")
 OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--window-size=1200,1000")

@@ -14,8 +14,6 @@ from ssmax.data.sources import documents
 from ssmax.demo import measure as demo
 from ssmax.runs.rows import Row
 
-__all__ = ["measurements", "needed"]
-
 CONTEXT, CHUNK, KEYS = 24_000, 1000, 64
 ROWS = (1, 16, 64)
 TOLERANCE = 1e-3

@@ -18,8 +18,6 @@ from ssmax.conversion import convert
 from ssmax.functional import attention
 from ssmax.sharp.keys import ScreenedKeys
 
-__all__ = ["CASES"]
-
 S = 0.43  # as in Figure 1 of the paper; the cost does not depend on it
 HEADS, SIZE = 8, 64
 ROWS = 64  # rows at either end of a long output that are compared with float64

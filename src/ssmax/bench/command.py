@@ -17,8 +17,6 @@ from ssmax.plots.drawing import rendered
 from ssmax.runs.files import check_destination, write_atomically
 from ssmax.runs.rows import Row, write_rows
 
-__all__ = ["bench", "figure", "table"]
-
 NEEDS = {
     "peer": "scalable_softmax",
     "generate": "transformers",

@@ -14,8 +14,6 @@ from ssmax.evaluation import ABCDigits, NeedleTask, loss_by_position, retrieve, 
 from ssmax.evaluation.retrieval import grid_tokens
 from ssmax.evaluation.tasks import depth_grid
 
-__all__ = ["measurements"]
-
 # 6 of the 30 layers of SmolLM2-135M, with its vocabulary.
 VOCABULARY = 49_152
 SHAPE = {

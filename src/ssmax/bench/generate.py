@@ -21,8 +21,6 @@ from ssmax.hf import SharpCache, sharp_cache
 from ssmax.hf.loading import load_model, load_tokenizer
 from ssmax.runs.rows import Row
 
-__all__ = ["measurements"]
-
 CONTEXTS, BATCHES = (8192, 32768), (1, 4)
 STEPS, ROUNDS = 16, 7  # tokens of a call of generate; rounds of them
 CHUNK = 1024

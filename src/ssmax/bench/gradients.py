@@ -13,8 +13,6 @@ from ssmax.errors import UserError
 from ssmax.functional import attention
 from ssmax.runs.rows import Row
 
-__all__ = ["interpreted", "measurements"]
-
 SCORES = ("random", "competing", "peaked")
 
 

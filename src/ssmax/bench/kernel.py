@@ -22,8 +22,6 @@ from ssmax.errors import UserError
 from ssmax.functional import attention
 from ssmax.runs.rows import Row
 
-__all__ = ["OURS", "compile_for", "dry_run", "measurements", "tagged"]
-
 S, ROUNDS, OURS = 0.43, 12, "ssmax triton"
 PLAIN = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 ARCHITECTURES = (80, 90, 100)

@@ -16,8 +16,6 @@ from tqdm import tqdm
 from ssmax.runs.rows import Row
 from ssmax.versions import __version__
 
-__all__ = ["PLAIN", "Case", "Comparison", "alternate", "compare", "largest_error", "peak_memory", "row", "run"]
-
 PLAIN = "plain"
 
 

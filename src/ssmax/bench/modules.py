@@ -11,8 +11,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from ssmax.bench.measure import PLAIN, Comparison, largest_error
 from ssmax.conversion import convert
 
-__all__ = ["measurements"]
-
 WIDTH, HEADS, LENGTH, LAYERS = 256, 8, 2048, 2
 
 

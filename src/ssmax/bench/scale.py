@@ -13,8 +13,6 @@ from ssmax.functional import attention
 from ssmax.runs.rows import Row
 from ssmax.sharp.keys import ScreenedKeys
 
-__all__ = ["Shape", "check"]
-
 
 @dataclass(frozen=True)
 class Shape:

@@ -18,8 +18,6 @@ from ssmax.paper.recipes import Recipe, tiny
 from ssmax.paper.training import pretrain
 from ssmax.training.datasets import Windows
 
-__all__ = ["measurements"]
-
 STEPS = 90  # the Trainer logs the loss of each step, up to 99
 
 

@@ -10,18 +10,14 @@ from typing import Any
 
 import tyro
 
-from ssmax.cli.demo import Demo
 from ssmax.cli.experiments import Prepare, Reproduce, Train, parse_recipe
-from ssmax.cli.export import Export
 from ssmax.cli.misplaced import check_values
-from ssmax.cli.models import Bench, Calibrate, Convert, Evaluate, Inspect
+from ssmax.cli.models import Bench, Calibrate, Convert, Demo, Evaluate, Export, Inspect
 from ssmax.cli.options import parse
 from ssmax.errors import LeftOut, RunFailed, Stopped, UserError
 from ssmax.runs import signals
 from ssmax.runs.failures import line_of
 from ssmax.versions import __version__
-
-__all__ = ["COMMANDS", "main", "parsed"]
 
 COMMANDS: dict[str, Any] = {
     "reproduce": Reproduce,

@@ -16,10 +16,8 @@ from ssmax.paper.recipes import RECIPES, Recipe
 from ssmax.runs.failures import AGAIN
 from ssmax.runs.folder import RunFolder
 
-__all__ = ["Prepare", "Reproduce", "Train", "parse_recipe"]
-
 RECIPE_HELP = option(
-    "tiny: 2 CPU cores, less than 20 minutes. laptop: 2 CPU cores, more models and seeds, 2 h 20 min. smoke: a test of "
+    "tiny: 2 CPU cores, less than 20 minutes. laptop: 2 CPU cores, more models and seeds, about two hours. smoke: a test of "
     "a minute, too small to show an effect. laws: other laws of n, 2 CPU cores, half an hour. small: one GPU, target: "
     "an hour. paper: the paper's size, a cluster.",
     metavar="{" + ",".join(RECIPES) + "}",

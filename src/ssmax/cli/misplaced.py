@@ -12,9 +12,6 @@ import tyro
 from ssmax.errors import UserError
 from ssmax.paper.recipes import RECIPES
 
-__all__ = ["check_values"]
-
-
 UNIONS = (Union, types.UnionType)
 INITS = Literal["identity", "matched"] | float  # values of --inits; wrong ones are reported by the library
 

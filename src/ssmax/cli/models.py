@@ -1,8 +1,8 @@
-"""ssmax evaluate, convert, calibrate, inspect (any model of transformers) and bench (the cost of SSMax)."""
+"""ssmax evaluate, convert, calibrate, inspect and export (any model of transformers), bench (the cost of SSMax) and demo."""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -10,8 +10,6 @@ from ssmax.cli.options import TEXTS_HELP, UNPREFIXED, Flag, flat, option, option
 from ssmax.compare.settings import Settings
 from ssmax.runs.failures import AGAIN
 from ssmax.runs.folder import RunFolder
-
-__all__ = ["Bench", "Calibrate", "Convert", "Evaluate", "Inspect"]
 
 EvaluateOptions: Any = option_groups(Settings)
 Source: Any = Annotated[
@@ -270,3 +268,60 @@ def _number(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a model for another engine that computes the same, or say why that is not possible.
+
+    gguf: one file for stock llama.cpp, with the tokenizer. It takes models of the families Llama,
+    Mistral and Qwen 2 whose layers are all converted, without b.
+
+    onnx: a folder with the tokenizer and a graph for ONNX Runtime and OpenVINO, in float32. The
+    graph has a KV cache if all layers attend in full. It takes the models that transformers' own
+    exporter takes.
+
+    Example: ssmax export gguf SmolLM2-ssmax SmolLM2-ssmax.gguf --dtype f16
+    """
+
+    again = "nothing was written"
+
+    format: Annotated[Literal["gguf", "onnx"], tyro.conf.Positional, option("Format of the file or folder.")]
+    source: Annotated[str, tyro.conf.Positional, option("Folder of a model and its tokenizer.", metavar="SOURCE")]
+    target: Annotated[
+        Path, tyro.conf.Positional, option("File or folder to write. It must not exist yet.", metavar="TARGET")
+    ]
+    dtype: Annotated[
+        Literal["f32", "f16", "q8_0"], option("Precision of the matrices of gguf: 32, 16 or 8 bits for each number.")
+    ] = "f16"
+    dry_run: Annotated[Flag, option("Check the model, and write nothing.")] = False
+
+    def run(self) -> None:
+        """Run it."""
+        if self.format == "onnx":
+            from ssmax.serving.onnx import export_onnx  # loads torch and transformers
+
+            print("\n".join(export_onnx(self.source, self.target, dry_run=self.dry_run)))
+            return
+        from ssmax.serving.gguf import export_gguf  # loads torch and transformers
+
+        print("\n".join(export_gguf(self.source, self.target, self.dtype, dry_run=self.dry_run)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Show what SSMax changes, in a minute: two small models that ship with the package read long texts.
+
+    Prints loss by position, needles found and the attention of the best head. Leaves a page with a
+    slider over the context length. Downloads nothing.
+
+    Example: ssmax demo --out demo.html
+    """
+
+    out: Annotated[Path, option("Page to write, an HTML file that opens offline.")] = Path("ssmax-demo.html")
+
+    def run(self) -> None:
+        """Run it."""
+        from ssmax.demo.run import demo  # loads torch and transformers
+
+        print("\n".join(demo(self.out)))

@@ -6,8 +6,6 @@ from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["TEXTS_HELP", "UNPREFIXED", "Flag", "flat", "option", "option_groups", "parse", "with_values"]
-
 TEXTS_HELP = (
     "A text file, a file of rows (.parquet, .jsonl, .json, .csv and more, also compressed), a folder of either, a data set on "
     "disk, or one on a hub as NAME:SUBSET#COLUMN (SUBSET and COLUMN may be left out). Several, with their shares: A=0.7,B=0.3."

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -26,8 +25,6 @@ from ssmax.evaluation import (
 from ssmax.evaluation.attention import attend
 from ssmax.evaluation.reading import Reader
 from ssmax.hf.loading import load_model
-
-__all__ = ["MODELS", "Shipped", "Sight", "best_head", "load", "look", "losses", "needles"]
 
 FOLDER = Path(__file__).parent / "models"
 MODELS = {"softmax": "Softmax", "ssmax": "SSMax"}
@@ -79,23 +76,6 @@ class Shipped:
         return NeedleTask(self.encode, self.texts.reshape(-1), self.provenance["needle_digits"])
 
 
-@dataclass(frozen=True)
-class Sight:
-    """The attention of one head of a model from the last token of a prompt, and the model's answer.
-
-    Attributes:
-        weights: (T,), the attention weight of each token of the prompt.
-        needle: their sum over the needle.
-        answer: token ids with which the model continues the prompt.
-        correct: whether these are the right answer.
-    """
-
-    weights: Tensor
-    needle: float
-    answer: list[int]
-    correct: bool
-
-
 def load(folder: Path = FOLDER) -> Shipped:
     """Load the models and texts that ship with the package, in float32."""
     logging.disable_progress_bar()
@@ -142,8 +122,10 @@ def best_head(outcomes: dict[int, list]) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def look(model: PreTrainedModel, example: NeedleExample, head: tuple[int, int], rope: dict[str, Any]) -> Sight:
-    """Return what a head, (layer, head), attends to from the last token of the prompt, and the model's answer."""
+def look(
+    model: PreTrainedModel, example: NeedleExample, head: tuple[int, int], rope: dict[str, Any]
+) -> tuple[list[float], list[int]]:
+    """Return the weights of a head, (layer, head), from the last token of the prompt, and the answer's token ids."""
     layer, number = head
     prompt = torch.tensor([example.prompt])
     with rope_scaling(model, rope):
@@ -153,6 +135,4 @@ def look(model: PreTrainedModel, example: NeedleExample, head: tuple[int, int], 
         asked = {"max_new_tokens": len(example.answer), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         generate: Any = model.generate
         spoken = generate(prompt, attention_mask=torch.ones_like(prompt), **asked)
-    answer = spoken[0, prompt.shape[1] :].tolist()
-    row = weights.layers[layer][0, number]
-    return Sight(row, row[slice(*example.span)].sum().item(), answer, answer == example.answer)
+    return weights.layers[layer][0, number].tolist(), spoken[0, prompt.shape[1] :].tolist()

@@ -1,7 +1,9 @@
 """Runs ssmax demo: tables for the terminal, and a page with a slider over the context length."""
 
+import json
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,8 @@ import numpy as np
 
 from ssmax.demo import measure
 from ssmax.demo.measure import MODELS, THETA_FACTOR, Shipped
-from ssmax.demo.page import page
 from ssmax.runs.files import check_destination, write_atomically
 from ssmax.runs.progress import progress_bar
-
-__all__ = ["demo", "facts_of"]
 
 TRIALS = 4  # needles for each context size and depth
 
@@ -28,6 +27,12 @@ def demo(out: Path) -> list[str]:
         facts = facts_of(shipped, bar.update)
     write_atomically(out, page(facts))
     return [*_tables(facts), "", f"Page: {out.resolve()} ({time.monotonic() - started:.0f} s)"]
+
+
+def page(facts: dict[str, Any]) -> str:
+    """Return the page, one HTML file that opens offline; facts are its data, escaped so that no text can end the script."""
+    data = json.dumps(facts).replace("<", "\\u003c")
+    return files("ssmax.demo").joinpath("page.html").read_text(encoding="utf-8").replace("__FACTS__", data)
 
 
 def facts_of(shipped: Shipped, progress: Callable[[int], Any], trials: int = TRIALS) -> dict[str, Any]:
@@ -60,24 +65,22 @@ def facts_of(shipped: Shipped, progress: Callable[[int], Any], trials: int = TRI
 def _view(shipped: Shipped, length: int, heads: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Return one context for the page: its tokens, and what each model's best head attends to from the last token."""
     example = shipped.task().example(length, 0.5, np.random.default_rng([length, 1]))
-    sights = {
-        name: measure.look(model, example, heads[name], shipped.needle_rope)
-        for name, model in shipped.retrieval.items()
-    }
+
+    def seen(name: str) -> dict[str, Any]:
+        weights, answer = measure.look(shipped.retrieval[name], example, heads[name], shipped.needle_rope)
+        return {
+            "weights": [round(weight, 5) for weight in weights],
+            "needle": sum(weights[slice(*example.span)]),
+            "answer": shipped.tokenizer.decode(answer).strip(),
+            "correct": answer == example.answer,
+        }
+
     return {
         "n": len(example.prompt),
         "tokens": [shipped.tokenizer.decode([token]) for token in example.prompt],
         "span": example.span,
         "answer": shipped.tokenizer.decode(example.answer).strip(),
-        "models": {
-            name: {
-                "weights": [round(weight, 5) for weight in sight.weights.tolist()],
-                "needle": sight.needle,
-                "answer": shipped.tokenizer.decode(sight.answer).strip(),
-                "correct": sight.correct,
-            }
-            for name, sight in sights.items()
-        },
+        "models": {name: seen(name) for name in shipped.retrieval},
     }
 
 

@@ -10,19 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ssmax.evaluation.mode import eval_mode
-from ssmax.evaluation.reading import Memory, Reader, relative_error, tolerance
+from ssmax.evaluation.reading import Memory, Reader, eval_mode, relative_error, tolerance
 from ssmax.evaluation.weights import Weights, recorded
-
-__all__ = [
-    "Sharpness",
-    "attend",
-    "attention_sharpness",
-    "needle_scores",
-    "sharpness_by_layer",
-    "span_scores",
-    "stacked",
-]
 
 CHUNK = 1024
 

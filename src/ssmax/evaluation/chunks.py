@@ -8,8 +8,6 @@ from torch.overrides import TorchFunctionMode
 
 from ssmax.private import flash_with_log_sum
 
-__all__ = ["CausalAfterCache"]
-
 # With fewer queries there is nothing to gain: the mask hides few of their keys.
 FEWEST = 128
 

@@ -11,11 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ssmax.evaluation.mode import eval_mode
-from ssmax.evaluation.reading import Reader
+from ssmax.evaluation.reading import Reader, eval_mode
 from ssmax.plots.statistics import t_quantile
-
-__all__ = ["Bin", "binned", "log_edges", "loss_by_position"]
 
 # Rows of logits that exist at once: 50 MB for a vocabulary of 50,000.
 LOGIT_ROWS = 256

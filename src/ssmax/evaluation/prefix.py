@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ssmax.evaluation.reading import Memory, Reader, branch
 
-__all__ = ["Node", "prefill", "prefix_tree", "size"]
-
 
 @dataclass(frozen=True)
 class Node:

@@ -17,8 +17,6 @@ from ssmax.hf.private import implementation_of
 from ssmax.hf.visibility import forward_scope
 from ssmax.modules import attended
 
-__all__ = ["Memory", "Reader", "branch", "check_reads_text", "is_transformers", "relative_error", "tolerance"]
-
 # What a model has read so far: a cache, if it continues from one exactly; otherwise the tokens, to be read again.
 Memory = Cache | Tensor
 
@@ -315,3 +313,15 @@ def _answering(backbone: Any, output: Any, states: Tensor) -> Iterator[None]:
             del backbone.forward
         else:
             backbone.forward = before
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode inside the block, and restore its mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

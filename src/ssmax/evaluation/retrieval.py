@@ -11,12 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmax.evaluation.attention import attend, span_scores, stacked
-from ssmax.evaluation.mode import eval_mode
 from ssmax.evaluation.prefix import Node, prefill, prefix_tree, size
-from ssmax.evaluation.reading import Reader
+from ssmax.evaluation.reading import Reader, eval_mode
 from ssmax.evaluation.tasks import NeedleExample
-
-__all__ = ["CHUNK", "RetrievalTrial", "grid_tokens", "retrieve", "retrieve_grid"]
 
 CHUNK = 4096
 

@@ -8,8 +8,6 @@ from typing import Any
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-__all__ = ["ROPE_TYPES", "rope_scaling", "rope_theta"]
-
 # "proportional" is left out: it is a kind of partial RoPE with which a model is trained.
 ROPE_TYPES = tuple(sorted(set(ROPE_INIT_FUNCTIONS) - {"proportional"}))
 FULL = "full_attention"

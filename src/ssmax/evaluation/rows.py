@@ -15,10 +15,6 @@ from ssmax.evaluation.retrieval import CHUNK, RetrievalTrial, retrieve_grid
 from ssmax.evaluation.tasks import ABCDigits, Cell, NeedleTask, depth_grid
 from ssmax.runs.rows import Row
 
-__all__ = [
-    "accuracy_rows", "attention_rows", "document_losses", "draw_trials", "grid_results", "loss_rows", "retrieval_rows", "score_rows",
-]  # fmt: skip
-
 # Tokens in a batch of the longest prompts; fewer if memory does not suffice.
 BATCH_TOKENS = 32_768
 QUANTILES = (0.1, 0.5, 0.9)

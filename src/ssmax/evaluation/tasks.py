@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["CITIES", "NEEDLE_WORDS", "ABCDigits", "Cell", "NeedleExample", "NeedleTask", "PromptForm", "depth_grid"]
-
 CITIES = ("Tokyo", "Paris", "London", "Berlin", "Madrid", "Rome", "Cairo", "Lima", "Oslo", "Delhi")
 # A tokenizer with a small vocabulary keeps these whole; otherwise the sentence would not fit into a small window.
 NEEDLE_WORDS = ("The", " special", " magic", " number", " is:", *(f" {x}" for x in (*CITIES, *range(10))))

@@ -13,8 +13,6 @@ from transformers.modeling_utils import AttentionInterface
 from ssmax.evaluation.reading import is_transformers
 from ssmax.hf import private
 
-__all__ = ["Weights", "recorded"]
-
 WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 
 

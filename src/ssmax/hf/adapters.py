@@ -10,8 +10,6 @@ from transformers.utils import logging
 
 from ssmax.hf.refusals import wrap
 
-__all__ = ["install"]
-
 logger = logging.get_logger(__name__)
 
 # Names that PEFT puts after the name of a module that it wrapped.

@@ -40,8 +40,6 @@ from ssmax.hf.visibility import forward_scope
 from ssmax.query_scale import QueryScale
 from ssmax.versions import __version__
 
-__all__ = ["config_class", "model_class", "register", "softmax_class"]
-
 logger = logging.get_logger(__name__)
 
 # Mappings from a config to a tokenizer, processor and so on, which a converted model shares with its family.

@@ -9,8 +9,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ssmax.runs.files import SEAL
 
-__all__ = ["copy_companions"]
-
 WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
     *(".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".ot", ".nemo", ".distcp", ".index.json"),

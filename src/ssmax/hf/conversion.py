@@ -18,11 +18,9 @@ from ssmax.hf.refusals import carries_scales
 from ssmax.hf.scales import attach, detach
 from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import LAWS, make_scale, matched_start
-from ssmax.modules.options import Options
+from ssmax.modules.conversion import Options
 from ssmax.nn import starting_values
 from ssmax.versions import __version__
-
-__all__ = ["convert", "revert"]
 
 
 def convert(model: PreTrainedModel, options: Options) -> None:

@@ -17,8 +17,6 @@ from ssmax.sharp import decode
 from ssmax.sharp.keys import MIN_KEYS
 from ssmax.visible import as_bool
 
-__all__ = ["SCREENS", "install"]
-
 # Keys that a SharpCache returned -> their screen (None where decoding is plain) and its tolerance, while these keys live.
 SCREENS = WeakTensorKeyDictionary()
 

@@ -10,8 +10,6 @@ from ssmax.modules.whole import scale_parameters, whole_or_not_at_all
 from ssmax.nn import SSMaxScale
 from ssmax.private import has_hooks
 
-__all__ = ["fold"]
-
 QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "qk_norm", "qk_layernorm")
 
 

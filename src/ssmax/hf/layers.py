@@ -14,18 +14,6 @@ from transformers import PreTrainedModel
 from ssmax.hf import private
 from ssmax.modules.discovery import attends_itself
 
-__all__ = [
-    "FULL",
-    "Layer",
-    "computing_device",
-    "language_layers",
-    "layers_of",
-    "named_layers",
-    "own_part_by_hand",
-    "part_by_hand",
-    "refuse_own_law",
-]
-
 FULL = "full_attention"
 OTHER_KEYS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
 # Layers with a recurrent part beside their attention, and the kind of that attention.

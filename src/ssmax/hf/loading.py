@@ -20,8 +20,6 @@ from ssmax.errors import Damaged
 from ssmax.runs.files import SEAL, check_folder
 from ssmax.runs.hub import cached_only_offline, is_hub_name
 
-__all__ = ["check_causal", "check_weights", "load_config", "load_model", "load_tokenizer", "quiet"]
-
 # Code in the folder is never run.
 SAFE: dict[str, Any] = {"trust_remote_code": False}
 CAUSAL = ("ForCausalLM", "LMHeadModel")

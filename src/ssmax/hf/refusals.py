@@ -9,8 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssmax.hf import private
 
-__all__ = ["carries_scales", "install", "is_converted", "wrap"]
-
 INSTEAD = (
     "Load it with an Auto class such as AutoModelForCausalLM (a class of your own: type(model).from_pretrained, where model is a "
     "converted instance), then call ssmax.revert(model) if softmax is meant"

@@ -15,16 +15,6 @@ from ssmax.modules.attended import Watch
 from ssmax.private import drop_child, drop_hook, set_hook
 from ssmax.query_scale import QueryScale
 
-__all__ = [
-    "attach",
-    "carriers",
-    "check_carried",
-    "check_whole",
-    "detach",
-    "refuse_split_heads",
-    "shard_by_heads",
-]
-
 
 def attach(model: PreTrainedModel) -> None:
     """Give each layer that config.ssmax names its scale, with its starting values."""

@@ -11,8 +11,6 @@ from ssmax.hf.refusals import wrap
 from ssmax.private import fsdp_parameter_group
 from ssmax.query_scale import QueryScale
 
-__all__ = ["install"]
-
 
 def install() -> None:
     """Make FSDP2 (fully_shard) and FSDP1 shard each QueryScale separately from the layer that holds it. Done once.

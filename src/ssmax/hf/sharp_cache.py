@@ -15,8 +15,6 @@ from ssmax.hf.layers import FULL, language_layers
 from ssmax.sharp import decode
 from ssmax.sharp.keys import Grown, ScreenedKeys
 
-__all__ = ["SharpCache"]
-
 TRIAL = 256  # steps after which a layer that gains nothing turns plain
 MOST_READ = (
     1 / 2

@@ -10,8 +10,6 @@ from ssmax.laws import make_scale
 from ssmax.nn import SSMaxScale
 from ssmax.query_scale import QueryScale
 
-__all__ = ["ScaleSpec"]
-
 
 @dataclass(frozen=True)
 class ScaleSpec:

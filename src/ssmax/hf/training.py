@@ -9,8 +9,6 @@ from transformers import trainer_pt_utils
 from ssmax import nn
 from ssmax.hf.refusals import wrap
 
-__all__ = ["install", "parameter_groups"]
-
 
 def parameter_groups(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, ssmax_learning_rate: float | None = None

@@ -36,8 +36,6 @@ from ssmax.visible import (
     visible_keys,
 )
 
-__all__ = ["RULES", "forward_scope", "kernel_visible_keys", "sees_what_it_is_handed"]
-
 # Counts of the present forward, since layers share their masks. The masks are kept, so that no id is used twice. The forward's
 # position_ids are kept too, since some families do not pass them to their kernel.
 _counted: ContextVar[dict[Any, tuple[Any, Any]] | None] = ContextVar("_counted", default=None)

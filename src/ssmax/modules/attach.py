@@ -13,18 +13,6 @@ from torch.overrides import TorchFunctionMode
 from ssmax.modules import attended, multihead, sdpa
 from ssmax.private import drop_child, hidden_from_modes
 
-__all__ = [
-    "CALLS",
-    "Changed",
-    "Multihead",
-    "PaddedEncoder",
-    "Scoped",
-    "ScopedMultihead",
-    "Unscaled",
-    "change",
-    "restore",
-]
-
 # The functions of torch that a scope replaces, each with ours. The first is also torch._C._nn.scaled_dot_product_attention.
 CALLS: dict[Any, Callable] = {
     functional.scaled_dot_product_attention: sdpa.attend,

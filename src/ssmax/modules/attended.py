@@ -6,9 +6,6 @@ from typing import Any
 
 from torch.fx import Proxy
 
-__all__ = ["Watch", "note", "require"]
-
-
 # For each thread: module, the last one that noted itself, and watch, the last watch that passed. This is no subclass of
 # threading.local, since torch.compile loses writes to one.
 _last = threading.local()

@@ -1,15 +1,29 @@
 """convert and revert for any torch.nn.Module: which of its modules get a scale, and with which starting values."""
 
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ssmax.modules import attach, multihead
 from ssmax.modules.discovery import Found, attends_itself, discover, multihead_sites
-from ssmax.modules.options import Options
 from ssmax.nn import SSMaxScale, starting_values
 
-__all__ = ["convert", "revert"]
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of ssmax.convert, which documents them."""
+
+    init: str | float
+    train_length: int | None
+    bias: bool | None
+    layers: list[int] | list[str] | None
+    law: str
+    law_parameters: dict[str, float]
+    example: Any
+    cross: bool
+
 
 # What modules call the number of their heads.
 HEADS = ("num_heads", "n_heads", "n_head", "heads", "num_attention_heads")

@@ -18,8 +18,6 @@ from ssmax.modules.attach import CALLS
 from ssmax.private import SOFTMAX_CALLS, compiler_is_loaded
 from ssmax.visible import as_bool
 
-__all__ = ["Found", "Site", "attends_itself", "discover", "multihead_sites"]
-
 # The functions by which queries and keys become logits; linear counts if its weight is not a parameter.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner", "linear"}
 

@@ -13,8 +13,6 @@ from ssmax.modules.sdpa import count
 from ssmax.private import hidden_from_modes
 from ssmax.visible import as_bool
 
-__all__ = ["attend", "check"]
-
 
 def attend(
     ssmax: nn.Module,

@@ -8,8 +8,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from ssmax.private import hidden_from_modes
 from ssmax.visible import count_plain, visible_keys
 
-__all__ = ["attend", "count", "num_heads"]
-
 
 def attend(
     ssmax: nn.Module,

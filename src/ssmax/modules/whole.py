@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from ssmax.query_scale import QueryScale
 
-__all__ = ["scale_parameters", "whole_or_not_at_all"]
-
 Change = TypeVar("Change", bound=Callable[..., Any])
 
 

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 
 from ssmax.runs.files import write_atomically
 
-__all__ = ["STYLE", "band", "heat_map", "legend", "panels", "rendered", "save", "title", "tokens"]
-
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,

@@ -10,8 +10,6 @@ from ssmax.plots.drawing import panels, rendered, title
 from ssmax.plots.select import pick
 from ssmax.runs.rows import Row
 
-__all__ = ["scales"]
-
 
 def scales(rows: Sequence[Row], kind: str) -> bytes:
     """Draw s and the other learned values of each layer and head of a model as an image, kind "png" or "svg"."""

@@ -9,8 +9,6 @@ import numpy as np
 
 from ssmax.runs.rows import Row
 
-__all__ = ["Spread", "by", "pick"]
-
 
 def pick(rows: Sequence[Row], metric: str, variant: str | None = None, **at: Any) -> list[Row]:
     """Return the rows of a metric (and a variant, if given) whose coordinates have the values in `at`."""

@@ -7,8 +7,6 @@ import numpy as np
 
 from ssmax.plots.select import Spread
 
-__all__ = ["Paired", "bootstrap", "t_cdf", "t_quantile"]
-
 LEVEL = 0.95
 MOST_SEEDS = 1000
 DRAWS = 2000  # of a bootstrap

@@ -18,8 +18,6 @@ from ssmax.hf.private import NAME_KEY
 from ssmax.runs.files import write_atomically
 from ssmax.versions import INSTALL, SUPPORTED
 
-__all__ = ["CARD", "keep_card", "write_card"]
-
 CARD = "README.md"
 TEMPLATE = (
     "This model card has been automatically generated"  # in the card that transformers pushes where there is none

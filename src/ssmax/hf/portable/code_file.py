@@ -14,8 +14,6 @@ from ssmax.query_scale import QueryScale
 from ssmax.runs.files import write_atomically
 from ssmax.versions import SUPPORTED
 
-__all__ = ["CODE_FILE", "PREFIX", "formula", "write_code"]
-
 CODE_FILE = "modeling_ssmax"
 PREFIX = "SSMax"
 

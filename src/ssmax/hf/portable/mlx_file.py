@@ -9,8 +9,6 @@ from ssmax.hf.layers import FULL, language_layers
 from ssmax.nn import SSMaxScale
 from ssmax.runs.files import write_atomically
 
-__all__ = ["MLX_FILE", "why_not_mlx", "write_mlx"]
-
 MLX_FILE = "mlx_ssmax.py"
 MODULES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # family -> mlx-lm's module
 ROPES = ("default", "linear", "llama3")

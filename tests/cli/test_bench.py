@@ -9,6 +9,8 @@ import time
 import pytest
 import torch
 from command_line import run
+from plain_bytes import byte_tokenizer
+from tiny_models import tiny_model
 
 from ssmax import SSMaxScale, attention
 from ssmax.bench import blocks, cases, command, generate, measure
@@ -108,6 +110,19 @@ def test_the_command_lists_refuses_and_measures(tmp_path, monkeypatch, capsys):
     assert "tiny: a scale; about 0.1 min\nlength 3\n    plain" in capsys.readouterr().out
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
     assert {row.metric for row in read_rows(tmp_path / "tiny.jsonl")} == {"seconds", "time_ratio", "cpu_ratio", "x"}
+
+
+def test_generate_measures_models_with_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "STEPS", 3)
+    monkeypatch.setattr(generate, "ROUNDS", 2)
+    monkeypatch.setattr(sharp_cache, "TRIAL", 4)
+    model = tiny_model("exaone4", num_hidden_layers=4, sliding_window=16, sliding_window_pattern=4, vocab_size=256)
+    assert {"sliding_attention", "full_attention"} == set(model.config.layer_types)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = list(generate.measurements(tmp_path / "model", (10, 100), (1,)))
+    equal = {(row.variant, row.at["context"]): row.value for row in rows if row.metric == "equal_tokens"}
+    assert equal == {(name, n): 1.0 for name in ("SharpCache", "StaticCache") for n in (10, 100)}
 
 
 def test_generate_says_what_each_layer_reads_and_leaves_the_caches_as_they_were(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
 
 from ssmax.bench.measure import Comparison, compare, row
@@ -89,15 +90,16 @@ def _after(prompt: Tensor, model: Any, plain: Any, at: dict[str, Any]) -> Iterat
     }
     for index, layer in enumerate(read.layers):
         for name in (STATIC, SHARP):
-            caches[name].update(layer.keys, layer.values, index)
+            _copy_layer(layer, caches[name], index)
     with warnings.catch_warnings():  # the rows hold what the warning says
         warnings.filterwarnings("ignore", message=".*layers are sharp")
         _generate(
             model, prompt, caches[SHARP], sharp_cache.TRIAL + 1
         )  # after this, sharp or plain is decided for each layer
         spoken = {name: _generate(model, prompt, cache, STEPS) for name, cache in caches.items()}
-        equal = (spoken[SHARP] == spoken[DYNAMIC]).double().mean().item()
-        yield row("equal_tokens", SHARP, at, equal, STEPS)
+        for name in (STATIC, SHARP):
+            equal = (spoken[name] == spoken[DYNAMIC]).double().mean().item()
+            yield row("equal_tokens", name, at, equal, STEPS)
         calls: dict[str, Callable[[], Any]] = {
             name: functools.partial(_generate, model, prompt, cache, STEPS) for name, cache in caches.items()
         }
@@ -111,8 +113,23 @@ def _after(prompt: Tensor, model: Any, plain: Any, at: dict[str, Any]) -> Iterat
     yield from _shares(caches[SHARP], at)
 
 
+def _copy_layer(layer: Any, cache: Any, index: int) -> None:
+    """Copy a layer of a DynamicCache into another cache."""
+    if not layer.is_sliding or layer.cumulative_length < layer.sliding_window:
+        cache.update(layer.keys, layer.values, index)
+    elif isinstance(cache, StaticCache):
+        # A full static layer holds one key more: the one that the next step drops.
+        cache.update(pad(layer.keys, (0, 0, 1, 0)), pad(layer.values, (0, 0, 1, 0)), index)
+        own: Any = cache.layers[index]
+        own.cumulative_length_int = layer.cumulative_length
+    else:
+        cache.layers[index] = copy.deepcopy(layer)
+
+
 def _generate(model: Any, prompt: Tensor, cache: Any, steps: int) -> Tensor:
     """Generate a number of tokens after the prompt. Afterwards the cache is as before, without the prompt's last token."""
+    # A window drops keys, so that its layer cannot be cropped.
+    windows = {index: copy.deepcopy(layer) for index, layer in enumerate(cache.layers) if layer.is_sliding}
     options = {
         "max_new_tokens": steps,
         "min_new_tokens": steps,
@@ -121,12 +138,13 @@ def _generate(model: Any, prompt: Tensor, cache: Any, steps: int) -> Tensor:
         "use_cache": True,
     }
     spoken = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options)
-    if isinstance(cache, StaticCache):  # has no crop
-        for layer in cache.layers:
-            own: Any = layer
-            own.cumulative_length.fill_(prompt.shape[1] - 1)
-    else:
-        cache.crop(-steps)
+    for index, layer in enumerate(cache.layers):
+        if index in windows:
+            cache.layers[index] = windows[index]
+        elif isinstance(cache, StaticCache):  # has no crop
+            layer.cumulative_length.fill_(prompt.shape[1] - 1)
+        else:
+            layer.crop(-steps)
     return spoken[:, prompt.shape[1] :]
 
 

@@ -213,35 +213,27 @@ def _candidates(by_block, step, reach, margin, lost, most, at, size, tolerance, 
     # Half the tolerance is for keys below this floor: all of them together weigh less than it, compared with the largest key alone.
     floor = math.log(tolerance / 2 / size) - 1e-4
     open_blocks = (largest + spread >= lowest + floor).any(1)
-    step, reach, shift = (x.astype(np.float32)[..., None] for x in (step, reach, margin - lowest[..., 0]))
-
-    def bounds_of(heads, blocks):
-        """Return upper bounds of scores minus lowest, (heads, R, BLOCK)."""
-        bounds = products[heads, :, blocks].astype(np.float32)
-        bounds *= step[heads]
-        bounds += reach[heads] * lost[(*(x[heads] for x in at), blocks)][:, None] + shift[heads]
-        return bounds
-
+    # A key of a block can matter only if its product is at least this. A hidden key's never is.
+    least = np.clip(np.floor((lowest + floor - spread) / step[..., None]), HIDDEN + 1, -HIDDEN - 1).astype(np.int32)
     crowded = np.flatnonzero(open_blocks.sum(1) > MOST_OPEN * products.shape[2])
-    if len(crowded):  # try eight blocks before all of them
-        few = np.arange(0, products.shape[2], max(1, products.shape[2] // 8))
-        heads = crowded.repeat(len(few))
-        looked = (bounds_of(heads, np.tile(few, len(crowded))) >= floor).any(1)
-        open_blocks[crowded] &= (looked.reshape(len(crowded), -1).mean(1) <= 3 * most_kept)[:, None]
-    head, block = open_blocks.nonzero()
-    bounds = bounds_of(head, block)
-    kept = (bounds >= floor).any(1)
-    if size % BLOCK:
-        kept[block == size // BLOCK, size % BLOCK :] = False
-    found, key = kept.nonzero()
-    stops = np.bincount(head[found], minlength=len(products)).cumsum()
+    if len(crowded):  # look at eight blocks before all of them
+        few = slice(None, None, max(1, products.shape[2] // 8))
+        looked = (products[crowded][:, :, few] >= least[crowded][:, :, few, None]).any(1).mean((1, 2))
+        open_blocks[crowded] &= (looked <= 3 * most_kept)[:, None]
     result: list[np.ndarray | None] = []
-    for i, (mine, of_block) in enumerate(zip(np.split(found, stops[:-1]), np.split(key, stops[:-1]), strict=True)):
-        if len(mine) > size / 64:
-            upper = torch.from_numpy(bounds[mine, :, of_block].T)
-            needed = _by_mass(upper, torch.from_numpy(spread[i].max(-1, keepdims=True)), tolerance / 2).numpy()
-            mine, of_block = mine[needed], of_block[needed]
-        result.append(block[mine] * BLOCK + of_block if 0 < len(mine) <= most_kept * size else None)
+    for i, blocks in enumerate(open_blocks):
+        if not blocks.any():
+            result.append(None)
+            continue
+        kept = np.flatnonzero((products[i] >= least[i][..., None]).any(0) & blocks[:, None])
+        upper = products[i].reshape(len(step[i]), -1)[:, kept] * step[i][:, None] + margin[i][:, None] - lowest[i]
+        upper += reach[i][:, None] * lost[(*(x[i] for x in at), *np.divmod(kept, BLOCK))]
+        needed = (upper >= floor).any(0)
+        if needed.sum() > size / 64:
+            spreads = torch.from_numpy(spread[i].max(-1, keepdims=True))
+            needed = _by_mass(torch.from_numpy(upper), spreads, tolerance / 2).numpy()
+        kept = kept[needed]
+        result.append(kept if 0 < len(kept) <= most_kept * size else None)
     return result
 
 

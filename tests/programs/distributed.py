@@ -70,8 +70,6 @@ def with_fsdp2(model, folder):
         whole = ssmax.convert(tiny_model("llama"), 0.3, bias=True)
         whole.load_state_dict(state)
         whole.save_pretrained(folder / "model")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def main(way, folder):
@@ -80,6 +78,9 @@ def main(way, folder):
         with_fsdp2(model, folder)
     else:
         with_trainer(model, folder, ranks=int(way.removeprefix("ddp")))
+    if dist.is_initialized():  # a rank that ends while another still talks to it may abort
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

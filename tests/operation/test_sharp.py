@@ -364,3 +364,15 @@ def test_under_torch_compile_it_is_the_same():
     for key in (screened, k):
         compiled = torch.compile(lambda q, v, key=key: 2 * attention(q + 0, key, v, s, impl="sharp"))
         assert worst(compiled(q, v) / 2, exact(q, k, v, s)) <= allowed(q, v, 1e-3)
+
+
+def test_heads_that_need_few_keys_read_few(monkeypatch):
+    """Diffuse heads: a thousand keys lie above the floor, and few of them hold the weight."""
+    # On any machine, also where torch's own product saturates.
+    monkeypatch.setattr(keys, "int8_product", lambda query, codes, out: out.copy_(query.int() @ codes.int().T))
+    monkeypatch.setattr(keys, "int8_is_exact", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 8, n, 64, generator=generator) for n in (1, 16384, 16384))
+    screened = ScreenedKeys(key)
+    attention(query, screened, value, 1.0, impl="sharp")
+    assert (screened.share_read() <= decode.MOST_KEPT).all()

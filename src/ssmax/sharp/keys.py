@@ -14,7 +14,7 @@ from ssmax.private import int8_matmul
 MIN_KEYS = 4096
 BLOCK = 256  # keys whose bounds are computed together
 RANGE = 5.0  # int8 covers so many standard deviations of a channel; a key beyond them is always kept
-MOST_OPEN = 0.5  # share of a head's blocks above which a few blocks are tried first
+MOST_OPEN = 0.5  # share of a head's blocks above which eight blocks are tried first
 HIDDEN = torch.iinfo(torch.int32).min  # stands for the product of a key that the query may not see
 
 
@@ -164,7 +164,7 @@ class ScreenedKeys:
             products[:, :, size:] = HIDDEN
         if visible is not None:
             products[:, :, :size].masked_fill_(~visible, HIDDEN)
-        # Upper limit of the errors by rounding the keys, rounding the query, and six float32 roundings in a key's bound.
+        # Upper limit of the errors by rounding the keys, rounding the query, and the roundings in a key's bound.
         reach = _norm(wide) * (1 + 1e-6)
         margin = (_norm(wide - codes * step) + 2**-20 * reach) * self._longest.numpy()[at][:, None]
         by_block = products.unflatten(-1, (-1, BLOCK))
@@ -215,19 +215,21 @@ def _candidates(by_block, step, reach, margin, lost, most, at, size, tolerance, 
     open_blocks = (largest + spread >= lowest + floor).any(1)
     # A key of a block can matter only if its product is at least this. A hidden key's never is.
     least = np.clip(np.floor((lowest + floor - spread) / step[..., None]), HIDDEN + 1, -HIDDEN - 1).astype(np.int32)
-    crowded = np.flatnonzero(open_blocks.sum(1) > MOST_OPEN * products.shape[2])
-    if len(crowded):  # look at eight blocks before all of them
-        few = slice(None, None, max(1, products.shape[2] // 8))
-        looked = (products[crowded][:, :, few] >= least[crowded][:, :, few, None]).any(1).mean((1, 2))
-        open_blocks[crowded] &= (looked <= 3 * most_kept)[:, None]
+    sample = np.arange(products.shape[2] * BLOCK).reshape(-1, BLOCK)[:: max(1, products.shape[2] // 8)].ravel()
+
+    def bounds_of(i, keys):
+        """Return upper bounds of a head's scores minus lowest, (R, number of keys)."""
+        bounds = products[i].reshape(len(step[i]), -1)[:, keys] * step[i][:, None] + margin[i][:, None] - lowest[i]
+        return bounds + reach[i][:, None] * lost[(*(x[i] for x in at), *np.divmod(keys, BLOCK))]
+
     result: list[np.ndarray | None] = []
     for i, blocks in enumerate(open_blocks):
-        if not blocks.any():
+        crowded = blocks.mean() > MOST_OPEN
+        if crowded and (bounds_of(i, sample) >= floor).any(0).mean() > 3 * most_kept:
             result.append(None)
             continue
         kept = np.flatnonzero((products[i] >= least[i][..., None]).any(0) & blocks[:, None])
-        upper = products[i].reshape(len(step[i]), -1)[:, kept] * step[i][:, None] + margin[i][:, None] - lowest[i]
-        upper += reach[i][:, None] * lost[(*(x[i] for x in at), *np.divmod(kept, BLOCK))]
+        upper = bounds_of(i, kept)
         needed = (upper >= floor).any(0)
         if needed.sum() > size / 64:
             spreads = torch.from_numpy(spread[i].max(-1, keepdims=True))
@@ -245,7 +247,7 @@ def _by_mass(upper, spread, tolerance):
     """Return which keys are needed if the weights left out are summed, in steps of half a nat, instead of only counted."""
     if spread.max() > 10:
         return torch.ones_like(upper[0], dtype=torch.bool)
-    weight = upper.double().exp_()
+    weight = upper.exp()
     total = weight.sum(-1, keepdim=True) * (-2 * spread).exp()  # a score is at least its upper bound - 2 spread
     level = (upper + 40).mul_(2).clamp_(0, 127).long()
     mass = torch.zeros(len(upper), 128, dtype=torch.float64).scatter_add_(1, level, weight).cumsum(-1)

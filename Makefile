@@ -16,12 +16,14 @@ reproduce: $(STAMP)
 test: $(STAMP) lint
 	$(PYTEST)
 
-# The numerical tests again, with torch's code for processors that have fewer instructions than this one.
+# The numerical tests again, with the code of torch and of oneDNN for processors that have fewer instructions than this one.
 LESSER := import torch; own = torch.backends.cpu.get_cpu_capability().lower(); \
-	known = ["default", "avx2", "avx512"]; print(*known[: known.index(own) if own in known else 0])
+	known = ["default", "avx2", "avx512"]; lesser = known[: known.index(own) if own in known else 0]; \
+	print(*(kind + ":" + {"default": "SSE41"}.get(kind, kind.upper()) for kind in lesser))
 test-processors: $(STAMP)
 	set -e; for kind in $$($(BIN)/python -c '$(LESSER)'); do \
-		echo "as on a processor with $$kind instructions:"; ATEN_CPU_CAPABILITY=$$kind $(PYTEST) -m 'numerical and not slow'; done
+		echo "as on a processor with $${kind%:*} instructions:"; \
+		ATEN_CPU_CAPABILITY=$${kind%:*} ONEDNN_MAX_CPU_ISA=$${kind#*:} $(PYTEST) -m 'numerical and not slow'; done
 
 # Kills, full disks, lost ranks, random calls; renews the rows of docs/faults.md with FAULTS=docs/results/faults.jsonl
 test-faults: $(STAMP)

@@ -23,6 +23,7 @@ KERNELS = f"torchinductor_{getpass.getuser()}_{os.environ.get('ATEN_CPU_CAPABILI
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), KERNELS)))
 
 from ssmax.runs.rows import Row, read_rows, write_rows  # noqa: E402 (torch reads the environment when it is loaded)
+from ssmax.sharp import keys  # noqa: E402
 
 ROWS = []
 # Files of the marker numerical: make test-processors runs them again with fewer of the processor's instructions.
@@ -43,6 +44,17 @@ def pytest_xdist_auto_num_workers():
 def pytest_itemcollected(item):
     if item.path.stem.removeprefix("test_") in NUMERICAL:
         item.add_marker(pytest.mark.numerical)
+
+
+@pytest.fixture
+def exact_int8(monkeypatch):
+    """Where the processor's int8 product saturates, there is no screen: multiply otherwise, so that the screen is tested everywhere."""
+    if not keys.int8_is_exact():
+        # A sum of products of int8 is below 2^24 up to a head size of 1,024, so that float32 is exact.
+        monkeypatch.setattr(keys, "int8_product", lambda query, codes, out: out.copy_(query.float() @ codes.float().T))
+        keys.int8_is_exact.cache_clear()
+    yield
+    keys.int8_is_exact.cache_clear()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import ssmax
 from ssmax.hf import SharpCache, sharp_cache
 from ssmax.sharp import decode as sharp_decode
 
+pytestmark = pytest.mark.usefixtures("exact_int8")
 LENGTH = 4300
 
 

@@ -10,6 +10,7 @@ import torch
 from ssmax import ScreenedKeys, attention
 from ssmax.sharp import decode, keys
 
+pytestmark = pytest.mark.usefixtures("exact_int8")
 S, D = 4352, 16
 KINDS = (
     "flat",
@@ -293,10 +294,12 @@ def test_a_machine_that_saturates_leaves_out_values_only(monkeypatch, used):
         pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
         out.copy_(pairs.sum(-1) - 128 * codes.int().sum(-1))
 
-    assert keys.int8_is_exact()
-    monkeypatch.setattr(keys, "int8_product", saturating)
+    monkeypatch.setattr(keys, "int8_product", lambda query, codes, out: out.copy_(query.int() @ codes.int().T))
     keys.int8_is_exact.cache_clear()
     try:
+        assert keys.int8_is_exact()
+        monkeypatch.setattr(keys, "int8_product", saturating)
+        keys.int8_is_exact.cache_clear()
         assert not keys.int8_is_exact()
         q, k, v, s = draw("needle", 0)
         screened = ScreenedKeys(k)
@@ -366,11 +369,8 @@ def test_under_torch_compile_it_is_the_same():
         assert worst(compiled(q, v) / 2, exact(q, k, v, s)) <= allowed(q, v, 1e-3)
 
 
-def test_heads_that_need_few_keys_read_few(monkeypatch):
+def test_heads_that_need_few_keys_read_few():
     """Diffuse heads: a thousand keys lie above the floor, and few of them hold the weight."""
-    # On any machine, also where torch's own product saturates.
-    monkeypatch.setattr(keys, "int8_product", lambda query, codes, out: out.copy_(query.int() @ codes.int().T))
-    monkeypatch.setattr(keys, "int8_is_exact", lambda: True)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 8, n, 64, generator=generator) for n in (1, 16384, 16384))
     screened = ScreenedKeys(key)

@@ -149,19 +149,22 @@ def _attend(rows, key, value, seen, found):
     few = [who for who in found if len(found[who]) <= FEW]
     if not few:
         return output
-    counts = [len(found[who]) for who in few]
-    kept = np.concatenate([found[who] for who in few])
-    at = (*np.repeat(np.array(few), counts, 0).T, kept)
-    keys, values, of_rows, outputs = _gather(key, at), _gather(value, at), rows.numpy(), output.numpy()
-    stops = np.cumsum(counts)
-    for who, start, stop in zip(few, stops - counts, stops, strict=True):
-        scores = of_rows[who] @ keys[start:stop].T
-        if seen is not None:
-            scores[~seen[who][:, kept[start:stop]].numpy()] = -np.inf
-        top = scores.max(-1, keepdims=True)
-        weights = np.exp(scores - top)
-        outputs[who] = weights @ values[start:stop] / weights.sum(-1, keepdims=True)
-        outputs[who][top[:, 0] == -np.inf] = 0.0  # a row that sees nothing
+    # Shorter heads repeat their keys, and the copies are hidden.
+    counts = np.array([len(found[who]) for who in few])
+    place = np.arange(counts.max())
+    kept = np.array([np.resize(found[who], len(place)) for who in few])
+    batch, head = np.array(few).T
+    at = batch[:, None], head[:, None], kept
+    scores = rows.numpy()[batch, head] @ _gather(key, at).swapaxes(1, 2)
+    hidden = (place >= counts[:, None])[:, None]
+    if seen is not None:
+        hidden = hidden | ~seen.mT.numpy()[at].swapaxes(1, 2)
+    np.copyto(scores, -np.inf, where=hidden)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - top)
+    outputs = weights @ _gather(value, at) / weights.sum(-1, keepdims=True)
+    np.copyto(outputs, 0.0, where=top == -np.inf)  # a row that sees nothing
+    output.numpy()[batch, head] = outputs
     return output
 
 

@@ -1,6 +1,7 @@
 """ScreenedKeys: a growing cache of keys with an int8 copy, the screen, which gives bounds of the scores."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from ssmax.private import int8_matmul
 MIN_KEYS = 4096
 BLOCK = 256  # keys whose bounds are computed together
 RANGE = 5.0  # int8 covers so many standard deviations of a channel; a key beyond them is always kept
-MOST_OPEN = 0.5  # share of a head's blocks above which eight blocks are tried first
+SAMPLE = 2048  # about so many keys of a head that seems flat are tried first
 HIDDEN = torch.iinfo(torch.int32).min  # stands for the product of a key that the query may not see
 
 
@@ -167,10 +168,8 @@ class ScreenedKeys:
         # Upper limit of the errors by rounding the keys, rounding the query, and the roundings in a key's bound.
         reach = _norm(wide) * (1 + 1e-6)
         margin = (_norm(wide - codes * step) + 2**-20 * reach) * self._longest.numpy()[at][:, None]
-        by_block = products.unflatten(-1, (-1, BLOCK))
-        lost = self._lost.room(room).unflatten(-1, (-1, BLOCK)).numpy()
-        most = self._most.filled.numpy()[at]
-        return _candidates(by_block, step[..., 0], reach, margin, lost, most, at, size, tolerance, most_kept)
+        lost, most = self._lost.room(room).numpy(), self._most.filled.numpy()[at]
+        return _candidates(products, step[..., 0], reach, margin, lost, most, at, size, tolerance, most_kept)
 
     def worth_trying(self, batch: int, head: int) -> bool:
         """Return whether to try this head's screen in this step. A head that stays flat is tried less and less often."""
@@ -201,41 +200,44 @@ class ScreenedKeys:
         self._patience[batch, head] = (pause, pause)
 
 
-def _candidates(by_block, step, reach, margin, lost, most, at, size, tolerance, most_kept):
+def _candidates(products, step, reach, margin, lost, most, at, size, tolerance, most_kept):
     """Return the keys to read by head, from bounds of their scores.
 
     A score is step * product +- (reach * lost + margin), and the largest score of a row is at least
     lowest. This is numpy, whose calls on few numbers take a fifth of the time of torch's.
     """
-    largest, products = step[..., None] * by_block.amax(-1).numpy(), by_block.numpy()
+    by_block, products = products.unflatten(-1, (-1, BLOCK)), products.numpy()
     spread = reach[..., None] * most[:, None] + margin[..., None]
-    lowest = (largest - spread).max(-1, keepdims=True)
+    lowest = (step[..., None] * by_block.amax(-1).numpy() - spread).max(-1)
     # Half the tolerance is for keys below this floor: all of them together weigh less than it, compared with the largest key alone.
     floor = math.log(tolerance / 2 / size) - 1e-4
-    open_blocks = (largest + spread >= lowest + floor).any(1)
     # A key of a block can matter only if its product is at least this. A hidden key's never is.
-    least = np.clip(np.floor((lowest + floor - spread) / step[..., None]), HIDDEN + 1, -HIDDEN - 1).astype(np.int32)
-    sample = np.arange(products.shape[2] * BLOCK).reshape(-1, BLOCK)[:: max(1, products.shape[2] // 8)].ravel()
+    least = np.clip(np.floor((lowest[..., None] + floor - spread) / step[..., None]), HIDDEN + 1, -HIDDEN - 1)
+    possible = (by_block.numpy() >= least.astype(np.int32)[..., None]).any(1).reshape(len(step), -1)
 
-    def bounds_of(i, keys):
-        """Return upper bounds of a head's scores minus lowest, (R, number of keys)."""
-        bounds = products[i].reshape(len(step[i]), -1)[:, keys] * step[i][:, None] + margin[i][:, None] - lowest[i]
-        return bounds + reach[i][:, None] * lost[(*(x[i] for x in at), *np.divmod(keys, BLOCK))]
+    def bounds_of(head, keys):
+        """Return upper bounds of scores minus lowest, (number of keys, R)."""
+        room = reach[head] * lost[at[0][head], at[1][head], keys][:, None]
+        return products[head, :, keys] * step[head] + (margin - lowest)[head] + room
 
+    kept = [np.flatnonzero(row) for row in possible]
+    for head, keys in enumerate(kept):
+        if len(keys) > 3 * most_kept * size:
+            few = keys[:: 1 + len(keys) // SAMPLE]
+            share = (bounds_of(np.full(len(few), head), few) >= floor).any(-1).mean()
+            if share * len(keys) > 3 * most_kept * size:
+                kept[head] = keys[:0]
+    counts = [len(keys) for keys in kept]
+    upper = bounds_of(np.repeat(np.arange(len(kept)), counts), np.concatenate(kept))
+    needed = (upper >= floor).any(-1)
     result: list[np.ndarray | None] = []
-    for i, blocks in enumerate(open_blocks):
-        crowded = blocks.mean() > MOST_OPEN
-        if crowded and (bounds_of(i, sample) >= floor).any(0).mean() > 3 * most_kept:
-            result.append(None)
-            continue
-        kept = np.flatnonzero((products[i] >= least[i][..., None]).any(0) & blocks[:, None])
-        upper = bounds_of(i, kept)
-        needed = (upper >= floor).any(0)
-        if needed.sum() > size / 64:
-            spreads = torch.from_numpy(spread[i].max(-1, keepdims=True))
-            needed = _by_mass(torch.from_numpy(upper), spreads, tolerance / 2).numpy()
-        kept = kept[needed]
-        result.append(kept if 0 < len(kept) <= most_kept * size else None)
+    for head, (keys, stop) in enumerate(zip(kept, itertools.accumulate(counts), strict=True)):
+        bounds, matters = (x[stop - len(keys) : stop] for x in (upper, needed))
+        if np.count_nonzero(matters) > size / 64:
+            spreads = torch.from_numpy(spread[head].max(-1, keepdims=True))
+            matters = _by_mass(torch.from_numpy(bounds).T, spreads, tolerance / 2).numpy()
+        keys = keys[matters]
+        result.append(keys if 0 < len(keys) <= most_kept * size else None)
     return result
 
 
@@ -300,7 +302,7 @@ def int8_is_exact() -> bool:
     try:
         ends = torch.tensor([[127, -127]], dtype=torch.int8).repeat(4, 48)
         codes = torch.cat([ends, ends.abs(), -ends.abs(), ends.flip(1)]).repeat(64, 1)
-        for rows in (ends, ends.abs(), ends[:1]):
+        for rows in (ends, ends.abs(), ends[:1], ends.repeat(16, 1)):
             for size in (16, 64, 96):
                 out = torch.empty(len(codes), len(rows), dtype=torch.int32).t()
                 int8_product(rows[:, :size], codes[:, :size].contiguous(), out)

@@ -1,8 +1,9 @@
 """convert, revert, converted: for transformers models and for any other torch.nn.Module."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ def convert(
     *,
     train_length: int | None = None,
     bias: bool | None = None,
-    layers: list[int] | list[str] | None = None,
+    layers: Iterable[int | str] | None = None,
     law: str = "ssmax",
     law_parameters: dict[str, float] | None = None,
     example: Any = None,
@@ -84,7 +85,10 @@ def convert(
         >>> ssmax.convert(encoder, train_length=512)
         >>> ssmax.convert(my_gpt, "identity", example=(tokens,))
     """
-    options = Options(init, train_length, bias, layers, law, law_parameters or {}, example, cross)
+    for name, value in {"bias": bias, "cross": cross}.items():
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+    options = Options(init, train_length, bias, _listed(layers), law, law_parameters or {}, example, cross)
     whole = _transformers_model(model)
     if whole is not None:
         from ssmax import hf
@@ -96,6 +100,16 @@ def convert(
     else:
         raise TypeError(f"convert needs a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _listed(layers):
+    """Return layers as a list of names and indices, or None."""
+    if layers is None:
+        return None
+    listed = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str | bytes) else [None]
+    if any(isinstance(x, bool) or not isinstance(x, Integral | str) for x in listed):
+        raise ValueError(f"layers must be a list of names or indices, as in ['encoder.0'] or [0, 3]; got {layers!r}")
+    return [x if isinstance(x, str) else int(x) for x in listed]
 
 
 def _refuse_inner(model):
@@ -121,6 +135,8 @@ def revert(model: Any) -> Any:
     """
     whole = _transformers_model(model)
     if whole is None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"revert needs a torch.nn.Module, got {type(model).__name__}")
         modules.revert(model)
     else:
         from ssmax import hf

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 # Names under which a softmax reaches a TorchFunctionMode.
-SOFTMAX_CALLS = {"softmax", "_softmax", "_safe_softmax"}
+SOFTMAX_CALLS = {"softmax", "_softmax", "_safe_softmax", "special_softmax", "softmin"}
 
 
 def hidden_from_modes() -> Any:

@@ -307,11 +307,33 @@ class ItsOwnCall(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(q, q, q)[:, 0], None
 
 
+def by_hand(q):
+    return (q @ q.mT).softmax(-1) @ q
+
+
+class ByAHelper(LlamaAttention):
+    def forward(self, hidden_states, *args, **kwargs):
+        return by_hand(self.q_proj(hidden_states)), None
+
+
+class Mixed(LlamaForCausalLM):
+    """Mixes its logits by an attention of torch's."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mix = torch.nn.MultiheadAttention(config.vocab_size, 1)
+
+
+def test_torchs_attention_beside_a_decoders_is_named():
+    with pytest.raises(ValueError, match=r"mix \(MultiheadAttention\) attends without"):
+        ssmax.convert(Mixed(tiny_config("llama")), 0.5)
+
+
 def test_attention_of_the_users_own_in_a_decoder():
     model = LlamaForCausalLM(tiny_config("llama"))
     model.model.layers[0].self_attn.__class__ = Wrapper
     assert ssmax.convert(copy.deepcopy(model), 0.5).config.ssmax["layers"] == [0, 1]
-    for kind in (ByHand, ItsOwnCall):
+    for kind in (ByHand, ByAHelper, ItsOwnCall):
         attention = copy.deepcopy(model.model.layers[1].self_attn)
         attention.__class__ = kind
         model.model.layers[0].self_attn = attention

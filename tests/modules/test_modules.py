@@ -1,6 +1,7 @@
 """Any torch.nn.Module whose attention is torch's function: exact, loud where it is not, and back again bit for bit."""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -101,6 +102,46 @@ def test_a_core_that_is_given_heads_is_told_by_the_module_around_it():
     assert ssmax.convert(made(Core), 0.5, example=(x,)).attend.ssmax
     with pytest.raises(ValueError, match=r"cross attention \(attend\)"):
         ssmax.convert(made(Core), 0.5, example=(x, context))
+
+
+class Projected(nn.Module):
+    """Self-attention whose own projections come before nn.MultiheadAttention, or a core that norms (B, N, H, D), or a cache."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.qkv = way, nn.Linear(WIDTH, 3 * WIDTH)
+        cores = {
+            "multihead": functools.partial(nn.MultiheadAttention, WIDTH, HEADS, batch_first=True),
+            "normed": Normed,
+        }
+        self.core = cores.get(way, nn.Identity)()
+        self.register_buffer("cache", torch.zeros(2, 2, HEADS, 16, WIDTH // HEADS))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.way == "multihead":
+            return self.core(q, k, v, need_weights=False)[0]
+        if self.way == "normed":
+            return self.core(*(part.unflatten(-1, (HEADS, -1)) for part in (q, k, v)))
+        for kept, new in zip(self.cache, (k, v), strict=True):
+            kept[:, :, : x.shape[1]].copy_(split(new))
+        return merge(F.scaled_dot_product_attention(split(q), *self.cache[..., : x.shape[1], :]))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH // HEADS)
+
+    def forward(self, q, k, v):
+        q, k, v = (part.transpose(1, 2) for part in (self.norm(q), self.norm(k), v))
+        return merge(F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("way", ["multihead", "normed", "cache"])
+def test_projections_norms_and_caches_do_not_make_it_cross_attention(way):
+    model = ssmax.convert(made(Projected, way), 0.5, example=(inputs(2, 5, WIDTH),))
+    assert any(name.endswith("ssmax") for name, _ in model.named_modules())
 
 
 class Sdpa(nn.Module):
@@ -246,7 +287,7 @@ def test_a_checkpoint_inside_of_a_forward_is_never_softmax_in_silence():
             return checkpoint(F.scaled_dot_product_attention, q, q, q, use_reentrant=self.reentrant)
 
     q = inputs(2, HEADS, 5, 8).requires_grad_()
-    with pytest.raises(ValueError, match="use_reentrant=False"):
+    with pytest.raises(ValueError, match="Checkpoint the whole module instead"):
         ssmax.convert(Model(True), 0.5, example=(q,))(q)
     with pytest.raises(CheckpointError):
         ssmax.convert(Model(False), 0.5, example=(q,))(q).sum().backward()
@@ -386,6 +427,56 @@ def test_attention_that_an_example_does_not_run_is_named():
     assert not hasattr(ssmax.convert(made(Half), 0.5, layers=["first"], example=(x,)).second, "ssmax")
 
 
+def test_another_kind_of_attention_that_an_example_does_not_run_is_named():
+    class Half(Beside):
+        def forward(self, x):
+            return self.attn(x)
+
+    with pytest.raises(ValueError, match=r"other \(Late\) did not run in the example"):
+        ssmax.convert(made(Half, Late()), 0.5, example=(inputs(2, 5, WIDTH),))
+
+
+class Late(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def attend(q):
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+renamed, partial = F.scaled_dot_product_attention, functools.partial(F.scaled_dot_product_attention, is_causal=True)
+
+
+class Indirect(nn.Module):
+    """Calls attention by a helper, by another name, or with weights of its own."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.heads = nn.MultiheadAttention(WIDTH, HEADS)
+        of_way = {"helper": Indirect.helper, "renamed": Indirect.renamed, "partial": Indirect.partial}
+        self.__class__ = type("Way", (nn.Module,), {"forward": of_way.get(way, Indirect.weights)})
+
+    def helper(self, x):
+        return attend(x)
+
+    def renamed(self, x):
+        return renamed(x, x, x)
+
+    def partial(self, x):
+        return [partial(x, x, x) for _ in range(1)]
+
+    def weights(self, x):
+        ours = self.heads
+        return F.multi_head_attention_forward(x, x, x, WIDTH, HEADS, ours.in_proj_weight, None, None, None, False, 0.0)
+
+
+@pytest.mark.parametrize("way", ["helper", "renamed", "partial", "weights"])
+def test_without_an_example_attention_is_named_however_it_is_called(way):
+    with pytest.raises(ValueError, match=r"0 \(Way\) calls attention too"):
+        ssmax.convert(nn.Sequential(Indirect(way), nn.MultiheadAttention(WIDTH, HEADS)), 0.5)
+
+
 @pytest.mark.parametrize("other", [lambda: Attention(), lambda: Attention(fused=False)])
 def test_without_an_example_other_attention_is_named(other):
     class Both(nn.Module):
@@ -491,6 +582,52 @@ def test_what_is_refused_leaves_the_model_as_it_was(build, options, words):
     assert list(model.state_dict()) == list(before)
     assert {name: dict(vars(m)) for name, m in model.named_modules()} == attributes
     assert not any(type(m).__name__.startswith("SSMax") for m in model.modules())
+
+
+def test_layers_may_be_any_iterable_of_names():
+    build = functools.partial(nn.TransformerEncoderLayer, WIDTH, HEADS, 24, batch_first=True)
+    assert ssmax.convert(build(), 0.5, layers=(name for name in ["self_attn"])).self_attn.ssmax
+    for layers in (3, "self_attn", [True], [0.0]):
+        with pytest.raises(ValueError, match="layers must be a list of names or indices"):
+            ssmax.convert(build(), 0.5, layers=layers)
+    for option in ("bias", "cross"):
+        with pytest.raises(ValueError, match=f"{option} must be True or False, got 'no'"):
+            ssmax.convert(build(), 0.5, **{option: "no"})
+
+
+def test_a_class_that_registers_its_subclasses_is_asked_for_none():
+    class Registered(Attention):
+        def __init_subclass__(cls, tag):
+            raise AssertionError
+
+    model = ssmax.convert(made(Registered), 0.5, example=(inputs(2, 5, WIDTH),))
+    assert ssmax.revert(model).__class__ is Registered
+
+
+def test_one_query_for_a_batch_of_keys_counts_each_rows_own():
+    class Latents(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Parameter(torch.randn(1, HEADS, 3, 8))
+
+        def forward(self, k, seen):
+            return F.scaled_dot_product_attention(self.q, k, k, seen)
+
+    k, mask = inputs(2, HEADS, 9, 8), torch.arange(9) < torch.tensor([9, 5])[:, None]
+    plain = made(Latents)
+    model, scales = converted(plain, (k, mask[:, None, None]), cross=True)
+    got = model(k, mask[:, None, None])
+    with Naive(*((s, b, mask[:, None, None]) for s, b in scales)):
+        close(got, F.scaled_dot_product_attention(plain.q.expand(2, -1, -1, -1), k, k, mask[:, None, None]))
+    close(got[1:], model(k[1:, :, :5], None))
+
+
+def test_heads_folded_into_the_batch_share_a_scale_and_say_so():
+    class Folded(Sdpa):
+        num_heads = HEADS
+
+    with pytest.warns(UserWarning, match="says that it has 4 heads, and calls attention with a query that has 1"):
+        ssmax.convert(Folded(), 0.5, example=(inputs(2 * HEADS, 5, 8),) * 3)
 
 
 def test_twice_is_refused_and_no_module_is_no_model():
@@ -618,6 +755,23 @@ def test_it_compiles_whole_and_exports(build, backend):
     for strict in (False, True):
         program = torch.export.export(model, example, strict=strict)
         close(program.module()(*example), want)
+
+
+class Unflattened(nn.Module):
+    def forward(self, x):
+        q = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("build", [Unflattened, lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True)])
+def test_it_compiles_once_for_all_inputs_of_a_shape(build):
+    model, programs = ssmax.convert(made(build), 0.5, example=(inputs(2, 5, WIDTH),)), []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: programs.append(graph) or graph)
+    for seed in range(3):
+        close(compiled(inputs(2, 5, WIDTH, seed=seed)), model(inputs(2, 5, WIDTH, seed=seed)))
+    assert len(programs) == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

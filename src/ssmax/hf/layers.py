@@ -54,7 +54,9 @@ def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
     """
     family = model.config.model_type.removeprefix("ssmax_")
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{family} is an encoder-decoder model; only decoder-only language models can be converted")
+        if not any(_dispatches(module) for module in model.modules()):
+            raise ValueError(f"no attention of {family} can be converted: {_reason(model)}")
+        raise ValueError(f"{family} is an encoder-decoder model, whose layers have names and no indices")
     text_config = model.config.get_text_config(decoder=True)
     # The language model inside a larger one may see its prompt whole (PaliGemma), and is causal all the same.
     prompted = model.config is not text_config and model.can_generate()
@@ -114,7 +116,9 @@ def part_by_hand(model: PreTrainedModel) -> str | None:
 def own_part_by_hand(model: PreTrainedModel) -> str | None:
     """Return the name of a module that attends without the interface, by code that is not transformers' own, or None."""
     for name, module in _undispatched(model):
-        own = not type(module).__module__.startswith("transformers.") and attends_itself(type(module))
+        of_torch = isinstance(module, nn.MultiheadAttention)
+        writer = model.get_submodule(name.rpartition(".")[0]) if of_torch else module
+        own = not type(writer).__module__.startswith("transformers.") and (of_torch or attends_itself(type(module)))
         if own or ("Attention" in type(module).__name__ and _is_patched(module)):
             return f"{name} ({type(module).__name__})"
     return None
@@ -209,6 +213,7 @@ def refuse_own_law(module: Any, family: str) -> None:
         "position_bias" in inspect.signature(inspect.unwrap(type(module).forward)).parameters
         or any("relative_position_bias" in name for name, _ in module.named_parameters())
         or any(getattr(config, name, False) for name in switches)
+        or str(getattr(module, "position_embeddings_type", "")).startswith("relative")
     ):
         raise ValueError(
             f"{family} adds a bias of the position to its logits ({type(module).__name__}), which s log n would multiply or not: two "

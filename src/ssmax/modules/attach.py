@@ -39,16 +39,16 @@ class AttentionScope(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in CALLS:
-            return func(*args, **kwargs)
+        if func not in CALLS:  # torch.compile cannot trace Tensor.unflatten here
+            return (torch.unflatten if func is Tensor.unflatten else func)(*args, **kwargs)
         self.calls += 1
         if self.scale is None:
             with hidden_from_modes():
                 return func(*args, **kwargs)
         if self.learns and not torch.is_grad_enabled():
             raise ValueError(
-                "attention is called without gradients inside a forward with gradients, as in a reentrant checkpoint; its second "
-                "pass would not be scaled. Checkpoint the whole module instead, or use use_reentrant=False"
+                "attention is called without gradients inside a forward with gradients, as in a checkpoint of a part of the module, whose "
+                "second pass would not be scaled. Checkpoint the whole module instead; it may run under torch.no_grad as a whole"
             )
         return CALLS[func](self.scale, *args, **kwargs)
 
@@ -58,6 +58,10 @@ class Changed:
 
     ssmax_kind: type["Changed"]
     ssmax_base: type[nn.Module]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "ssmax_base" not in vars(cls):  # a changed class is no subclass of its own, which a base might register
+            super().__init_subclass__(**kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, arguments, *rest = super().__reduce_ex__(protocol)
@@ -134,8 +138,10 @@ class Multihead(_NoFastPath, _Watched):
         """Attend like nn.MultiheadAttention, with SSMax; same arguments, shapes and results."""
         turned = self.batch_first and query.ndim == 3 and not query.is_nested
         if turned:
-            turn = {id(x): x.transpose(0, 1) for x in (query, key, value)}  # self-attention stays one tensor
-            query, key, value = (turn[id(x)] for x in (query, key, value))
+            first = query.transpose(0, 1)  # self-attention stays one tensor; torch.compile guards on id()
+            second = first if key is query else key.transpose(0, 1)
+            value = second if value is key else first if value is query else value.transpose(0, 1)
+            query, key = first, second
         output, weights = multihead.attend(
             _scale_of(self),
             query,

@@ -56,11 +56,24 @@ def convert(model: nn.Module, options: Options) -> None:
         modules[name].ssmax = scale
     for module, kind in [*_neighbours(modules, found, scales)]:
         attach.change(module, kind)
-    repeated = [name or type(model).__name__ for name in chosen if len(found[name].heads) > 1]
+    _warn(modules, found, chosen)
+
+
+def _warn(modules, found, chosen):
+    """Warn of values of s that are shared."""
+    repeated = [name or type(modules[name]).__name__ for name in chosen if len(found[name].heads) > 1]
     if repeated:
         warnings.warn(
-            f"called more than once in a forward, with one scale for all calls: {', '.join(repeated)}", stacklevel=4
+            f"called more than once in a forward, with one scale for all calls: {', '.join(repeated)}", stacklevel=5
         )
+    for name in chosen:
+        said = _heads_said(modules[name])
+        if said and found[name].heads[0] not in said:
+            warnings.warn(
+                f"{_shown(modules, name)} says that it has {said[0]} heads, and calls attention with a query that has "
+                f"{found[name].heads[0]} in their place; it gets so many values of s, each shared by what is folded into the batch",
+                stacklevel=5,
+            )
 
 
 def revert(model: nn.Module) -> None:
@@ -92,13 +105,14 @@ def _check_seen(modules, chosen, layers):
 
 
 def _check_all_ran(modules, trial: Found, layers):
-    """Raise ValueError if a module that attends, or one of the same class, did not run in the example."""
+    """Raise ValueError if a module that attends, or one of the same class, or with attention in its code, did not run in the example."""
     kinds = {type(modules[name]) for name in trial.sites}
     idle = [
         name
         for name, module in modules.items()
         if name not in trial.sites and (layers is None or name in layers)
-        if isinstance(module, nn.MultiheadAttention) or (name not in trial.ran and type(module) in kinds)
+        if isinstance(module, nn.MultiheadAttention)
+        or (name not in trial.ran and (type(module) in kinds or attends_itself(type(module))))
     ]
     if idle:
         raise ValueError(
@@ -153,10 +167,10 @@ def _chosen(model, found, layers, cross, example):
 
 def _scale(name, module, site, values):
     """Return the scale of a module, or raise ValueError if it cannot have one."""
-    shown = f"{name or 'the model'} ({type(module).__name__})"
+    shown = _shown({name: module}, name)
     if len(set(site.heads)) > 1:
         raise ValueError(f"{shown} calls attention with {sorted(set(site.heads))} heads; one scale cannot serve both")
-    said = [getattr(module, name) for name in HEADS if isinstance(getattr(module, name, None), int)]
+    said = _heads_said(module)
     if site.dimensions > 4 and said and site.heads[0] not in said:
         raise ValueError(
             f"{shown} says that it has {said[0]} heads, and calls attention with a query of {site.dimensions} dimensions, whose third last "
@@ -169,6 +183,10 @@ def _scale(name, module, site, values):
     if isinstance(module, nn.MultiheadAttention):
         multihead.check(module.bias_k, module.add_zero_attn)
     return SSMaxScale(site.heads[0], **values).to(site.device)
+
+
+def _heads_said(module):
+    return [getattr(module, name) for name in HEADS if isinstance(getattr(module, name, None), int)]
 
 
 def _kind(module):

@@ -1,10 +1,11 @@
 """Which modules of a model call attention, found by one forward of a copy that shares its parameters."""
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,11 @@ from ssmax.private import SOFTMAX_CALLS, compiler_is_loaded
 from ssmax.visible import as_bool
 
 # The functions by which queries and keys become logits; linear counts if its weight is not a parameter.
-PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner", "linear"}
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "bmm", "mm", "baddbmm", "addbmm", "addmm"}
+PRODUCTS |= {"einsum", "tensordot", "inner", "linear"}
+# Functions of torch that attend. Code that names one of them attends itself.
+ATTEND = {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
+ATTEND |= {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
 
 
 @dataclass
@@ -63,10 +68,30 @@ def attends_itself(kind: type[nn.Module]) -> bool:
     """Return whether the code of a class calls attention or computes it by hand. Code of torch itself does not count."""
     own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
     functions = [x for base in own for x in vars(base).values() if inspect.isfunction(x)]
-    names = {name for function in functions for name in inspect.unwrap(function).__code__.co_names}
+    names = set().union(*(_names(inspect.unwrap(function)) for function in functions))
     called = " ".join(base.__name__.lower() for base in kind.__mro__)
     by_hand = "softmax" in names and ("attention" in called or "attn" in called)
-    return by_hand or bool(names & {"scaled_dot_product_attention", "flex_attention"})
+    return by_hand or bool(names & ATTEND)
+
+
+def _names(function, helpers=True):
+    """Return the names in a function's code, those of the functions behind them, and those in the code of plain helpers."""
+    codes, found = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        found |= {*code.co_names}
+        codes += [x for x in code.co_consts if inspect.iscode(x)]
+    values = [function.__globals__.get(name) for name in found]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            values.append(cell.cell_contents)
+    for value in values:
+        while isinstance(value, functools.partial):
+            value = value.func
+        found.add(getattr(value, "__name__", ""))
+        if helpers and inspect.isfunction(value) and not value.__module__.startswith("torch."):
+            found |= _names(value, helpers=False)
+    return found
 
 
 def multihead_sites(model: nn.Module) -> dict[str, Site]:
@@ -163,6 +188,9 @@ class _Recorder(TorchFunctionMode):
             self.made_from.setdefault(id(tensor), []).extend(sources)
             self.made_by[id(tensor)] = name
             self.kept.append(tensor)
+            if tensor._base is not None and any(tensor is x for x in sources):  # written in place, through a view
+                self.made_from.setdefault(id(tensor._base), []).extend(sources)
+                self.kept.append(tensor._base)
         return output
 
     def _note_by_hand(self, operands):
@@ -222,8 +250,19 @@ class _Recorder(TorchFunctionMode):
             if stream is None:
                 return query.shape[-2] != key.shape[-2]
             if not (stream.ndim > 3 and stream.shape == query.shape):
-                return not any(id(x) in of_key for x in given if _same(x, stream))
+                origin = self._origin(stream)
+                return not any(id(x) in of_key and (_same(x, stream) or self._origin(x) is origin) for x in given)
         return False
+
+    def _origin(self, tensor):
+        """Return what a tensor was made from by steps with one input, such as projections, norms and reshapes."""
+        seen = set()
+        while id(tensor) not in seen:
+            seen.add(id(tensor))
+            sources = {id(x): x for x in self.made_from.get(id(tensor), ()) if not self._is_weight(x)}
+            if len(sources) == 1:
+                (tensor,) = sources.values()
+        return tensor
 
     def _ancestors(self, tensor):
         """Return all tensors that a tensor was made from, itself included, by id."""

@@ -18,7 +18,7 @@ class Options:
     init: str | float
     train_length: int | None
     bias: bool | None
-    layers: list[int] | list[str] | None
+    layers: list[int | str] | None
     law: str
     law_parameters: dict[str, float]
     example: Any

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ssmax import modules
+from ssmax.arguments import check_flag
 from ssmax.modules.conversion import Options
 from ssmax.modules.whole import whole_or_not_at_all
 
@@ -72,7 +73,7 @@ def convert(
         unconverted model, or an unconverted one into it, fails because of the keys.
 
     Raises:
-        TypeError: model is not a torch.nn.Module.
+        TypeError: model is not a torch.nn.Module; bias or cross is not a bool.
         ValueError: nothing to convert, a converted model, an argument that does not fit, or
             attention for which SSMax is not defined (a bias on the logits, keys that are not
             tokens, another law of n). The model stays as it was.
@@ -85,9 +86,8 @@ def convert(
         >>> ssmax.convert(encoder, train_length=512)
         >>> ssmax.convert(my_gpt, "identity", example=(tokens,))
     """
-    for name, value in {"bias": bias, "cross": cross}.items():
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+    check_flag(cross, "cross")
+    check_flag(bias or False, "bias")
     options = Options(init, train_length, bias, _listed(layers), law, law_parameters or {}, example, cross)
     whole = _transformers_model(model)
     if whole is not None:

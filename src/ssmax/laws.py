@@ -134,7 +134,14 @@ class LawScale(QueryScale):
         odd = [name for name, value in self.fixed.items() if not is_number(value)]
         if odd:
             raise ValueError(f"law {law!r} takes finite numbers, got {odd[0]} = {self.fixed[odd[0]]!r}")
-        LAWS[law](torch.ones(1), **parameters)
+        x = 2.0 ** torch.arange(41, device="cpu") - int(LAWS[law].of == "p")
+        try:
+            finite = bool(LAWS[law](x, **parameters).isfinite().all())
+        except (ArithmeticError, ValueError):  # of Python's own functions
+            finite = False
+        if not finite:
+            shown = ", ".join(f"{name} = {value!r}" for name, value in self.fixed.items())
+            raise ValueError(f"law {law!r} is not a finite number for every n with {shown}")
         self.starts = {name: float(self.fixed.pop(name)) for name in LAWS[law].learned}
         for name in self.starts:
             heads = whole_number(num_heads, "num_heads", 1)

@@ -43,6 +43,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
+def base_of(view: Tensor) -> Tensor | None:
+    """Return the tensor whose memory a view shares, or None."""
+    return view._base
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Return whether torch.func.vmap runs over a dimension of the tensor, so that its values cannot be read."""
     return torch._C._functorch.is_batchedtensor(tensor)

@@ -12,6 +12,8 @@ from torch.nn.functional import gelu, linear
 from ssmax.scaling import log_visible, matched_scale
 from ssmax.visible import rows_of
 
+WIDEST = 65_536  # hidden size of the query-aware law
+
 
 class QueryScale(nn.Module):
     """A module that multiplies the queries of one attention layer. Its parameters are float32.
@@ -80,7 +82,7 @@ class QueryAwareScale(QueryScale):
     Args:
         num_heads: query heads, H.
         head_size: D.
-        hidden_size: hidden size of both networks, at least 2.
+        hidden_size: hidden size of both networks, 2 to 65,536.
         s: starting value of s. Default: ssmax.matched_scale(1024).
         b: starting value of b; s = 0 and b = 1 is softmax.
 
@@ -101,9 +103,9 @@ class QueryAwareScale(QueryScale):
         sizes = {"num_heads": num_heads, "head_size": head_size, "hidden_size": hidden_size}
         # Numbers of the command line come as 64.0.
         wrong = [name for name, size in sizes.items() if not is_number(size) or size != int(size) or size < 1]
-        if wrong or hidden_size < 2:
+        if wrong or not 2 <= hidden_size <= WIDEST:
             name = (*wrong, "hidden_size")[0]
-            raise ValueError(f"{name} must be a positive integer, hidden_size at least 2, got {sizes[name]!r}")
+            raise ValueError(f"{name} must be a positive integer, hidden_size 2 to {WIDEST}, got {sizes[name]!r}")
         if not is_number(s) or not is_number(b):
             raise ValueError(f"s and b must be finite numbers, got {s!r} and {b!r}")
         self.num_heads, self.head_size, hidden_size = int(num_heads), int(head_size), int(hidden_size)

@@ -232,7 +232,7 @@ def test_query_awareness_and_a_softcap_exclude_each_other():
         ({"law": "ssmax-power", "init": "identity"}, "'ssmax-power' starts from law_parameters; init and bias belong"),
         ({"law": "temperature", "law_parameters": {"s": 1.0}}, "takes t; it does not take s"),
         ({"law": "ssmax-power", "law_parameters": {"gamma": math.nan}}, "finite numbers, got gamma = nan"),
-        ({"law": "query-aware", "law_parameters": {"hidden_size": 1}}, "hidden_size at least 2, got 1"),
+        ({"law": "query-aware", "law_parameters": {"hidden_size": 1}}, "hidden_size 2 to 65536, got 1"),
         ({"law": "query-aware", "law_parameters": {"hidden_size": 2.5}}, "got 2.5"),
         ({"law": "query-aware", "law_parameters": {"s": math.inf}}, "finite numbers, got inf"),
         ({"law": "sharpest"}, "law must be ssmax, ssmax-fixed.*ssmax-power, query-aware, temperature; got 'sharpest'"),

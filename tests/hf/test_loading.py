@@ -196,6 +196,25 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
 
 
+def test_buffers_that_are_not_saved_have_their_values(tmp_path):
+    """transformers computes Falcon-H1's multipliers anew when it loads its own models, and not in all custom code."""
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    model = ssmax.convert(tiny_model("falcon_h1", ssm_multipliers=[0.3, 0.5, 0.7, 1.1, 1.3], **mamba), 0.5)
+    model.save_pretrained(tmp_path)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
+    assert any("mup_vector" in name for name in loaded)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(loaded[name], buffer), name
+
+
+def test_a_class_with_the_config_of_another_family_is_refused():
+    """Its Auto class makes a Llama of an InternLM3 config."""
+    model = tiny_model("internlm3")
+    with pytest.raises(ValueError, match=r"'internlm3' and the class LlamaForCausalLM has 'llama'"):
+        ssmax.convert(model)
+    assert type(model) is LlamaForCausalLM
+
+
 @pytest.mark.parametrize("options", [{"max_shard_size": "5KB"}, {"variant": "half"}])
 def test_sharded_and_variant_files(folders, options):
     model = AutoModelForCausalLM.from_pretrained(folders / "ssmax")

@@ -591,7 +591,7 @@ def test_layers_may_be_any_iterable_of_names():
         with pytest.raises(ValueError, match="layers must be a list of names or indices"):
             ssmax.convert(build(), 0.5, layers=layers)
     for option in ("bias", "cross"):
-        with pytest.raises(ValueError, match=f"{option} must be True or False, got 'no'"):
+        with pytest.raises(TypeError, match=f"{option} must be True or False, got str"):
             ssmax.convert(build(), 0.5, **{option: "no"})
 
 

@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -25,7 +26,7 @@ from transformers import (
     logging,
 )
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 warnings.filterwarnings("ignore")
 logging.set_verbosity_error()
@@ -69,12 +70,27 @@ def precision_and_heads(folder, model, jobs):
         got, want = model.lm_head(hidden), model(jobs["tokens"], attention_mask=jobs["mask"]).logits
     seen = jobs["mask"] > 0
     torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=1e-4)
-    AutoModelForSequenceClassification.from_config(model.config, trust_remote_code=True)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    classifier.config.pad_token_id = 0
+    with torch.no_grad():
+        assert torch.equal(classifier.model(jobs["tokens"], attention_mask=jobs["mask"]).last_hidden_state, hidden)
+        classifier(jobs["tokens"], attention_mask=jobs["mask"])
     decayed = Trainer.get_decay_parameter_names(None, model)  # as the model card says
     assert [name for name in decayed if ".ssmax." in name] == [
         f"model.layers.{i}.self_attn.ssmax.weight" for i in range(2)
     ]
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def adapters_and_other_models(folder, jobs):
+    base = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        want = base(jobs["tokens"]).logits
+        adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["ssmax"])).eval()
+        assert torch.equal(adapted(jobs["tokens"]).logits, want)
+    q = torch.randn(1, 2, 3, 8)
+    for kernel in (ALL_ATTENTION_FUNCTIONS.get_interface(name, packing) for name in ("sdpa", "eager")):
+        kernel(torch.nn.Module(), q, q, q, attention_mask=None, scaling=1.0, position_ids=torch.arange(3)[None])
 
 
 def refusals(folder, softcapped, model, jobs):
@@ -145,6 +161,7 @@ def main():
     assert type(models[folders[-1]]) is transformers.SSMaxLlamaForCausalLM  # where transformers serve looks for it
     first = models[folders[0]]
     precision_and_heads(folders[0], first, jobs)
+    adapters_and_other_models(folders[0], jobs)
     refusals(folders[0], softcapped, first, jobs)
     first.save_pretrained(f"{folders[0]}-again")
     again = AutoModelForCausalLM.from_pretrained(f"{folders[0]}-again", trust_remote_code=True).eval()

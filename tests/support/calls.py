@@ -196,9 +196,10 @@ def _softmax(rng):
     if rng.random() < 0.3:
         z = z.masked_fill(torch.tensor(rng.random(shape) < 0.4), -math.inf)
     arguments = {"z": z, "dim": dim}
+    lowest = 0.0 if z.isinf().any() else -0.5  # a negative multiplier makes a hidden key infinitely large
     for name in ("s", "b"):
         if rng.random() < 0.7:
-            number = rng.uniform(-0.5, 1.5, [(), tuple(row)][rng.integers(2)])
+            number = rng.uniform(lowest, 1.5, [(), tuple(row)][rng.integers(2)])
             arguments[name] = float(number) if number.ndim == 0 else torch.tensor(number)
     if rng.random() < 0.4:
         n = rng.integers(0, 9, [(), tuple(row)][rng.integers(2)])

@@ -62,6 +62,11 @@ class SSMaxModel(PreTrainedModel):
         attach(self)
         shard_by_heads(self)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return what the softmax class returns: from custom code, transformers leaves some buffers without values."""
+        return softmax_class(cls).is_custom_code()
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QueryScale):
             if not private.is_initialized(module):

@@ -38,6 +38,11 @@ def convert(model: PreTrainedModel, options: Options) -> None:
         )
     config: Any = model.config
     base = type(model)
+    if base.config_class is not None and type(config).model_type != base.config_class.model_type:
+        raise ValueError(
+            f"the config is of model type {type(config).model_type!r} and the class {base.__name__} has {base.config_class.model_type!r}; "
+            f"a saved SSMax model could not say both. Use {base.config_class.__name__} for the model, if its values fit"
+        )
     chosen = _chosen_layers(model, options.layers, options.cross)
     available = layers_of(model, chosen)
     for key in chosen:

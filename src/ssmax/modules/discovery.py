@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ssmax.modules import sdpa
 from ssmax.modules.attach import CALLS
-from ssmax.private import SOFTMAX_CALLS, compiler_is_loaded
+from ssmax.private import SOFTMAX_CALLS, base_of, compiler_is_loaded
 from ssmax.visible import as_bool
 
 # The functions by which queries and keys become logits; linear counts if its weight is not a parameter.
@@ -188,9 +188,10 @@ class _Recorder(TorchFunctionMode):
             self.made_from.setdefault(id(tensor), []).extend(sources)
             self.made_by[id(tensor)] = name
             self.kept.append(tensor)
-            if tensor._base is not None and any(tensor is x for x in sources):  # written in place, through a view
-                self.made_from.setdefault(id(tensor._base), []).extend(sources)
-                self.kept.append(tensor._base)
+            base = base_of(tensor)
+            if base is not None and any(tensor is x for x in sources):  # written in place, through a view
+                self.made_from.setdefault(id(base), []).extend(sources)
+                self.kept.append(base)
         return output
 
     def _note_by_hand(self, operands):

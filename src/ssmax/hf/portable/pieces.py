@@ -178,17 +178,17 @@ def visible_keys(implementation, module, query, key, mask, kwargs):
     )
 
 
-def attend(kernel, implementation, module, query, key, value, mask, *args, **kwargs):
+def attend(kernel, implementation, module, query, key, value, attention_mask, *args, **kwargs):
     """Call an attention kernel, the query scaled where the module has a scale."""
     scale = getattr(module, "ssmax", None)
     if scale is not None:  # of whichever checkpoint, or of the package: all are called alike
         given = [name for name in ("softcap", "position_bias") if kwargs.get(name) is not None]
         if given:
             raise ValueError(f"attention with {given[0]} is not SSMax where the query carries the scale")
-        query = scale(query, visible_keys(implementation, module, query, key, mask, kwargs))
+        query = scale(query, visible_keys(implementation, module, query, key, attention_mask, kwargs))
     elif getattr(module, "ssmax_layer", None) is not None:
         raise ValueError(f"{module.ssmax_layer} had a scale of SSMax, which is gone: it would be plain softmax")
-    return kernel(module, query, key, value, mask, *args, **kwargs)
+    return kernel(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def note(scale, inputs, output):
@@ -199,7 +199,8 @@ def note(scale, inputs, output):
 def require(module, inputs, output):
     """Hook of attention: raise ValueError if this forward did not use its scale."""
     used, LAST.used, layer = getattr(LAST, "used", None), None, getattr(module, "ssmax_layer", None)
-    if layer is not None and (used is None or used is not getattr(module, "ssmax", None)):
+    scale = getattr(module, "ssmax", None)
+    if layer is not None and (scale is None or all(used is not part for part in scale.modules())):  # PEFT wraps scales
         raise ValueError(f"the forward of {layer} was replaced and did not use its SSMax scale: it was plain softmax")
     LAST.checked = module
 
@@ -242,7 +243,9 @@ class Converted:
         if not LAW.items() <= {**recipe, **recipe.get("parameters", {})}.items():
             raise ValueError(f"this code computes {LAW}, and config.ssmax says otherwise: it is of another checkpoint")
         super().__init__(config, *args, **kwargs)
-        for name, heads in SCALES.items():
+        # Some heads are made around a model that an Auto class made, which has its scales already.
+        new = {n: h for n, h in SCALES.items() if not hasattr(self.base_model.get_submodule(n), "ssmax_layer")}
+        for name, heads in new.items():
             attention = self.base_model.get_submodule(name)
             if "get_interface" not in inspect.unwrap(type(attention).forward).__code__.co_names:
                 raise ValueError(
@@ -251,8 +254,10 @@ class Converted:
             attention.ssmax, attention.ssmax_layer = Scale(heads), name
             attention.ssmax.register_forward_hook(note)
             attention.register_forward_hook(require)
-        for around in {name.rpartition(".")[0] for name in SCALES}:
+        for around in {name.rpartition(".")[0] for name in new}:
             self.base_model.get_submodule(around).register_forward_hook(require_inside)
+
+    is_custom_code = classmethod(lambda cls: False)  # transformers leaves some buffers of custom code without values
 
     def _init_weights(self, module):
         if isinstance(module, Scale):

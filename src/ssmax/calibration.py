@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ssmax.arguments import whole_number
 from ssmax.conversion import convert, revert
 from ssmax.evaluation import loss_by_position
 from ssmax.evaluation.reading import check_reads_text, eval_mode
@@ -134,6 +135,7 @@ def calibrate(
         >>> print(ssmax.calibrate(model, texts, tokenizer, length=4096))
     """
     check_reads_text(model)
+    seed = whole_number(seed, "seed", 0)
     tokens = piece_length(model.config, length)
     if steps < 1 or not inits or not layer_sets:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
     if figure is not None:
         if figure.suffix not in (".png", ".svg"):
             raise UserError(f"the figure's name must end in .png or .svg, got {figure.name!r}")
-        check_destination(figure)
+        check_destination(figure, file=True)
     quiet()
     model = load_model(source)
     lines = _describe(model)
@@ -172,8 +173,8 @@ def _raise_theta(config: Any, factor: float) -> None:
     if factor == 1:
         return
     rope = getattr(config, "rope_parameters", None) or {}
-    if not factor > 0:
-        raise UserError(f"--theta-factor must be positive, got {factor:g}")
+    if not 0 < factor < math.inf:
+        raise UserError(f"--theta-factor must be positive and finite, got {factor:g}")
     if rope.get("rope_type") != "default":
         raise UserError(f"--theta-factor needs RoPE of type 'default'; the model has {rope.get('rope_type') or 'none'}")
     config.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * factor}

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # How to install this package with its extra NAME, for messages. The package is on no package index yet, and somebody else could
 # publish code under its name there. Change this when it is released.
-INSTALL = "pip install '.[NAME]' in a clone of its repository"
+INSTALL = "pip install '.[NAME]' in a clone of ssmax"
 # Lowest, and the first that is not supported; pyproject.toml says the same.
 SUPPORTED = {"torch": ((2, 6), None), "transformers": ((5, 10), (6, 0))}
 # transformers 5.10 does not load with torch 2.6.

@@ -220,6 +220,8 @@ def test_another_configuration_is_refused_and_the_old_one_kept(finished, corpus)
         (["smoke", "--steps", "0"], ["--steps", "positive"]),
         (["smoke", "--train-length", "20"], ["--train-length"]),
         (["smoke", "--seeds", "-1"], ["--seeds"]),
+        (["smoke", "--seeds", "99999999999999999999"], ["--seeds", "0 to 9.2"]),
+        (["smoke", "--theta", "inf"], ["--theta"]),
         (["smoke", "--models", "paper:be"], ["e is made of a"]),
         (["smoke", "--models", "llama"], ["FORM:LETTERS"]),
     ],
@@ -258,6 +260,32 @@ def test_an_option_of_several_values_that_took_what_follows(arguments, value, ri
     assert capsys.readouterr().err == (
         f"ssmax: {option} took {value!r} as one of its values; put the {meant} first: ssmax {right} ...\n"
     )
+
+
+def test_a_wrong_value_after_the_model_is_wrong_itself(capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["evaluate", "model", "--tasks", "neddle"])
+    assert status.value.code == 2
+    told = capsys.readouterr().err
+    assert "needle" in told
+    assert "put the model first" not in told
+
+
+def test_a_folder_that_is_no_run_keeps_its_files(forks, tmp_path):
+    files = [".draft.tmp", "deep/.cache.tmp/data", "deep/.half.7.tmp"]
+    for name in files:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("precious")
+    command = ["reproduce", "smoke", "--corpus", tmp_path / "nothing.txt", "--out", tmp_path / "out"]
+    one_line(forks.completed(*command), 2, "does not exist")
+    (tmp_path / "out" / "rows.jsonl").write_text("precious")
+    one_line(forks.completed(*command), 2, "rows.jsonl exists, and is not of a run of this folder; give another --out")
+    assert all((tmp_path / "out" / name).read_text() == "precious" for name in [*files, "rows.jsonl"])
+    (tmp_path / "out" / "rows.jsonl").unlink()
+    (tmp_path / "out" / "model").mkdir()
+    command = ["train", tmp_path / "out", "--recipe", "smoke", "--corpus", tmp_path / "nothing.txt"]
+    one_line(forks.completed(*command), 2, "model exists already")
+    one_line(forks.completed(*command, "--timeout-minutes", "nan"), 2, "--timeout-minutes must be positive")
 
 
 @pytest.mark.parametrize("arguments", [["reproduce", "--help"], ["huge"], ["reproduce", "smoke", "--dry-run"]])

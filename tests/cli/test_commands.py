@@ -85,6 +85,7 @@ def test_a_dry_run_writes_nothing(folder):
         ("nothing", [], "cannot be loaded"),
         ("empty", [], "cannot be loaded"),
         ("damaged", [], "cannot be loaded"),
+        ("wider", [], "lacks weights that its config.json asks for: lm_head.weight of shape (198, 32), not (99, 32)"),
         ("converted", [], "converted already"),
     ],
 )
@@ -92,6 +93,9 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, source, options, wor
     (folder / "empty").mkdir()
     (folder / "damaged").mkdir()
     (folder / "damaged" / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+    shutil.copytree(folder / "plain", folder / "wider")
+    config = json.loads((folder / "wider" / "config.json").read_text())
+    (folder / "wider" / "config.json").write_text(json.dumps(config | {"vocab_size": 2 * config["vocab_size"]}))
     ssmax.convert(tiny_model("llama")).save_pretrained(folder / "converted")
     before = sorted(folder.iterdir())
     done = run("convert", folder / source, folder / "new", *options)
@@ -118,14 +122,19 @@ def broken(folder):
         (["calibrate", "plain", "new", "--texts", "nowhere.txt"], "does not exist"),
         (["calibrate", "plain", "new", "--texts", "short.txt"], "fewer than two pieces"),
         (["inspect", "plain", "--figure", "file/s.png"], "not a directory"),
+        (["inspect", "plain", "--figure", "folder.png"], "it is a folder"),
+        (["demo", "--out", "folder.png"], "it is a folder"),
+        (["convert", "plain", "dangling"], "exists already; give a new file"),
         (["export", "gguf", "plain", "file/new.gguf"], "not a directory"),
         (["convert", "plain", "new"], "cannot be loaded"),
     ],
 )
 def test_destination_and_texts_are_checked_before_the_weights_are_read(broken, arguments, words):
     (broken / "file").touch()
+    (broken / "folder.png").mkdir()
+    (broken / "dangling").symlink_to(broken / "nowhere at all")
     (broken / "short.txt").write_text("a few words")
-    paths = ("plain", "new", "file/", "nowhere", "short")
+    paths = ("plain", "new", "file/", "folder", "dangling", "nowhere", "short")
     one_line(run(*(broken / x if x.startswith(paths) else x for x in arguments)), 2, words)
 
 
@@ -314,7 +323,9 @@ def catches_sigterm(pid):
         (["--texts", "short.txt"], "fewer than two pieces of 64 tokens"),
         (["--texts", "long.txt", "--inits", "paper"], "init must be"),
         (["--texts", "long.txt", "--steps", "0"], "steps must be at least 1"),
-        (["--texts", "long.txt", "--theta-factor", "-1"], "--theta-factor must be positive, got -1"),
+        (["--texts", "long.txt", "--theta-factor", "-1"], "--theta-factor must be positive and finite, got -1"),
+        (["--texts", "long.txt", "--theta-factor", "inf"], "--theta-factor must be positive and finite, got inf"),
+        (["--texts", "long.txt", "--length", "64", "--seed", str(2**70)], "seed must be a non-negative integer"),
         (["--texts", "long.txt", "--layers", "9"], "layers must be some of"),
     ],
 )

@@ -134,6 +134,10 @@ def replaced(model, tokens):
         with pytest.raises(Exception, match=r"layers\.1\.self_attn was replaced"):
             compiled(tokens)
         del part.forward
+    for name in ("model.layers.1.self_attn", "model.layers.1"):
+        changed = copy.deepcopy(model)
+        changed.set_submodule(name, plain.self_attn if name.endswith("attn") else plain)
+        raises(lambda changed=changed: changed(tokens), "layers.1.self_attn was replaced", "plain softmax")
         torch.compiler.reset()
         with torch.no_grad():
             assert torch.equal(compiled(tokens).logits, model(tokens).logits)

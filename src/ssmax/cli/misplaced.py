@@ -29,7 +29,7 @@ def check_values(commands: dict[str, Any], arguments: list[str]) -> None:
     positionals = [field for field, kind in _fields(commands[name]) if tyro.conf.Positional in kind.__metadata__]
     needed = sum(field.default is dataclasses.MISSING and field.name != "models" for field in positionals)
     first = len(list(itertools.takewhile(lambda argument: not argument.startswith("-"), rest)))
-    if not positionals or 0 < needed <= first:
+    if not positionals or (first and needed <= first):
         return
     options = dict(_options_of_several(commands[name]))
     options.update({"--inits": INITS} if "--inits" in options else {})

@@ -19,7 +19,7 @@ TRIALS = 4  # needles for each context size and depth
 
 def demo(out: Path) -> list[str]:
     """Measure the shipped models, write the page, and return the lines for the terminal."""
-    check_destination(out)
+    check_destination(out, file=True)
     started = time.monotonic()
     shipped = measure.load()
     per_model = shipped.texts.size + TRIALS * len(measure.DEPTHS) * sum(shipped.lengths)

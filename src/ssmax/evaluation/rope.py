@@ -1,6 +1,7 @@
 """RoPE with another theta or scaling, inside a with block."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,14 +26,14 @@ def rope_theta(model: nn.Module, factor: float) -> Iterator[None]:
         factor: a positive number.
 
     Raises:
-        ValueError: the model has no RoPE of transformers, or factor is not positive.
+        ValueError: the model has no RoPE of transformers, or factor is not positive and finite.
 
     Example:
         >>> with ssmax.evaluation.rope_theta(model, 50):
         ...     losses = ssmax.evaluation.loss_by_position(model, token_ids)
     """
-    if not factor > 0:
-        raise ValueError(f"the factor of RoPE's theta must be positive, got {factor!r}")
+    if not 0 < factor < math.inf:
+        raise ValueError(f"the factor of RoPE's theta must be positive and finite, got {factor!r}")
     if factor == 1:
         yield
         return

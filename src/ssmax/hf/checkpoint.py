@@ -113,7 +113,8 @@ class SSMaxModel(PreTrainedModel):
             self.config.auto_map = auto_map(base)
             write_code(self, classes, folder)
             write_mlx(self, folder)
-            write_card(self, next((auto for auto, head in classes.items() if head is base), "AutoModel"), folder)
+            auto = next((auto for auto, head in classes.items() if head is base), "AutoModel")
+            write_card(self, auto, folder, values=state_dict is None)
             self.__dict__["_ssmax_card"] = (folder / CARD).read_bytes()
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 

@@ -58,10 +58,17 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
     model, info = _told(
         source,
         lambda: AutoModelForCausalLM.from_pretrained(
-            source, config=config, use_safetensors=True, output_loading_info=True, **SAFE, **options
+            source,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            **SAFE,
+            **options,
         ),
     )
-    missing = sorted(map(str, info["missing_keys"])) + sorted(str(key) for key in info["mismatched_keys"])
+    shapes = {name: f"{name} of shape {tuple(want)}, not {tuple(got)}" for name, got, want in info["mismatched_keys"]}
+    missing = sorted({*map(str, info["missing_keys"])} - {*shapes}) + sorted(shapes.values())
     if missing:
         raise Damaged(f"{source} lacks weights that its config.json asks for: {', '.join(missing[:3])}")
     return model
@@ -81,7 +88,8 @@ def _told(source, load, what="causal language model"):
         raise
     # Damaged files make parsers raise many kinds of errors; tokenizers raises plain Exception.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())
+        reason = reason if reason and not isinstance(error, KeyError) else f"{type(error).__name__} {reason}".strip()
         if is_offline_mode() and not Path(source).exists():
             reason = "there is no such folder, and no network to look for it on a hub"
         raise Damaged(f"{source} cannot be loaded as a {what}: {reason[:300]}") from error

@@ -20,7 +20,7 @@ from ssmax.paper.recipes import Recipe
 from ssmax.paper.stages import STAGES
 from ssmax.paper.training import check_fit
 from ssmax.runs.failures import failures as failures_alone
-from ssmax.runs.files import check_folder, written_whole
+from ssmax.runs.files import check_destination, check_folder, written_whole
 from ssmax.runs.folder import RunFolder, versions
 from ssmax.runs.progress import progress_bar
 from ssmax.runs.provenance import provenance_of, stamped
@@ -71,6 +71,8 @@ def train(recipe: Recipe, source: str | None, run: RunFolder, cache: Path, setup
     Arguments and errors as in reproduce. An interrupted training continues from its last
     checkpoint.
     """
+    if not run.claimed:
+        check_destination(run.folder / "model", new=True)
     tokens, provenance = _claim(recipe, source, run, cache)
     with failures(""):
         corpus, state, job = corpora.load(tokens), PartialState(), recipe.jobs[0]

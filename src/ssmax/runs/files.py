@@ -13,15 +13,18 @@ from ssmax.errors import Damaged, UserError
 SEAL = "seal.json"
 
 
-def check_destination(path: Path, *, new: bool = False) -> None:
+def check_destination(path: Path, *, new: bool = False, file: bool = False) -> None:
     """Raise UserError if a path cannot be written. Call it before the work whose result the path will hold.
 
     Args:
         path: a file or folder; its parents need not exist.
         new: raise also if the path exists.
+        file: raise also if the path is a folder.
     """
-    if new and path.exists():
-        raise UserError(f"{path} exists already; give a new {'file' if path.is_file() else 'folder'}")
+    if new and os.path.lexists(path):
+        raise UserError(f"{path} exists already; give a new {'folder' if path.is_dir() else 'file'}")
+    if file and path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder")
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not place.is_dir():
         raise UserError(f"{path} cannot be written: {place} is not a directory")

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from ssmax.errors import UserError
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import is_whole
 from ssmax.versions import __version__
+
+HALF_WRITTEN = re.compile(
+    r"\..+\.\d+\.tmp"
+)  # the name and the process of what write_atomically and written_whole write
 
 
 def versions() -> dict[str, str]:
@@ -78,11 +83,17 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another process runs in {self.folder}; wait for it, or give another --out") from None
-            self._check(fingerprint=None)
-            for half_written in list(self.folder.rglob(".*.tmp")):  # left by a run that was killed
-                # missing_ok: it may lie in a folder of this list that is removed already.
-                shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink(missing_ok=True)
+            if not self._check(fingerprint=None) and self.rows_file.exists():
+                raise UserError(f"{self.rows_file} exists, and is not of a run of this folder; give another --out")
+            if self.claimed:  # else the files may be anybody's
+                self._delete_half_written()
             yield
+
+    def _delete_half_written(self):
+        """Delete what a run that was killed has left."""
+        for path in [path for path in self.folder.rglob(".*.tmp") if HALF_WRITTEN.fullmatch(path.name)]:
+            # missing_ok: it may lie in a folder of this list that is removed already.
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     @property
     def claimed(self) -> bool:

@@ -25,6 +25,8 @@ def join(timeout_minutes: float) -> bool:
     A rank that waits longer for another one fails, so that one that hangs does not stop all for
     ever.
     """
+    if not 0 < timeout_minutes < 1e6:
+        raise UserError(f"--timeout-minutes must be positive, and less than a million; got {timeout_minutes}")
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=timeout_minutes))
     quiet()
     return state.is_main_process

@@ -67,6 +67,7 @@ def write_card(
     folder: Path,
     losses: Sequence[tuple[str, float, float]] = (),
     measured: str = "",
+    values: bool = True,
 ) -> None:
     """Write the card of a converted model into a folder, unless the folder has a card that somebody wrote or changed.
 
@@ -79,11 +80,12 @@ def write_card(
         folder: folder of the saved model.
         losses: loss by position, if it was measured: (positions, before, after), in nats per token.
         measured: the text on which it was measured, in words.
+        values: show the learned values. False where others are saved than the model has.
     """
     path = folder / CARD
     if path.exists() and not _ours(path):
         return
-    text = _text(model, auto, losses, measured)
+    text = _text(model, auto, losses, measured, values)
     write_atomically(path, text + SIGNED.format(_digest(text)))
 
 
@@ -104,7 +106,7 @@ def _digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _text(model, auto, losses, measured):
+def _text(model, auto, losses, measured, values):
     scales = {name: module.ssmax for name, module in model.named_modules() if hasattr(module, "ssmax")}
     first = next(iter(scales.values()))
     base = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")).__name__
@@ -130,7 +132,7 @@ def _text(model, auto, losses, measured):
         mlx=MLX if getattr(model.config, "model_file", None) == MLX_FILE else "",
         base=base,
         training=TRAINING if next(first.parameters(), None) is not None else "",
-        values=_values(scales),
+        values=_values(scales) if values else "",
         losses=_losses(losses, measured),
     )
 

@@ -70,6 +70,7 @@ DISPATCH = (
     pieces.note,
     pieces.require,
     pieces.require_inside,
+    pieces.carry,
     pieces.install,
     pieces.Converted,
 )

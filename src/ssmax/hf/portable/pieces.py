@@ -210,10 +210,17 @@ def require_inside(module, inputs, output):
     checked, LAST.checked = getattr(LAST, "checked", None), None
     inside = [part for part in module.children() if getattr(part, "ssmax_layer", None) is not None]
     if all(part is not checked for part in inside):
-        layer = inside[0].ssmax_layer
+        layer = inside[0].ssmax_layer if inside else "an attention module"
         raise ValueError(
             f"the forward around {layer} was replaced and did not use its SSMax scale: it was plain softmax"
         )
+
+
+def carry(model, inputs):
+    """Hook of the model: raise ValueError if another module stands where one with a scale stood."""
+    for name in SCALES:
+        if getattr(model.base_model.get_submodule(name), "ssmax_layer", None) != name:
+            raise ValueError(f"{name} was replaced by a module without a scale of SSMax: it would be plain softmax")
 
 
 def install():
@@ -239,8 +246,9 @@ class Converted:
         cls._keep_in_fp32_modules_strict = [*(cls._keep_in_fp32_modules_strict or []), "ssmax"]
 
     def __init__(self, config, *args, **kwargs):
-        recipe = getattr(config, "ssmax", {})
-        if not LAW.items() <= {**recipe, **recipe.get("parameters", {})}.items():
+        recipe = getattr(config, "ssmax", None)
+        recipe = {**recipe, **(recipe.get("parameters") or {})} if isinstance(recipe, dict) else {}
+        if not LAW.items() <= recipe.items():
             raise ValueError(f"this code computes {LAW}, and config.ssmax says otherwise: it is of another checkpoint")
         super().__init__(config, *args, **kwargs)
         # Some heads are made around a model that an Auto class made, which has its scales already.
@@ -256,6 +264,7 @@ class Converted:
             attention.register_forward_hook(require)
         for around in {name.rpartition(".")[0] for name in new}:
             self.base_model.get_submodule(around).register_forward_hook(require_inside)
+        self.register_forward_pre_hook(carry)
 
     is_custom_code = classmethod(lambda cls: False)  # transformers leaves some buffers of custom code without values
 

@@ -87,7 +87,8 @@ def convert(
         >>> ssmax.convert(my_gpt, "identity", example=(tokens,))
     """
     check_flag(cross, "cross")
-    check_flag(bias or False, "bias")
+    if bias is not None:
+        check_flag(bias, "bias")
     options = Options(init, train_length, bias, _listed(layers), law, law_parameters or {}, example, cross)
     whole = _transformers_model(model)
     if whole is not None:

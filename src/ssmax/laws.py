@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmax.arguments import whole_number
+from ssmax.arguments import is_readable, whole_number
 from ssmax.query_scale import QueryAwareScale, QueryScale, is_number, own_part
 from ssmax.scaling import matched_scale, scale_query
 from ssmax.visible import rows_of
@@ -135,13 +135,14 @@ class LawScale(QueryScale):
         if odd:
             raise ValueError(f"law {law!r} takes finite numbers, got {odd[0]} = {self.fixed[odd[0]]!r}")
         x = 2.0 ** torch.arange(41, device="cpu") - int(LAWS[law].of == "p")
+        shown = ", ".join(f"{name} = {value!r}" for name, value in self.fixed.items())
+        problem = f"law {law!r} is not a finite number for every n up to 2^40 with {shown}"
         try:
-            finite = bool(LAWS[law](x, **parameters).isfinite().all())
-        except (ArithmeticError, ValueError):  # of Python's own functions
-            finite = False
-        if not finite:
-            shown = ", ".join(f"{name} = {value!r}" for name, value in self.fixed.items())
-            raise ValueError(f"law {law!r} is not a finite number for every n with {shown}")
+            m = LAWS[law](x, **parameters)
+        except (ArithmeticError, ValueError) as error:  # of Python's own functions
+            raise ValueError(f"{problem}: {error}") from error
+        if is_readable(m) and not m.isfinite().all():
+            raise ValueError(problem)
         self.starts = {name: float(self.fixed.pop(name)) for name in LAWS[law].learned}
         for name in self.starts:
             heads = whole_number(num_heads, "num_heads", 1)

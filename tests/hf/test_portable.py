@@ -198,7 +198,7 @@ def test_auto_map_names_all_heads_of_the_family(tmp_path):
     for auto, name in names.items():
         assert f"class {name.removeprefix('modeling_ssmax.')}(" in code
         assert f"    {auto}.register(" in code or auto == "AutoConfig"
-    assert len(code.splitlines()) < 265
+    assert len(code.splitlines()) < 275
 
 
 def test_a_subclass_of_a_converted_class_saves_loads_and_reverts(tmp_path):

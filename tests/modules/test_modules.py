@@ -144,6 +144,28 @@ def test_projections_norms_and_caches_do_not_make_it_cross_attention(way):
     assert any(name.endswith("ssmax") for name, _ in model.named_modules())
 
 
+@pytest.mark.parametrize(
+    "halves",
+    [
+        lambda x: x.chunk(2, 0),
+        lambda x: (x[:, :3], x[:, 3:]),
+        lambda x: (x.unflatten(1, (2, -1))[:, 0], x.unflatten(1, (2, -1))[:, 1]),
+        lambda x: (x, torch.zeros_like(x)),
+    ],
+)
+def test_two_parts_of_one_input_are_cross_attention(halves):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.cross = Attention(), CrossAttention()
+
+        def forward(self, x):
+            return self.cross(*halves(self.own(x)))
+
+    model = ssmax.convert(made(Pair), 0.5, example=(inputs(2, 6, WIDTH),))
+    assert [name for name, _ in model.named_modules() if name.endswith("ssmax")] == ["own.ssmax"]
+
+
 class Sdpa(nn.Module):
     """One call, as it is asked for."""
 
@@ -387,6 +409,8 @@ class ByHand(nn.Module):
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
             y = torch.baddbmm(torch.zeros(1, 1, 1).to(q), q, k.mT, alpha=0.5).softmax(-1) @ v
             y = y.unflatten(0, (x.shape[0], -1))
+        elif self.way == "addmm":
+            y = (torch.addmm(torch.zeros(1).to(q), q[0, 0], k[0, 0].mT).softmax(-1) @ v[0, 0]).expand_as(q)
         elif self.way == "temperature":
             y = (q @ k.mT * self.temperature + self.bias).softmax(-1) @ v
         elif self.way == "kernel":
@@ -394,7 +418,7 @@ class ByHand(nn.Module):
         return merge(y).to(x.dtype)
 
 
-@pytest.mark.parametrize("way", ["einsum", "baddbmm", "temperature", "kernel"])
+@pytest.mark.parametrize("way", ["einsum", "baddbmm", "addmm", "temperature", "kernel"])
 def test_attention_by_hand_beside_what_converts_is_refused(way):
     model, x = made(Beside, ByHand(way)), inputs(2, 5, WIDTH)
     before = copy.deepcopy(model.state_dict())
@@ -626,7 +650,7 @@ def test_heads_folded_into_the_batch_share_a_scale_and_say_so():
     class Folded(Sdpa):
         num_heads = HEADS
 
-    with pytest.warns(UserWarning, match="says that it has 4 heads, and calls attention with a query that has 1"):
+    with pytest.warns(UserWarning, match="says that it has 4 heads, and its query has 1"):
         ssmax.convert(Folded(), 0.5, example=(inputs(2 * HEADS, 5, 8),) * 3)
 
 

@@ -361,6 +361,25 @@ def test_a_query_that_is_not_finite_is_not_hidden(poison):
             assert worst(got[:, 1:], exact(q, k, v, s, attn_mask=mask)[:, 1:]) <= allowed(got, v, 1e-3)
 
 
+def test_after_a_crop_the_screen_serves_the_keys_that_are_left():
+    q, k, v, s = draw("needle", 0, length=8192)
+    screened = ScreenedKeys(k)
+    attention(q, screened, v, s, impl="sharp")
+    screened.crop(5000)
+    got = attention(q, screened, v[:, :, :5000], s, impl="sharp")
+    assert worst(got, exact(q, k[:, :, :5000], v[:, :, :5000], s)) <= allowed(got, v, 1e-3)
+
+
+def test_values_and_queries_that_are_not_finite_stay_in_their_heads():
+    q, k, v, s = draw("needle", 0, heads=2, groups=2)
+    v[0, 1, (k[0, 1] @ q[0, 2, 0]).argmax()] = torch.inf
+    q[0, 1] = torch.nan
+    got = attention(q, ScreenedKeys(k), v, s, impl="sharp", enable_gqa=True)
+    assert got[0, 0].isfinite().all()
+    assert got[0, 1].isnan().all()
+    assert (got[0, 2] == torch.inf).all()
+
+
 def test_under_torch_compile_it_is_the_same():
     q, k, v, s = draw("needle", 0)
     screened = ScreenedKeys(k)

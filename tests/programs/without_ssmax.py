@@ -16,6 +16,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -134,6 +135,9 @@ def replaced(model, tokens):
         with pytest.raises(Exception, match=r"layers\.1\.self_attn was replaced"):
             compiled(tokens)
         del part.forward
+    pruned = copy.deepcopy(model)
+    pruned.model.layers = pruned.model.layers[:1]
+    pruned(tokens)
     for name in ("model.layers.1.self_attn", "model.layers.1"):
         changed = copy.deepcopy(model)
         changed.set_submodule(name, plain.self_attn if name.endswith("attn") else plain)
@@ -167,7 +171,9 @@ def main():
     precision_and_heads(folders[0], first, jobs)
     adapters_and_other_models(folders[0], jobs)
     refusals(folders[0], softcapped, first, jobs)
+    assert first.config.model_file == "mlx_ssmax.py"
     first.save_pretrained(f"{folders[0]}-again")
+    assert "model_file" not in AutoConfig.from_pretrained(f"{folders[0]}-again", trust_remote_code=True).to_dict()
     again = AutoModelForCausalLM.from_pretrained(f"{folders[0]}-again", trust_remote_code=True).eval()
     found[folders[0]]["saved again"] = compute(again, jobs)
     assert not any(name.split(".")[0] == "ssmax" for name in sys.modules)

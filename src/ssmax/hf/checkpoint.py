@@ -64,7 +64,7 @@ class SSMaxModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return what the softmax class returns: from custom code, transformers leaves some buffers without values."""
+        """Return what the softmax class returns: transformers does not initialize some buffers of custom code."""
         return softmax_class(cls).is_custom_code()
 
     def _init_weights(self, module: nn.Module) -> None:

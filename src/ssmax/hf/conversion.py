@@ -38,10 +38,11 @@ def convert(model: PreTrainedModel, options: Options) -> None:
         )
     config: Any = model.config
     base = type(model)
-    if base.config_class is not None and type(config).model_type != base.config_class.model_type:
+    declared: Any = base.config_class
+    if base.__module__.startswith("transformers.") and type(config).model_type != declared.model_type:
         raise ValueError(
-            f"the config is of model type {type(config).model_type!r} and the class {base.__name__} has {base.config_class.model_type!r}; "
-            f"a saved SSMax model could not say both. Use {base.config_class.__name__} for the model, if its values fit"
+            f"the config is of model type {type(config).model_type!r} and the class {base.__name__} has {declared.model_type!r}; "
+            f"a saved SSMax model could not say both. Build the model from a {declared.__name__}"
         )
     chosen = _chosen_layers(model, options.layers, options.cross)
     available = layers_of(model, chosen)

@@ -48,7 +48,7 @@ class AttentionScope(TorchFunctionMode):
         if self.learns and not torch.is_grad_enabled():
             raise ValueError(
                 "attention is called without gradients inside a forward with gradients, as in a checkpoint of a part of the module, whose "
-                "second pass would not be scaled. Checkpoint the whole module instead; it may run under torch.no_grad as a whole"
+                "second pass would not be scaled. Checkpoint the whole module instead. Without gradients, call the whole module under torch.no_grad"
             )
         return CALLS[func](self.scale, *args, **kwargs)
 
@@ -60,7 +60,7 @@ class Changed:
     ssmax_base: type[nn.Module]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        if "ssmax_base" not in vars(cls):  # a changed class is no subclass of its own, which a base might register
+        if "ssmax_base" not in vars(cls):  # the base may register its subclasses
             super().__init_subclass__(**kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -70,8 +70,8 @@ def _warn(modules, found, chosen):
         said = _heads_said(modules[name])
         if said and found[name].heads[0] not in said:
             warnings.warn(
-                f"{_shown(modules, name)} says that it has {said[0]} heads, and calls attention with a query that has "
-                f"{found[name].heads[0]} in their place; it gets so many values of s, each shared by what is folded into the batch",
+                f"{_shown(modules, name)} says that it has {said[0]} heads, and its query has {found[name].heads[0]}; the heads seem to be "
+                f"folded into the batch. It gets {found[name].heads[0]} values of s",
                 stacklevel=5,
             )
 
@@ -105,20 +105,28 @@ def _check_seen(modules, chosen, layers):
 
 
 def _check_all_ran(modules, trial: Found, layers):
-    """Raise ValueError if a module that attends, or one of the same class, or with attention in its code, did not run in the example."""
+    """Raise ValueError if a module did not run in the example that has the class of one that attends, or attention in its code."""
     kinds = {type(modules[name]) for name in trial.sites}
     idle = [
         name
         for name, module in modules.items()
         if name not in trial.sites and (layers is None or name in layers)
         if isinstance(module, nn.MultiheadAttention)
-        or (name not in trial.ran and (type(module) in kinds or attends_itself(type(module))))
+        or (
+            name not in trial.ran
+            and (type(module) in kinds or (attends_itself(type(module)) and not _inside(name, trial.sites)))
+        )
     ]
     if idle:
         raise ValueError(
             f"{_shown(modules, idle[0])} did not run in the example: it is unused, or its weights are read by other code, "
             "which would stay softmax; pass an example that runs it, or layers=[...] without it"
         )
+
+
+def _inside(name, sites):
+    """Return whether a module lies inside one that attends, which may call another method of it than forward."""
+    return any(name.startswith(f"{site}." if site else "") for site in sites)
 
 
 def _check_by_hand(modules, trial: Found, chosen, layers, cross):

@@ -1,8 +1,10 @@
 """Which modules of a model call attention, found by one forward of a copy that shares its parameters."""
 
 import copy
+import dis
 import functools
 import inspect
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,6 +24,8 @@ from ssmax.visible import as_bool
 # The functions by which queries and keys become logits; linear counts if its weight is not a parameter.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "bmm", "mm", "baddbmm", "addbmm", "addmm"}
 PRODUCTS |= {"einsum", "tensordot", "inner", "linear"}
+SELECT = {"__getitem__", "chunk", "split", "split_with_sizes", "tensor_split", "narrow", "select", "unbind"}
+SELECT |= {"index_select", "gather", "take_along_dim"}
 # Functions of torch that attend. Code that names one of them attends itself.
 ATTEND = {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
 ATTEND |= {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
@@ -64,32 +68,36 @@ class Found:
     ran: set[str] = field(default_factory=set)
 
 
+@functools.cache
 def attends_itself(kind: type[nn.Module]) -> bool:
     """Return whether the code of a class calls attention or computes it by hand. Code of torch itself does not count."""
-    own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
+    own = [base for base in kind.__mro__ if not str(base.__module__).startswith("torch.")]
     functions = [x for base in own for x in vars(base).values() if inspect.isfunction(x)]
-    names = set().union(*(_names(inspect.unwrap(function)) for function in functions))
+    names = set().union(*(_names(function) for function in functions))
     called = " ".join(base.__name__.lower() for base in kind.__mro__)
     by_hand = "softmax" in names and ("attention" in called or "attn" in called)
     return by_hand or bool(names & ATTEND)
 
 
 def _names(function, helpers=True):
-    """Return the names in a function's code, those of the functions behind them, and those in the code of plain helpers."""
-    codes, found = [function.__code__], set()
+    """Return all names in a function's code; one level deep, also those of the functions that its globals and closure hold."""
+    function = inspect.unwrap(function)
+    codes, found, used = [function.__code__], set(), set()
     while codes:
         code = codes.pop()
         found |= {*code.co_names}
+        used |= {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
         codes += [x for x in code.co_consts if inspect.iscode(x)]
-    values = [function.__globals__.get(name) for name in found]
+    values = [function.__globals__.get(name) for name in used]
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # an empty cell
             values.append(cell.cell_contents)
     for value in values:
-        while isinstance(value, functools.partial):
+        while type(value) is functools.partial:
             value = value.func
-        found.add(getattr(value, "__name__", ""))
-        if helpers and inspect.isfunction(value) and not value.__module__.startswith("torch."):
+        if type(value) in (types.FunctionType, types.BuiltinFunctionType):  # a proxy may raise at any attribute
+            found.add(value.__name__)
+        if helpers and type(value) is types.FunctionType and not str(value.__module__).startswith("torch."):
             found |= _names(value, helpers=False)
     return found
 
@@ -184,7 +192,8 @@ class _Recorder(TorchFunctionMode):
             self._note_by_hand(sources[:2])
         output = func(*args, **kwargs)
         made = sources[:1] if output is None else _tensors(output)  # none: in place, as in x[...] = y
-        for tensor in made if sources else ():
+        only_shape = name.startswith("new_") or name.endswith("_like")
+        for tensor in made if sources and not only_shape else ():
             self.made_from.setdefault(id(tensor), []).extend(sources)
             self.made_by[id(tensor)] = name
             self.kept.append(tensor)
@@ -208,6 +217,7 @@ class _Recorder(TorchFunctionMode):
                 continue
             seen.add(id(x))
             sources, maker = self.made_from.get(id(x), []), self.made_by.get(id(x))
+            sources = sources[1:] if maker in ("addmm", "addbmm", "baddbmm") else sources  # the first is added
             if maker not in PRODUCTS:
                 mixes = maker in SOFTMAX_CALLS or any(isinstance(y, nn.Parameter) and _mixes(y, x) for y in sources)
                 left.extend(() if mixes else sources)
@@ -256,14 +266,22 @@ class _Recorder(TorchFunctionMode):
         return False
 
     def _origin(self, tensor):
-        """Return what a tensor was made from by steps with one input, such as projections, norms and reshapes."""
+        """Return what a tensor was made from by projections, norms and reshapes, which keep its tokens."""
         seen = set()
         while id(tensor) not in seen:
             seen.add(id(tensor))
             sources = {id(x): x for x in self.made_from.get(id(tensor), ()) if not self._is_weight(x)}
-            if len(sources) == 1:
+            if len(sources) == 1 and not self._selects(tensor, *sources.values()):
                 (tensor,) = sources.values()
         return tensor
+
+    def _selects(self, part, whole):
+        """Return whether a tensor holds some of its source's tokens only, or is an embedding of numbers.
+
+        Parts of the last dimension, and of a stack of q, k, v for each head, hold the same tokens.
+        """
+        rows = self.made_by[id(part)] in SELECT and whole.ndim < 5 and part.shape[-1:] == whole.shape[-1:]
+        return rows or not whole.is_floating_point()
 
     def _ancestors(self, tensor):
         """Return all tensors that a tensor was made from, itself included, by id."""

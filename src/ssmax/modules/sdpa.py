@@ -22,7 +22,8 @@ def attend(
 ) -> Tensor:
     """Scale the query by the module ssmax, and call scaled_dot_product_attention; the other arguments are torch's."""
     batch = -3 if query.ndim > 3 else -2
-    query = query.expand(*torch.broadcast_shapes(query.shape[:batch], key.shape[:batch]), *query.shape[batch:])
+    if key.ndim == query.ndim:
+        query = query.expand(*torch.broadcast_shapes(query.shape[:batch], key.shape[:batch]), *query.shape[batch:])
     n = count(query, key, attn_mask, is_causal)
     scaled = ssmax(_as_batch(query), n).reshape(query.shape)
     with hidden_from_modes():  # outer scopes would scale the call again

@@ -17,9 +17,8 @@ from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import is_whole
 from ssmax.versions import __version__
 
-HALF_WRITTEN = re.compile(
-    r"\..+\.\d+\.tmp"
-)  # the name and the process of what write_atomically and written_whole write
+# Names that write_atomically and written_whole write to: with the number of the process.
+HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp")
 
 
 def versions() -> dict[str, str]:

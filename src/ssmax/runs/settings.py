@@ -31,8 +31,8 @@ def check_fields(settings: Any) -> None:
         option = f"--{f.name.replace('_', '-')}" if "help" in f.metadata else "MODEL ..."
         values = value if isinstance(value, tuple) else (value,)
         numbers = [x for x in values if isinstance(x, (int, float))]
-        if any(x < 0 or not math.isfinite(x) or (x == 0 and not zero) for x in numbers):
-            raise UserError(f"{option} must be {'at least 0' if zero else 'positive'}, got {value}")
+        if any(not 0 <= x < math.inf or (x == 0 and not zero) for x in numbers):
+            raise UserError(f"{option} must be {'at least 0' if zero else 'positive'} and finite, got {value}")
         most = min(most, 2**63 - 1) if numbers and all(isinstance(x, int) for x in numbers) else most
         if max(numbers, default=0) > most:
             raise UserError(f"{option} must lie in 0 to {most:g}, got {value}")

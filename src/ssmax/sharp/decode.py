@@ -162,7 +162,9 @@ def _attend(rows, key, value, seen, found):
     np.copyto(scores, -np.inf, where=hidden)
     top = scores.max(-1, keepdims=True)
     weights = np.exp(scores - top)
-    outputs = weights @ _gather(value, at) / weights.sum(-1, keepdims=True)
+    values = _gather(value, at)
+    values[place >= counts[:, None]] = 0.0  # 0 * inf is NaN
+    outputs = weights @ values / weights.sum(-1, keepdims=True)
     np.copyto(outputs, 0.0, where=top == -np.inf)  # a row that sees nothing
     output.numpy()[batch, head] = outputs
     return output

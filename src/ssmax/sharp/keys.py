@@ -168,7 +168,7 @@ class ScreenedKeys:
         # Upper limit of the errors by rounding the keys, rounding the query, and the roundings in a key's bound.
         reach = _norm(wide) * (1 + 1e-6)
         margin = (_norm(wide - codes * step) + 2**-20 * reach) * self._longest.numpy()[at][:, None]
-        lost, most = self._lost.room(room).numpy(), self._most.filled.numpy()[at]
+        lost, most = self._lost.room(room).numpy(), self._most.filled.numpy()[at][:, : room // BLOCK]
         return _candidates(products, step[..., 0], reach, margin, lost, most, at, size, tolerance, most_kept)
 
     def worth_trying(self, batch: int, head: int) -> bool:
@@ -247,7 +247,7 @@ def _norm(rows):
 
 def _by_mass(upper, spread, tolerance):
     """Return which keys are needed if the weights left out are summed, in steps of half a nat, instead of only counted."""
-    if spread.max() > 10:
+    if not spread.max() <= 10:  # NaN too
         return torch.ones_like(upper[0], dtype=torch.bool)
     weight = upper.exp()
     total = weight.sum(-1, keepdim=True) * (-2 * spread).exp()  # a score is at least its upper bound - 2 spread

@@ -80,7 +80,7 @@ def write_card(
         folder: folder of the saved model.
         losses: loss by position, if it was measured: (positions, before, after), in nats per token.
         measured: the text on which it was measured, in words.
-        values: show the learned values. False where others are saved than the model has.
+        values: show the learned values. False if a state_dict is saved, whose values may differ.
     """
     path = folder / CARD
     if path.exists() and not _ours(path):

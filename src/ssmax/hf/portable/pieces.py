@@ -219,7 +219,11 @@ def require_inside(module, inputs, output):
 def carry(model, inputs):
     """Hook of the model: raise ValueError if another module stands where one with a scale stood."""
     for name in SCALES:
-        if getattr(model.base_model.get_submodule(name), "ssmax_layer", None) != name:
+        try:
+            part = model.base_model.get_submodule(name)
+        except AttributeError:  # a layer that was left out
+            continue
+        if getattr(part, "ssmax_layer", None) is None:
             raise ValueError(f"{name} was replaced by a module without a scale of SSMax: it would be plain softmax")
 
 
@@ -266,7 +270,7 @@ class Converted:
             self.base_model.get_submodule(around).register_forward_hook(require_inside)
         self.register_forward_pre_hook(carry)
 
-    is_custom_code = classmethod(lambda cls: False)  # transformers leaves some buffers of custom code without values
+    is_custom_code = classmethod(lambda cls: False)  # transformers does not initialize some buffers of custom code
 
     def _init_weights(self, module):
         if isinstance(module, Scale):
@@ -274,6 +278,11 @@ class Converted:
                 module.reset_parameters()
         else:
             super()._init_weights(module)
+
+    def save_pretrained(self, *args, **kwargs):
+        """Save as transformers does. mlx-lm's file is not written again."""
+        self.config.__dict__.pop("model_file", None)
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):

@@ -166,6 +166,21 @@ def test_two_parts_of_one_input_are_cross_attention(halves):
     assert [name for name, _ in model.named_modules() if name.endswith("ssmax")] == ["own.ssmax"]
 
 
+def test_a_memory_that_is_changed_in_place_through_a_view_is_another_input():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.cross = Attention(), CrossAttention()
+
+        def forward(self, x):
+            memory = torch.ones(2, 7, WIDTH, dtype=x.dtype)
+            memory[:, 3:].mul_(2)
+            return self.cross(self.own(x), memory)
+
+    model = ssmax.convert(made(Remembers), 0.5, example=(inputs(2, 6, WIDTH),))
+    assert [name for name, _ in model.named_modules() if name.endswith("ssmax")] == ["own.ssmax"]
+
+
 class Sdpa(nn.Module):
     """One call, as it is asked for."""
 

@@ -270,7 +270,8 @@ class _Recorder(TorchFunctionMode):
         seen = set()
         while id(tensor) not in seen:
             seen.add(id(tensor))
-            sources = {id(x): x for x in self.made_from.get(id(tensor), ()) if not self._is_weight(x)}
+            made_from = self.made_from.get(id(tensor), ())
+            sources = {id(x): x for x in made_from if x is not tensor and not self._is_weight(x)}
             if len(sources) == 1 and not self._selects(tensor, *sources.values()):
                 (tensor,) = sources.values()
         return tensor
@@ -280,7 +281,7 @@ class _Recorder(TorchFunctionMode):
 
         Parts of the last dimension, and of a stack of q, k, v for each head, hold the same tokens.
         """
-        rows = self.made_by[id(part)] in SELECT and whole.ndim < 5 and part.shape[-1:] == whole.shape[-1:]
+        rows = self.made_by.get(id(part)) in SELECT and whole.ndim < 5 and part.shape[-1:] == whole.shape[-1:]
         return rows or not whole.is_floating_point()
 
     def _ancestors(self, tensor):

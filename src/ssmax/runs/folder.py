@@ -17,7 +17,7 @@ from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import is_whole
 from ssmax.versions import __version__
 
-# Names that write_atomically and written_whole write to: with the number of the process.
+# Names of half-written files and folders; write_atomically and written_whole put the process's number in them.
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp")
 
 

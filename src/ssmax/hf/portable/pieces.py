@@ -217,7 +217,7 @@ def require_inside(module, inputs, output):
 
 
 def carry(model, inputs):
-    """Hook of the model: raise ValueError if another module stands where one with a scale stood."""
+    """Hook of the model: raise ValueError if a module with a scale was replaced by one without."""
     for name in SCALES:
         try:
             part = model.base_model.get_submodule(name)

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # One worker for each core. A worker takes neighbouring tests, so that the fixtures of a file are seldom built twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
-.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-mlx test-onnx test-quantized test-serving test-modules test-axolotl fuzz versions lint clean
+.PHONY: demo docs reproduce test test-processors test-browser test-faults test-harness test-llama test-mlx test-onnx test-quantized test-serving test-modules test-axolotl test-unsloth fuzz versions lint clean
 
 demo: $(STAMP)
 	$(BIN)/ssmax demo
@@ -59,6 +59,14 @@ test-axolotl:
 	.venvs/axolotl/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 \
 		axolotl-contribs-mit==0.0.6 liger-kernel==0.8.1 optimum==1.16.2
 	cd .venvs/axolotl && AXOLOTL_DO_NOT_TRACK=1 bin/python -W ignore ../../examples/pretrain_axolotl.py
+
+# The recipe for unsloth in a venv of its own, 1.8 GB: it also requires xformers, which needs a GPU.
+test-unsloth:
+	test -x .venvs/unsloth/bin/python || $(PYTHON) -m venv .venvs/unsloth
+	.venvs/unsloth/bin/python -m pip install --quiet --editable . -r tests/programs/unsloth.txt
+	.venvs/unsloth/bin/python -m pip install --quiet --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9 \
+		cut_cross_entropy==25.1.1 torchvision==0.28.0
+	cd .venvs/unsloth && bin/python -W ignore ../../examples/pretrain_unsloth.py
 
 # The demo's page in a real browser: needs Debian's packages chromium and chromium-driver.
 test-browser: $(STAMP)

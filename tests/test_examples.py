@@ -13,6 +13,7 @@ NEEDS = {
     "pretrain_torchtitan": ("torchtitan", "make test-modules"),
     "pretrain_lightning": ("lightning", "make test-modules"),
     "pretrain_axolotl": ("axolotl", "make test-axolotl"),
+    "pretrain_unsloth": ("unsloth", "make test-unsloth"),
 }
 
 

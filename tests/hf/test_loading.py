@@ -207,6 +207,16 @@ def test_buffers_that_are_not_saved_have_their_values(tmp_path):
         assert torch.equal(loaded[name], buffer), name
 
 
+def test_a_class_with_another_base_loads_and_saves(tmp_path):
+    """vLLM appends a base to the class of a model."""
+    model = ssmax.convert(tiny_model("llama"), 0.5)
+    kind = type("Compiled", (type(model),), {"__module__": __name__})
+    kind.__bases__ += (type("Wrapper", (), {}),)
+    model.save_pretrained(tmp_path / "first")
+    kind.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "second")), logits(model))
+
+
 def test_a_class_with_the_config_of_another_family_is_refused():
     """Its Auto class makes a Llama of an InternLM3 config."""
     model = tiny_model("internlm3")

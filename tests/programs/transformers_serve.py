@@ -1,6 +1,6 @@
 """Converted models in transformers serve: real servers, five requests at once, compared with transformers. make test-serving.
 
-With ssmax and with the checkpoint's own code, one by one and with continuous batching.
+With ssmax and with the checkpoint's own code, one by one and with continuous batching, and int8 matrices by torchao.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from vllm_requests import NEW, SHAPE, ask, blocker, make, running
+from vllm_requests import NEW, SHAPE, ask, blocker, make, quantise, running
 
 BATCHES = ["--continuous-batching", "--cb-num-blocks", "128", "--cb-max-batch-tokens", "256"]
 MODES = {
@@ -20,37 +20,43 @@ MODES = {
     "with ssmax, continuous batching": BATCHES,
     "its own code": [],
     "its own code, continuous batching": BATCHES,
+    "int8 by torchao": [],
+    "int8 by torchao, its own code": [],
 }
 
 
 def main() -> None:
     """Run all modes; exit with 1 where an answer differs."""
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        prompts, wanted, plain = make("llama", {}, {"bias": True}, folder)
+        folder, int8 = Path(place, "float32"), Path(place, "int8")
+        prompts, *answers = make("llama", {}, {"bias": True}, folder)
+        int8_answers = quantise("torchao int8 weights", folder, int8, prompts, "float32")
         words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-        texts, wanted, plain = ([" ".join(f"w{i}" for i in ids) for ids in lists] for lists in (prompts, wanted, plain))
-        assert plain != wanted, "softmax gives the same answers: this shows nothing"
+        for one in (folder, int8):
+            PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(one)
         failed, without = False, str(blocker(folder))
         for mode, options in MODES.items():
+            served, found = (int8, int8_answers) if "int8" in mode else (folder, answers)
             environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": without} if "own" in mode else {})
-            command = [
-                "transformers.cli.transformers",
-                "serve",
-                place,
-                "--trust-remote-code",
-                "--device",
-                "cpu",
-                *options,
-            ]
-            with running(command, folder / "server.log", environment) as port, ThreadPoolExecutor() as pool:
-                got = list(pool.map(lambda text, port=port: _answer(port, place, text), texts))
-            equal = sum(a == b for a, b in zip(got, wanted, strict=True))
-            failed |= equal < len(wanted)
-            print(f"transformers serve, {mode}: {equal} of {len(wanted)} requests equal", flush=True)
+            failed |= not run(mode, served, options, environment, [_texts(lists) for lists in (prompts, *found)])
     sys.exit(failed)
+
+
+def run(mode, folder, options, environment, texts) -> bool:
+    """Serve a folder, ask all prompts at once and print how many answers are equal; return whether all are."""
+    prompts, wanted, plain = texts
+    assert plain != wanted, "softmax gives the same answers: this shows nothing"
+    command = ["transformers.cli.transformers", "serve", str(folder), "--trust-remote-code", "--device", "cpu"]
+    with running([*command, *options], folder / "server.log", environment) as port, ThreadPoolExecutor() as pool:
+        got = list(pool.map(lambda text: _answer(port, str(folder), text), prompts))
+    equal = sum(a == b for a, b in zip(got, wanted, strict=True))
+    print(f"transformers serve, {mode}: {equal} of {len(wanted)} requests equal", flush=True)
+    return equal == len(wanted)
+
+
+def _texts(lists):
+    return [" ".join(f"w{i}" for i in ids) for ids in lists]
 
 
 def _answer(port, place, text):

@@ -202,8 +202,12 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def softmax_class(kind: type) -> type[PreTrainedModel]:
-    """Return the softmax class of a converted model's class, which may also be a subclass of the class that convert made."""
-    return next(one.__bases__[-1] for one in kind.__mro__ if not refusals.carries_scales(one.__bases__[-1]))
+    """Return the softmax class of a converted model's class, which may also be a subclass of the class that convert made.
+
+    vLLM adds a base of its own to a class when it compiles it.
+    """
+    bases = (base for one in kind.__mro__ for base in reversed(one.__bases__) if issubclass(base, PreTrainedModel))
+    return next(base for base in bases if not refusals.carries_scales(base))
 
 
 def _scoped(forward: Callable) -> Callable:

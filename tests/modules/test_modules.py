@@ -53,6 +53,48 @@ def test_a_causal_transformer_whole_and_cached():
         close(torch.cat(parts, 1), want)
 
 
+class Stepping(nn.Module):
+    """Attention whose decoding is a method of its own; its forward calls a part of itself, and another attention after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.after = nn.Linear(WIDTH, 3 * WIDTH), Attention()
+
+    def forward(self, x):
+        return self.after(self.attend(*self.project(x), is_causal=True))
+
+    def project(self, x):
+        return [split(part) for part in self.qkv(x).chunk(3, -1)]
+
+    def attend(self, q, k, v, **options):
+        return merge(F.scaled_dot_product_attention(q, k, v, **options))
+
+    def step(self, x, cache):
+        q, k, v = self.project(x)
+        cache.append((k, v))
+        return self.attend(q, *(torch.cat(parts, -2) for parts in zip(*cache, strict=True)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_other_methods_of_an_attention_are_scaled_too(compiled):
+    x, plain = inputs(2, 5, WIDTH), made(Stepping)
+    model, ((s, b), (t, c)) = converted(plain, (x,))
+    with Naive((s, b, causal(5, 5)), (t, c, OPEN)):
+        want = plain(x)
+    close((torch.compile(model, fullgraph=True, backend="eager") if compiled else model)(x), want)
+    with Naive((s, b, causal(5, 5))):
+        want = plain.attend(*plain.project(x), is_causal=True)
+    cache = []
+    close(torch.cat([model.step(x[:, i : i + 1], cache) for i in range(5)], 1), want)
+    differs(want, plain.attend(*plain.project(x), is_causal=True))
+    model.after.fused_attn = False
+    with pytest.raises(ValueError, match="this forward did not call"):
+        model(x)
+    cache.clear()
+    close(model.step(x[:, :1], cache), want[:, :1])  # the forward that failed left nothing behind
+    assert torch.equal(ssmax.revert(model).step(x, []), plain.step(x, []))
+
+
 def test_a_vision_transformer_at_two_sizes():
     plain = made(Stack, Attention(), Attention())
     model, scales = converted(plain, (inputs(2, 5, WIDTH),))
@@ -380,7 +422,7 @@ def test_attention_by_hand_is_refused_at_convert_and_later():
 
 
 class Gated(nn.Module):
-    """A router and a classifier, which take a softmax and are no attention, around one that is."""
+    """A router and a classifier, which take a softmax or an exp and are no attention, around one that is."""
 
     def __init__(self):
         super().__init__()
@@ -389,7 +431,7 @@ class Gated(nn.Module):
 
     def forward(self, x):
         x = x + self.attn(x)
-        gates = self.router(x).softmax(-1)
+        gates = self.router(x).softmax(-1) * self.router(x).exp()
         x = (gates.unsqueeze(-1) * self.experts(x).unflatten(-1, (3, WIDTH))).sum(-2)
         pooled = (self.queries @ x.mT).softmax(-1) @ x  # its queries are no tokens
         return F.softmax(self.head(pooled.flatten(-2)), -1)
@@ -428,12 +470,19 @@ class ByHand(nn.Module):
             y = (torch.addmm(torch.zeros(1).to(q), q[0, 0], k[0, 0].mT).softmax(-1) @ v[0, 0]).expand_as(q)
         elif self.way == "temperature":
             y = (q @ k.mT * self.temperature + self.bias).softmax(-1) @ v
+        elif self.way == "exp":
+            z = (q @ k.mT / 2).exp()
+            y = z / z.sum(-1, keepdim=True) @ v
+        elif self.way == "logarithm":
+            y = (q @ k.mT / 2).log_softmax(-1).exp() @ v
+        elif self.way == "sum":
+            y = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1).softmax(-1) @ v
         elif self.way == "kernel":
             y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
         return merge(y).to(x.dtype)
 
 
-@pytest.mark.parametrize("way", ["einsum", "baddbmm", "addmm", "temperature", "kernel"])
+@pytest.mark.parametrize("way", ["einsum", "baddbmm", "addmm", "temperature", "exp", "logarithm", "sum", "kernel"])
 def test_attention_by_hand_beside_what_converts_is_refused(way):
     model, x = made(Beside, ByHand(way)), inputs(2, 5, WIDTH)
     before = copy.deepcopy(model.state_dict())

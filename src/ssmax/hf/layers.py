@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ssmax.hf import private
-from ssmax.modules.discovery import attends_itself
+from ssmax.modules.code import attends_itself
 
 FULL = "full_attention"
 OTHER_KEYS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ssmax.modules import attended, multihead, sdpa
+from ssmax.modules.code import attending_methods
 from ssmax.private import drop_child, hidden_from_modes
 
 # The functions of torch that a scope replaces, each with ours. The first is also torch._C._nn.scaled_dot_product_attention.
@@ -93,9 +94,12 @@ class Scoped(_Watched):
         Raises:
             ValueError: the forward made no such call, so that its attention was plain softmax.
         """
-        scope = AttentionScope(_scale_of(self))
-        with scope:
-            output = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
+        scope, before = AttentionScope(_scale_of(self)), attended.enter(self)
+        try:
+            with scope:
+                output = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
+        finally:
+            attended.enter(before)
         if not scope.calls:
             raise ValueError(
                 f"{self.ssmax_base.__name__} was converted to SSMax, but this forward did not call torch's "
@@ -185,7 +189,22 @@ class PaddedEncoder(Changed):
 def changed_class(kind: type[Changed], base: type[nn.Module]) -> type[Any]:
     """Return the class of changed instances of base. It is made on demand; instances are pickled with _rebuild."""
     attributes = {"ssmax_kind": kind, "ssmax_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    if issubclass(kind, _Watched):
+        attributes |= {name: _scaled(method) for name, method in attending_methods(base).items()}
     return type(f"SSMax{base.__name__}", (kind, base), attributes)
+
+
+def _scaled(method):
+    """Return a method that attends, with its calls of attention scaled also if something other than the forward calls it."""
+
+    @functools.wraps(method)
+    def scaled(self, *args, **kwargs):
+        if attended.runs(self):
+            return method(self, *args, **kwargs)
+        with AttentionScope(_scale_of(self)):
+            return method(self, *args, **kwargs)
+
+    return scaled
 
 
 def change(module: nn.Module, kind: type[Changed]) -> nn.Module:

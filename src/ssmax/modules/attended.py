@@ -6,14 +6,25 @@ from typing import Any
 
 from torch.fx import Proxy
 
-# For each thread: module, the last one that noted itself, and watch, the last watch that passed. This is no subclass of
-# threading.local, since torch.compile loses writes to one.
+# For each thread: module, the last one that noted itself; watch, the last watch that passed; and inside, the converted module whose
+# forward runs. This is no subclass of threading.local, since torch.compile loses writes to one.
 _last = threading.local()
 
 
 def note(module: Any) -> None:
     """Record that the attention of this module uses its scale now."""
     _last.module = module
+
+
+def enter(module: Any) -> Any:
+    """Record that the forward of this module runs now, or None, and return which one ran before."""
+    before, _last.inside = getattr(_last, "inside", None), module
+    return before
+
+
+def runs(module: Any) -> bool:
+    """Return whether the forward of this module runs, and no forward of another converted module inside it."""
+    return getattr(_last, "inside", None) is module
 
 
 class Watch:

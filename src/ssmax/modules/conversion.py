@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from ssmax.modules import attach, multihead
-from ssmax.modules.discovery import Found, attends_itself, discover, multihead_sites
+from ssmax.modules.code import attends_itself
+from ssmax.modules.discovery import discover, multihead_sites
+from ssmax.modules.recorder import Found
 from ssmax.nn import SSMaxScale, starting_values
 
 

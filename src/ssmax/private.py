@@ -4,12 +4,14 @@ Overridden methods are in their classes: _apply and _load_from_state_dict of Que
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # Names under which a softmax reaches a TorchFunctionMode.
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 SOFTMAX_CALLS = {"softmax", "_softmax", "_safe_softmax", "special_softmax", "softmin"}
 
 
@@ -21,6 +23,19 @@ def hidden_from_modes() -> Any:
 def compiler_is_loaded() -> bool:
     """Return whether torch.compile was used in this process; loading it takes seconds."""
     return "torch._dynamo" in sys.modules
+
+
+def get_inside(module: nn.Module, path: Iterable[str]) -> tuple[nn.Module | None, int]:
+    """Follow names of submodules, quicker than getattr. Return the last one, or None, and how many names led to a submodule."""
+    found, depth = module, 0
+    for name in path:
+        inside = found._modules.get(name)
+        if inside is None:
+            inside = getattr(found, name, None)  # through a wrapper, such as FSDP's
+        if inside is None:
+            return None, depth
+        found, depth = inside, depth + 1
+    return found, depth
 
 
 def drop_child(module: nn.Module, name: str) -> None:

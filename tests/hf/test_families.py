@@ -370,7 +370,7 @@ def test_each_mask_is_counted_once_a_forward(monkeypatch):
             lambda: T5ForConditionalGeneration(
                 T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9)
             ),
-            "adds a bias of the position to its logits",
+            "adds a bias to its logits",
         ),
         (lambda: tiny_model("falcon"), "attention interface"),
         (lambda: tiny_model("llama4_text"), "temperature tuning"),

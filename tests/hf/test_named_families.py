@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, LlamaCon
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 import ssmax
 
@@ -154,11 +154,14 @@ def test_an_encoder_of_images(family, implementation):
     [
         ("swin", {"embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2}),
         *(("beit", {f"use_{which}relative_position_bias": True}) for which in ("", "shared_")),
+        ("doge", {}),
+        ("parakeet_encoder", {"num_mel_bins": 16, "subsampling_conv_channels": 8}),
+        ("umt5", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
     ],
 )
 def test_a_bias_of_positions_is_refused_while_it_is_zero(family, changes):
     model = made(family, **changes)
-    with pytest.raises(ValueError, match="adds a bias of the position to its logits"):
+    with pytest.raises(ValueError, match="adds a bias to its logits"):
         ssmax.convert(model, 0.5)
     assert not scaled(model)
 
@@ -341,6 +344,85 @@ def test_attention_of_the_users_own_in_a_decoder():
             ssmax.convert(model, 0.5)
         assert type(model) is LlamaForCausalLM
         assert ssmax.convert(copy.deepcopy(model), 0.5, layers=[1]).config.ssmax["layers"] == [1]
+
+
+class AndItself(LlamaAttention):
+    """Calls the interface, and attends once more by itself."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output, weights = super().forward(hidden_states, *args, **kwargs)
+        return output + torch.nn.functional.scaled_dot_product_attention(*[output.unsqueeze(1)] * 3).squeeze(1), weights
+
+
+class AroundIt(LlamaDecoderLayer):
+    """A layer that attends by itself, around the attention that calls the interface."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        more = torch.nn.functional.scaled_dot_product_attention(*[hidden_states.unsqueeze(1)] * 3).squeeze(1)
+        return super().forward(hidden_states + more, *args, **kwargs)
+
+
+class AdaptedAttention(torch.nn.Module):
+    """As PEFT's adaption prompts do it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.prompt = model, torch.nn.Parameter(torch.randn(1, 4, 32))
+
+    def forward(self, hidden_states, **kwargs):
+        output, weights = self.model(hidden_states, **kwargs)
+        return output + (hidden_states @ self.prompt.mT).softmax(-1) @ self.prompt, weights
+
+
+@pytest.mark.parametrize("kind", [AndItself, AroundIt, AdaptedAttention])
+def test_attention_of_the_users_own_around_what_converts_is_refused(kind):
+    model = LlamaForCausalLM(tiny_config("llama")).eval()
+    layer = model.model.layers[0]
+    if kind is AroundIt:
+        layer.__class__ = kind
+    elif kind is AndItself:
+        layer.self_attn.__class__ = kind
+    else:
+        layer.self_attn = kind(layer.self_attn)
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\) attends without"):
+        ssmax.convert(model, 0.5)
+    assert not scaled(model)
+    assert ssmax.convert(model, 0.5, layers=[1]).config.ssmax["layers"] == [1]
+
+
+def test_a_model_and_a_part_of_it_are_not_both_converted():
+    model = AutoModelForSequenceClassification.from_config(made("bert").config)
+    ssmax.convert(model.bert, 0.5)
+    with pytest.raises(ValueError, match=r"bert.encoder.layer.0.attention.self has a scale already"):
+        ssmax.convert(model, 0.5)
+    ssmax.revert(model.bert)
+    ssmax.convert(model, 0.5)
+    with pytest.raises(ValueError, match=r"encoder.layer.0.attention.self has a scale already"):
+        ssmax.convert(model.bert, 0.5)
+    assert len(scaled(model)) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_layers_that_are_added_need_a_scale(family, place, tmp_path):
+    softmax = LlamaForCausalLM(tiny_config("llama")).eval() if family == "llama" else made("bert").float()
+    model = ssmax.convert(copy.deepcopy(softmax), 0.5)
+    layers, fresh = (m.model.layers if family == "llama" else m.encoder.layer for m in (model, softmax))
+    layers.insert(place, fresh[1])
+    said = "its scale is gone" if place == 0 else "was added or replaced after the conversion"
+    with pytest.raises(ValueError, match=said):
+        model(TOKENS)
+    with pytest.raises(ValueError, match=rf"{said}|none in \['?(encoder.layer.)?0"):
+        model.save_pretrained(tmp_path)
+    del layers[place]
+    layers.insert(place, copy.deepcopy(layers[1]))
+    assert model(TOKENS, use_cache=False)[0].isfinite().all()
+    with pytest.raises(ValueError, match=r"the model has 3|several self-attention modules in layer 1"):
+        model.save_pretrained(tmp_path)
+    del layers[1:]
+    model(TOKENS, use_cache=False)
+    with pytest.raises(ValueError, match="and the model has 1"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

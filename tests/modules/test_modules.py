@@ -5,6 +5,7 @@ import functools
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -448,6 +449,12 @@ class Beside(nn.Module):
         return self.other(self.attn(x))
 
 
+@torch.library.custom_op("ssmax_tests::fused_mha", mutates_args=())
+def fused_mha(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A kernel whose name says nothing of attention."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class ByHand(nn.Module):
     """Attention in other ways to write it, and by other kernels."""
 
@@ -477,12 +484,16 @@ class ByHand(nn.Module):
             y = (q @ k.mT / 2).log_softmax(-1).exp() @ v
         elif self.way == "sum":
             y = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1).softmax(-1) @ v
+        elif self.way == "operator":
+            y = fused_mha(q, k, v)
         elif self.way == "kernel":
             y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
         return merge(y).to(x.dtype)
 
 
-@pytest.mark.parametrize("way", ["einsum", "baddbmm", "addmm", "temperature", "exp", "logarithm", "sum", "kernel"])
+@pytest.mark.parametrize(
+    "way", ["einsum", "baddbmm", "addmm", "temperature", "exp", "logarithm", "sum", "operator", "kernel"]
+)
 def test_attention_by_hand_beside_what_converts_is_refused(way):
     model, x = made(Beside, ByHand(way)), inputs(2, 5, WIDTH)
     before = copy.deepcopy(model.state_dict())
@@ -492,6 +503,59 @@ def test_attention_by_hand_beside_what_converts_is_refused(way):
     assert ssmax.convert(model, 0.5, layers=["attn"], example=(x,)).attn.ssmax
     with pytest.raises(ValueError, match="nothing to convert"):
         ssmax.convert(made(ByHand, way), 0.5, example=(x,))
+
+
+class InAThread(nn.Module):
+    """Runs one of two blocks in another thread, which a trial does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x):
+        with ThreadPoolExecutor() as pool:
+            return self.first(x) + pool.submit(torch.no_grad()(self.second), x).result()
+
+
+class Scriptable(nn.Module):
+    """Attention that torch.jit.script understands."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], x.shape[1], 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("way", ["script", "thread"])
+def test_attention_that_a_trial_cannot_see_is_refused(way):
+    x = inputs(2, 5, WIDTH)
+    if way == "thread":
+        model, name, rest = made(InAThread), "second", ["first"]
+    else:
+        model, name, rest = nn.Sequential(Attention(), torch.jit.script(Scriptable())).double().eval(), "1", ["0"]
+    with pytest.raises(ValueError, match=rf"{name} \(.*\) ran in the example and no call of attention was seen"):
+        ssmax.convert(model, 0.5, example=(x,))
+    ssmax.convert(model, 0.5, example=(x,), layers=rest)
+    assert [n for n, _ in model.named_modules() if n.endswith("ssmax")] == [f"{rest[0]}.ssmax"]
+
+
+def test_grouped_keys_without_a_batch():
+    class Unbatched(CrossAttention):
+        def forward(self, x):
+            q, kv = self.to_q(x).unflatten(-1, (HEADS, -1)), self.to_kv(x).unflatten(-1, (2, self.key_heads, -1))
+            q, k, v = (part.transpose(-3, -2) for part in (q, *kv.unbind(-3)))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    x, plain = inputs(5, WIDTH), made(Unbatched)
+    model, ((s, b),) = converted(plain, (x,))
+    assert s.shape == (HEADS,)
+    with Naive((s, b, causal(5, 5))):
+        want = plain(x)
+    close(model(x), want)
 
 
 def test_what_takes_a_softmax_and_is_no_attention_is_let_be():

@@ -88,7 +88,8 @@ def test_a_failure_at_any_statement_leaves_the_model_as_it_was(change, record):
     prepare, call = CHANGES[change]
     model = prepare(tiny_model("llama", num_hidden_layers=1))
     call(copy.deepcopy(model))  # once before, since classes are made once
-    met, _ = statements(lambda: call(copy.deepcopy(model)))
+    copied = copy.deepcopy(model)
+    met, _ = statements(lambda: call(copied))
     model.train()
     model.model.norm.weight.requires_grad_(False)
     model.model.layers[0].register_forward_hook(lambda *_: None)

@@ -10,6 +10,7 @@ from ssmax.hf.layers import (
     language_layers,
     layers_of,
     named_layers,
+    of_language,
     own_part_by_hand,
     part_by_hand,
     refuse_own_law,
@@ -35,6 +36,12 @@ def convert(model: PreTrainedModel, options: Options) -> None:
     if carries_scales(type(model)):
         raise ValueError(
             f"{type(model).__name__} is converted already; ssmax.revert(model) gives back the softmax model"
+        )
+    part = next((name for name, module in model.named_modules() if getattr(module, "ssmax", None) is not None), None)
+    if part is not None:
+        raise ValueError(
+            f"{part} has a scale already: a part of {type(model).__name__}, or a model that it is a part of, was converted. Call "
+            "ssmax.revert on that first"
         )
     config: Any = model.config
     base = type(model)
@@ -161,6 +168,7 @@ def _default_layers(model, cross):
         available: dict[Any, Any] = {**language_layers(model)}
     except ValueError as reason:
         available = {name: layer for name, layer in named.items() if not layer.cross}
+        available = {name: layer for name, layer in available.items() if of_language(model, layer)} or available
         by_hand = part_by_hand(model)
         if not available or by_hand:
             part = f"; {by_hand} does not pass through transformers' attention interface" if available else ""

@@ -12,12 +12,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ssmax.hf import private
-from ssmax.modules.code import attends_itself
+from ssmax.modules.code import attends_itself, calls_attention
 
 FULL = "full_attention"
 OTHER_KEYS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
+LIBRARIES = ("torch.", "transformers.")  # not the user's own code
 # Layers with a recurrent part beside their attention, and the kind of that attention.
 HYBRID = {"hybrid": FULL, "hybrid_sliding": "sliding_attention"}
+
+
+# Names in the attention's code, or of its parameters, of a bias on its logits; dt_states make Doge's.
+BIASES = re.compile(r"position_bias|relative_attention_bias\.|relative_k_proj|dt_states")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def language_layers(model: PreTrainedModel) -> dict[int, Layer]:
         raise ValueError(f"{family} is an encoder-decoder model, whose layers have names and no indices")
     text_config = model.config.get_text_config(decoder=True)
     # The language model inside a larger one may see its prompt whole (PaliGemma), and is causal all the same.
-    prompted = model.config is not text_config and model.can_generate()
+    prompted = model.config is not text_config
     candidates: list[Any] = [
         module
         for module in model.modules()
@@ -103,6 +108,12 @@ def layers_of(model: PreTrainedModel, keys: Iterable[int | str]) -> dict[Any, La
     return by_index | (named_layers(model) if any(isinstance(key, str) for key in keys) else {})
 
 
+def of_language(model: PreTrainedModel, layer: Layer) -> bool:
+    """Return whether a layer belongs to the language model of a larger model."""
+    text = model.config.get_text_config(decoder=True)
+    return text is not model.config and _is_attention(layer.module, type(text))
+
+
 def part_by_hand(model: PreTrainedModel) -> str | None:
     """Return the class of an attention module that does not use transformers' attention interface, or None."""
     for name, module in _undispatched(model):
@@ -115,13 +126,28 @@ def part_by_hand(model: PreTrainedModel) -> str | None:
 
 def own_part_by_hand(model: PreTrainedModel) -> str | None:
     """Return the name of a module that attends without the interface, by code that is not transformers' own, or None."""
+    for name, module in _dispatching(model):
+        kind = type(module)
+        # PEFT's AdaptedAttention computes softmax itself, around the attention that it adapts.
+        wraps = kind.__name__.endswith("Attention") and not _dispatches(module)
+        if calls_attention(kind, LIBRARIES) or (wraps and attends_itself(kind, LIBRARIES)):
+            return f"{name or 'the model'} ({kind.__name__})"
     for name, module in _undispatched(model):
         of_torch = isinstance(module, nn.MultiheadAttention)
         writer = model.get_submodule(name.rpartition(".")[0]) if of_torch else module
-        own = not type(writer).__module__.startswith("transformers.") and (of_torch or attends_itself(type(module)))
+        own = not type(writer).__module__.startswith(LIBRARIES) and (of_torch or attends_itself(type(module)))
         if own or ("Attention" in type(module).__name__ and _is_patched(module)):
             return f"{name} ({type(module).__name__})"
     return None
+
+
+def _dispatching(model):
+    """Yield the modules, with names, that use the interface or hold one that does."""
+    names = [name for name, module in model.named_modules() if _dispatches(module)]
+    holders = {name[:end] for name in names for end in (0, *(i for i, x in enumerate(name) if x == "."), len(name))}
+    for name, module in model.named_modules():
+        if name in holders:
+            yield name, module
 
 
 def _undispatched(model):
@@ -209,14 +235,15 @@ def refuse_own_law(module: Any, family: str) -> None:
     config = getattr(module, "config", None)
     # BEiT's layers hand their bias, which starts at zero, to the attention as its mask.
     switches = ("use_relative_position_bias", "use_shared_relative_position_bias")
+    code = inspect.unwrap(type(module).forward).__code__
+    names = [*code.co_names, *code.co_varnames, *(name for name, _ in module.named_parameters())]
     if (
-        "position_bias" in inspect.signature(inspect.unwrap(type(module).forward)).parameters
-        or any("relative_position_bias" in name for name, _ in module.named_parameters())
+        any(BIASES.search(name) for name in names)
         or any(getattr(config, name, False) for name in switches)
         or str(getattr(module, "position_embeddings_type", "")).startswith("relative")
     ):
         raise ValueError(
-            f"{family} adds a bias of the position to its logits ({type(module).__name__}), which s log n would multiply or not: two "
+            f"{family} adds a bias to its logits ({type(module).__name__}), which s log n would multiply or not: two "
             "different models. Choose a family with RoPE or learned positions, or call ssmax.attention, which adds a float "
             "attn_mask after the multiplier, in an attention of your own"
         )

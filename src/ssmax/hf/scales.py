@@ -12,7 +12,7 @@ from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import QueryAwareScale
 from ssmax.modules.attended import Watch
-from ssmax.private import drop_child, drop_hook, set_hook
+from ssmax.private import drop_child, drop_hook, get_inside, set_hook
 from ssmax.query_scale import QueryScale
 
 
@@ -30,7 +30,9 @@ def attach(model: PreTrainedModel) -> None:
     for index, scale in scales.items():
         module = layers[index].module
         module.ssmax, module.ssmax_layer = scale, index
-    model.__dict__["_ssmax_carriers"] = [name for name, _ in carriers(model)]
+    names = [name for name, _ in carriers(model)]
+    model.__dict__["_ssmax_carriers"] = [tuple(name.split(".")) for name in names]
+    model.__dict__["_ssmax_unscaled"] = {place: _unscaled(model, *place) for place in _lists(names)}
     _watch(model, {layers[index].module: layers[index].cross for index in scales})
 
 
@@ -82,7 +84,8 @@ def _watch(model, attentions):
 
 def detach(model: PreTrainedModel) -> None:
     """Remove what attach added."""
-    model.__dict__.pop("_ssmax_carriers", None)
+    for name in ("_ssmax_carriers", "_ssmax_unscaled"):
+        model.__dict__.pop(name, None)
     for module in model.modules():
         drop_child(module, "ssmax")
         module.__dict__.pop("ssmax_layer", None)
@@ -94,28 +97,53 @@ def carriers(model: PreTrainedModel) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if getattr(module, "ssmax", None) is not None]
 
 
+def _lists(names):
+    """Return the lists of layers that hold these attentions: the path of each list, and an attention's path within a layer."""
+    found = {}
+    for path in (tuple(name.split(".")) for name in names):
+        first = next((i for i, part in enumerate(path) if part.isdigit()), None)
+        if first is not None:
+            found[path[:first], path[first + 1 :]] = None
+    return list(found)
+
+
+def _unscaled(model, layers, path):
+    """Return how many layers of a list have an attention at this path without a scale."""
+    found, _ = get_inside(model, layers)
+    inside = [get_inside(layer, path)[0] for layer in found.children()] if found is not None else []
+    return sum(module is not None and get_inside(module, ("ssmax",))[0] is None for module in inside)
+
+
 def check_carried(model: PreTrainedModel) -> None:
-    """Raise ValueError if a converted attention, or a layer around one, was replaced. Layers and whole parts may be removed."""
-    for name in model.__dict__.get("_ssmax_carriers", ()):
-        module, in_layer = model, False
-        for part in name.split("."):
-            module, in_layer = getattr(module, part, None), in_layer or part.isdigit()
-            if module is None:
-                break
-        removed = module is None and (part.isdigit() or not in_layer)
-        if not removed and getattr(module, "ssmax", None) is None:
-            raise ValueError(f"{name} was converted to SSMax and its scale is gone: it would be plain softmax")
+    """Raise ValueError if a converted attention, or a layer around one, was replaced, or a layer was added without a scale.
+
+    Layers and whole parts may be removed.
+    """
+    for path in model.__dict__.get("_ssmax_carriers", ()):
+        module, depth = get_inside(model, path)
+        removed = module is None and (path[depth].isdigit() or not any(part.isdigit() for part in path[:depth]))
+        if not removed and (module is None or get_inside(module, ("ssmax",))[0] is None):
+            raise ValueError(
+                f"{'.'.join(path)} was converted to SSMax and its scale is gone: it would be plain softmax"
+            )
+    for (layers, path), count in model.__dict__.get("_ssmax_unscaled", {}).items():
+        if _unscaled(model, layers, path) > count:
+            raise ValueError(
+                f"a layer of {'.'.join(layers)} was added or replaced after the conversion, and has no scale: it would be plain softmax. "
+                "Call ssmax.revert(model), and convert the model with its new layers"
+            )
 
 
 def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None) -> None:
     """Raise ValueError if a model, or its state_dict, lacks a scale that config.ssmax names."""
     found, named = carriers(model), model.config.ssmax["layers"]
     layers = layers_of(model, named)
-    lost = [key for key in named if getattr(layers[key].module, "ssmax", None) is None]
+    lost = [key for key in named if key not in layers or getattr(layers[key].module, "ssmax", None) is None]
     if lost or len(found) != len(named):
         raise ValueError(
             f"config.ssmax names scales in layers {named}, and the model has {len(found)}, none in {lost}; convert it anew"
         )
+    check_carried(model)
     if state_dict is None:
         return
     for name, module in found:
@@ -127,10 +155,12 @@ def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None
 def refuse_split_heads(model: PreTrainedModel) -> None:
     """Raise ValueError if the ranks of tensor parallelism cannot share the heads evenly."""
     ranks, _ = private.tensor_parallel(model)
-    heads = {layer.heads for layer in layers_of(model, model.config.ssmax["layers"]).values()} if ranks > 1 else set()
+    if ranks == 1:
+        return
+    heads = {layer.heads for layer in layers_of(model, model.config.ssmax["layers"]).values()}
     heads.add(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or ranks)
     uneven = sorted(n for n in heads if n % ranks)
-    if ranks > 1 and any(isinstance(module.ssmax, QueryAwareScale) for _, module in carriers(model)):
+    if any(isinstance(module.ssmax, QueryAwareScale) for _, module in carriers(model)):
         raise ValueError(
             "tensor parallelism splits heads, which the networks of law 'query-aware' share; load it on one rank"
         )

@@ -34,7 +34,7 @@ class Watch:
 
     Attributes:
         inside: watches of the next modules inside that hold converted attention. Copies of a module
-            share or copy them.
+            share them.
 
     Args:
         counts: whether the modules around may rely on this one. They may not if it does not run in each of their forwards.
@@ -43,6 +43,9 @@ class Watch:
     def __init__(self, counts: bool = True):
         self.inside: list[Watch] = []
         self.counts = counts
+
+    def __deepcopy__(self, memo: Any) -> "Watch":
+        return self  # the modules around know it, and it keeps nothing of a forward
 
     def __call__(self, module: Any, inputs: Any, output: Any) -> None:
         """Check one forward."""

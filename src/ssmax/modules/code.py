@@ -15,25 +15,33 @@ ATTEND |= {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
 
 
 @functools.cache
-def attends_itself(kind: type[nn.Module]) -> bool:
-    """Return whether the code of a class calls attention or computes it by hand. Code of torch itself does not count."""
-    names = set().union(*(_names(function) for own in _methods(kind).values() for function in own))
+def calls_attention(kind: type[nn.Module], others: tuple[str, ...] = ("torch.",)) -> bool:
+    """Return whether the code of a class calls a function of torch that attends. Code of other libraries, such as torch, does not count."""
+    return any(_names(function) & ATTEND for functions in _methods(kind, others).values() for function in functions)
+
+
+@functools.cache
+def attends_itself(kind: type[nn.Module], others: tuple[str, ...] = ("torch.",)) -> bool:
+    """Return whether the code of a class calls attention, or computes it by hand: a softmax, in a class that is called attention."""
     called = " ".join(base.__name__.lower() for base in kind.__mro__)
-    by_hand = "softmax" in names and ("attention" in called or "attn" in called)
-    return by_hand or bool(names & ATTEND)
+    if "attention" in called or "attn" in called:
+        functions = [function for own in _methods(kind, others).values() for function in own]
+        if any("softmax" in _names(function) for function in functions):
+            return True
+    return calls_attention(kind, others)
 
 
 def attending_methods(kind: type[nn.Module]) -> dict[str, Callable]:
     """Return the methods of a class, other than forward, that call attention."""
-    found = {name: own[0] for name, own in _methods(kind).items() if _names(own[0]) & ATTEND}
+    found = {name: own[0] for name, own in _methods(kind, ("torch.",)).items() if _names(own[0]) & ATTEND}
     return {name: function for name, function in found.items() if name != "forward" and not name.startswith("__")}
 
 
-def _methods(kind):
-    """Return the functions of a class and its bases by name, the nearest first. Those of torch itself do not count."""
+def _methods(kind, others):
+    """Return the functions of a class and its bases by name, the nearest first, without those that other libraries wrote."""
     found: dict[str, list[Callable]] = {}
     for base in kind.__mro__:
-        for name, x in vars(base).items() if not str(base.__module__).startswith("torch.") else ():
+        for name, x in vars(base).items() if not str(base.__module__).startswith(others) else ():
             if inspect.isfunction(x):
                 found.setdefault(name, []).append(x)
     return found

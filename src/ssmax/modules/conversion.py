@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ssmax.modules import attach, multihead
@@ -51,6 +52,7 @@ def convert(model: nn.Module, options: Options) -> None:
         chosen = _chosen(model, found, layers, cross, example)
         _check_all_ran(modules, trial, layers)
         _check_by_hand(modules, trial, chosen, layers, cross)
+        _check_all_seen(modules, trial, layers)
     values = starting_values(options.init, options.bias, options.train_length)
     scales = {name: _scale(name, modules[name], found[name], values) for name in chosen}
     for name, scale in scales.items():
@@ -123,6 +125,28 @@ def _check_all_ran(modules, trial: Found, layers):
         raise ValueError(
             f"{_shown(modules, idle[0])} did not run in the example: it is unused, or its weights are read by other code, "
             "which would stay softmax; pass an example that runs it, or layers=[...] without it"
+        )
+
+
+def _check_all_seen(modules, trial: Found, layers):
+    """Raise ValueError if attention ran in the example where a trial cannot see it: in TorchScript, or in another thread."""
+    kinds = {type(modules[name]) for name in trial.sites}
+    unseen = [
+        name
+        for name, module in modules.items()
+        if layers is None and name not in trial.sites
+        if (isinstance(module, torch.jit.ScriptModule) and "scaled_dot_product_attention" in str(module.inlined_graph))
+        or (
+            name in trial.ran
+            and type(module) in kinds
+            and not isinstance(module, torch.jit.ScriptModule)
+            and name not in trial.by_hand
+        )
+    ]
+    if unseen:
+        raise ValueError(
+            f"{_shown(modules, unseen[0])} ran in the example and no call of attention was seen in it: it is compiled by TorchScript, ran in "
+            "another thread, or did not attend, and may stay softmax; change that, or pass layers=[...] without it"
         )
 
 

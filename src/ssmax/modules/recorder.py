@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ssmax.modules import sdpa
 from ssmax.modules.attach import CALLS
-from ssmax.private import SOFTMAX_CALLS, base_of
+from ssmax.private import OPERATORS, SOFTMAX_CALLS, base_of
 from ssmax.visible import as_bool
 
 # The functions by which queries and keys become logits; linear counts if its weight is not a parameter.
@@ -19,6 +19,7 @@ PRODUCTS |= {"einsum", "tensordot", "inner", "linear"}
 MULTIPLY = {"mul", "mul_", "__mul__", "__rmul__", "multiply"}  # and sum, which is a product too
 # The functions that turn logits into weights; exp is the first step of a softmax by hand.
 WEIGHTS = SOFTMAX_CALLS | {"exp", "exp_", "exp2", "exp2_"}
+TORCH = {"aten", "prim", "prims", "torchvision", "quantized"}  # namespaces of operators that do not attend
 SELECT = {"__getitem__", "chunk", "split", "split_with_sizes", "tensor_split", "narrow", "select", "unbind"}
 SELECT |= {"index_select", "gather", "take_along_dim"}
 
@@ -97,7 +98,7 @@ class Recorder(TorchFunctionMode):
             self._note(func, *args, **kwargs)
         elif name in WEIGHTS and sources:
             self._note_by_hand(self._operands(sources[0]))
-        elif "attention" in name or "attn" in name:  # a kernel that is not scaled, such as flex_attention
+        elif "attention" in name or "attn" in name or _takes_qkv(func, sources):  # such as flex_attention
             self._note_by_hand(sources[:2])
         output = func(*args, **kwargs)
         made = sources[:1] if output is None else _tensors(output)  # none: in place, as in x[...] = y
@@ -152,7 +153,7 @@ class Recorder(TorchFunctionMode):
                     if mask is not None:
                         as_bool(mask)
             else:
-                site.heads.append(sdpa.num_heads(query))
+                site.heads.append(sdpa.num_heads(query, kwargs.get("enable_gqa", False)))
                 site.dimensions = max(site.dimensions, query.ndim)
                 _count(query, key, value, *args, **kwargs)
         except ValueError as error:
@@ -205,6 +206,14 @@ class Recorder(TorchFunctionMode):
                 found[id(x)] = x
                 left.extend(self.made_from.get(id(x), ()))
         return found
+
+
+def _takes_qkv(func, sources):
+    """Return whether a function is an operator of another library than torch and takes a query, key and value."""
+    if not isinstance(func, OPERATORS) or str(func).partition(".")[0] in TORCH or len(sources) < 3:
+        return False
+    q, k, v = sources[:3]
+    return q.ndim > 2 and q.shape[-1] == k.shape[-1] and k.shape == v.shape
 
 
 def _mixes(weight, output):

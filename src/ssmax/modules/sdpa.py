@@ -21,6 +21,9 @@ def attend(
     **options: Any,
 ) -> Tensor:
     """Scale the query by the module ssmax, and call scaled_dot_product_attention; the other arguments are torch's."""
+    if query.ndim == 3 and options.get("enable_gqa"):  # the first dimension is that of the heads
+        row = attend(ssmax, query[None], key[None], value[None], attn_mask, dropout_p, is_causal, **options)
+        return row.squeeze(0)
     batch = -3 if query.ndim > 3 else -2
     if key.ndim == query.ndim:
         query = query.expand(*torch.broadcast_shapes(query.shape[:batch], key.shape[:batch]), *query.shape[batch:])
@@ -30,9 +33,9 @@ def attend(
         return scaled_dot_product_attention(scaled, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
-def num_heads(query: Tensor) -> int:
-    """Return the number of heads of a query (..., H, N, D). A query of three dimensions is (B, N, D), with one head."""
-    return query.shape[-3] if query.ndim > 3 else 1
+def num_heads(query: Tensor, grouped: bool = False) -> int:
+    """Return the number of heads of a query (..., H, N, D). One of three dimensions is (B, N, D) with one head, unless keys are grouped."""
+    return query.shape[-3] if query.ndim > 3 or (grouped and query.ndim == 3) else 1
 
 
 def _as_batch(query):

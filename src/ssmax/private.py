@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Names under which a softmax reaches a TorchFunctionMode.
+# The classes of operators, such as torch.ops.aten.mm.
 OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+# Names under which a softmax reaches a TorchFunctionMode.
 SOFTMAX_CALLS = {"softmax", "_softmax", "_safe_softmax", "special_softmax", "softmin"}
 
 

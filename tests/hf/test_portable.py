@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import tiny_model
@@ -97,6 +98,55 @@ def computed(tmp_path_factory):
     program(PROGRAMS / "without_ssmax.py", root / "jobs.pt", root / "found.pt", home=root / "home")
     found = torch.load(root / "found.pt")
     return {case: found[folder] for case, folder in folders.items()}
+
+
+SIDES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+PICTURES = {**SIDES, "image_size": 16, "patch_size": 8}
+# Classes that an Auto class makes of several, that rename weights by class name, and that no Auto class makes.
+HEADS = {
+    "ViTForImageClassification": PICTURES,
+    "DeiTForImageClassification": PICTURES,
+    "DeiTForImageClassificationWithTeacher": PICTURES,
+    "CLIPVisionModelWithProjection": PICTURES,
+    "GPT2DoubleHeadsModel": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99},
+    "SiglipTextModel": {**SIDES, "vocab_size": 99, "max_position_embeddings": 30},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["with", "without"])
+def test_every_class_loads_as_its_card_says(way, tmp_path):
+    jobs, wanted = {}, {}
+    for name, sizes in HEADS.items():
+        kind = getattr(transformers, name)
+        torch.manual_seed(0)
+        model = spread(ssmax.convert(kind(kind.config_class(**sizes)).eval(), 0.5))
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16)} if "image_size" in sizes else {"input_ids": TOKENS}
+        model.save_pretrained(tmp_path / name)
+        jobs[str(tmp_path / name)] = inputs
+        with torch.no_grad():
+            below = [model.base_model(**inputs).last_hidden_state] if "image_size" in sizes else []
+            wanted[str(tmp_path / name)] = [f"SSMax{name}", model(**inputs)[0], *below]
+    torch.save(jobs, tmp_path / "jobs.pt")
+    program(PROGRAMS / "as_the_card_says.py", way, tmp_path / "jobs.pt", tmp_path / "found.pt", home=tmp_path / "home")
+    found = torch.load(tmp_path / "found.pt")
+    for folder, (name, *outputs) in wanted.items():
+        assert found[folder][0] == name
+        for got, want in zip(found[folder][1:], outputs, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_a_state_dict_without_one_parameter_of_a_scale_is_not_saved(tmp_path):
+    model = converted("llama-b")
+    for change in (
+        lambda state: state.pop("model.layers.1.self_attn.ssmax.bias"),
+        lambda state: state.update({f"module.{key}": state.pop(key) for key in list(state)}),
+    ):
+        state = model.state_dict()
+        change(state)
+        with pytest.raises(ValueError, match="the state_dict lacks the SSMax scale of model"):
+            model.save_pretrained(tmp_path, state_dict=state)
+    assert not list(tmp_path.iterdir())
 
 
 def write_tokenizer(folder):

@@ -10,8 +10,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import tiny_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     BertConfig,
+    DeiTConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -32,9 +34,10 @@ def model():
 def test_auto_classes_know_which_model_serves_a_config():
     assert AutoModelForCausalLM in private.AUTO_CLASSES
     assert len(private.AUTO_CLASSES) > 30
-    assert private.head_of(AutoModelForCausalLM, LlamaConfig) is LlamaForCausalLM
-    assert private.head_of(AutoModelForMaskedLM, LlamaConfig) is None
-    assert private.head_of(AutoModelForMaskedLM, BertConfig).__name__ == "BertForMaskedLM"
+    assert private.heads_of(AutoModelForCausalLM, LlamaConfig) == (LlamaForCausalLM,)
+    assert private.heads_of(AutoModelForMaskedLM, LlamaConfig) == ()
+    assert [kind.__name__ for kind in private.heads_of(AutoModelForMaskedLM, BertConfig)] == ["BertForMaskedLM"]
+    assert len(private.heads_of(AutoModelForImageClassification, DeiTConfig)) == 2
 
 
 def test_config_types_are_transformers_own_or_registered_in_a_dict_that_may_be_replaced(monkeypatch):

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import (
     feature_extraction_auto,
     image_processing_auto,
@@ -111,10 +112,9 @@ class SSMaxModel(PreTrainedModel):
         if is_main_process and not own and not private.holds_adapter(self):
             classes, folder = heads(base), Path(save_directory)
             self.config.auto_map = auto_map(base)
-            write_code(self, classes, folder)
+            write_code(self, base, classes, folder)
             write_mlx(self, folder)
-            auto = next((auto for auto, head in classes.items() if head is base), "AutoModel")
-            write_card(self, auto, folder, values=state_dict is None)
+            write_card(self, auto_class(base), folder, values=state_dict is None)
             self.__dict__["_ssmax_card"] = (folder / CARD).read_bytes()
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
@@ -162,10 +162,12 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     up by name.
     """
     config = _config_class(base)
-    for auto, head in _auto_heads(base).items():
-        auto.register(config, model_class(head), exist_ok=True)
-        if _is_transformers(head):
-            setattr(type(transformers), model_class(head).__name__, model_class(head))
+    for auto, found in _auto_heads(base).items():
+        kinds = tuple(map(model_class, found))
+        auto.register(config, kinds if len(kinds) > 1 else kinds[0], exist_ok=True)
+        for kind in kinds:
+            if _is_transformers(softmax_class(kind)):
+                setattr(type(transformers), kind.__name__, kind)
     for mapping in COMPANIONS:
         if base in mapping:
             mapping.register(config, mapping[base], exist_ok=True)
@@ -183,10 +185,10 @@ def _config_class(base):
 
 
 def _auto_heads(base):
-    """Auto class -> transformers' class for a config class."""
-    found = {auto: private.head_of(auto, base) for auto in private.AUTO_CLASSES}
+    """Auto class -> transformers' classes for a config class."""
+    found = {auto: private.heads_of(auto, base) for auto in private.AUTO_CLASSES}
     # Mllama's CausalLM class is found by the whole config, and takes the text config alone.
-    return {auto: head for auto, head in found.items() if getattr(head, "config_class", None) is base}
+    return {auto: kinds for auto, kinds in found.items() if kinds and all(kind.config_class is base for kind in kinds)}
 
 
 @functools.cache
@@ -198,7 +200,13 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "forward": _scoped(base.forward),
         **_made_on_demand(base),
     }
-    return type(f"{PREFIX}{base.__name__}", (SSMaxModel, base), attributes)
+    kind = type(f"{PREFIX}{base.__name__}", (SSMaxModel, base), attributes)
+    renamings = get_checkpoint_conversion_mapping(
+        base.__name__
+    )  # of weights, which transformers looks up by class name
+    if renamings is not None:
+        register_checkpoint_conversion_mapping(kind.__name__, renamings, overwrite=True)
+    return kind
 
 
 def softmax_class(kind: type) -> type[PreTrainedModel]:
@@ -223,8 +231,15 @@ def _scoped(forward: Callable) -> Callable:
 
 
 def heads(base: type[PreTrainedModel]) -> dict[str, type[PreTrainedModel]]:
-    """Return the name of each Auto class that knows the family of base, and the class of transformers that it loads."""
-    return {auto.__name__: head for auto, head in _auto_heads(base.config_class).items()}
+    """Return the name of each Auto class that knows the family of base, and the class of transformers that it loads: base, if it may."""
+    found = _auto_heads(base.config_class)
+    return {auto.__name__: base if base in kinds else kinds[0] for auto, kinds in found.items()}
+
+
+def auto_class(base: type[PreTrainedModel]) -> str | None:
+    """Return the name of the Auto class that loads a class, or None."""
+    found = [auto for auto, head in heads(base).items() if head is base]
+    return min(found, key=lambda auto: auto == "AutoModelForPreTraining", default=None)
 
 
 def auto_map(base: type[PreTrainedModel]) -> dict[str, str]:

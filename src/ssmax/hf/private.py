@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 __all__ = [
     "AUTO_CLASSES", "FINISH_LOADING", "NAME_KEY", "accelerator_state", "class_attributes", "float32_modules",
-    "forward_hooks", "head_of", "holds_adapter", "implementation_of", "inner_flash", "is_family", "is_initialized", "is_packed_sequence",
+    "forward_hooks", "heads_of", "holds_adapter", "implementation_of", "inner_flash", "is_family", "is_initialized", "is_packed_sequence",
     "register_configs", "set_implementation", "tensor_parallel", "unlogged_loss",
 ]  # fmt: skip
 
@@ -32,9 +32,10 @@ FINISH_LOADING = "_finalize_model_loading"
 NAME_KEY = "_name_or_path"
 
 
-def head_of(auto: Any, config_class: type) -> Any:
-    """Return the model class that an Auto class makes for a config class, or None."""
-    return auto._model_mapping.get(config_class, None)
+def heads_of(auto: Any, config_class: type) -> tuple[Any, ...]:
+    """Return the model classes that an Auto class may make for a config class; of several it takes the first, or the one that was saved."""
+    found = auto._model_mapping.get(config_class, None) or ()
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
 
 
 def is_family(model_type: str) -> bool:

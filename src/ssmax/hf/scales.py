@@ -147,8 +147,7 @@ def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None
     if state_dict is None:
         return
     for name, module in found:
-        wanted = [key for key, _ in module.ssmax.named_parameters()]
-        if wanted and not any(f"{name}.ssmax." in key for key in state_dict):
+        if any(f"{name}.ssmax.{key}" not in state_dict for key, _ in module.ssmax.named_parameters()):
             raise ValueError(f"the state_dict lacks the SSMax scale of {name}; what is saved could not be loaded again")
 
 

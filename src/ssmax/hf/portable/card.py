@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssmax.hf.portable.code_file import CODE_FILE, formula
+from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, formula
 from ssmax.hf.portable.mlx_file import MLX_FILE
 from ssmax.hf.private import NAME_KEY
 from ssmax.runs.files import write_atomically
@@ -40,9 +40,7 @@ In {scaled} of its attention modules, each query is multiplied by {formula} befo
 ## How to load it
 
 ```python
-from transformers import {auto}
-
-model = {auto}.from_pretrained(path, trust_remote_code=True)  # path: this folder, or this repository's name
+{load}
 ```
 
 `{code}.py` in this folder computes the model with transformers {version} or later alone. With the package ssmax
@@ -51,6 +49,17 @@ model = {auto}.from_pretrained(path, trust_remote_code=True)  # path: this folde
 **Without both, it is another model.** A plain class, as in `{base}.from_pretrained`, loads the softmax model without the scales.
 transformers then prints a table of unexpected keys that end in `ssmax.weight`, and raises no error.
 {training}{values}{losses}"""
+
+AUTO = """from transformers import {auto}
+
+model = {auto}.from_pretrained(path, trust_remote_code=True)  # path: this folder, or this repository's name"""
+
+# No Auto class makes the saved class.
+NO_AUTO = """from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+path = "."  # this folder, or this repository's name
+{kind} = get_class_from_dynamic_module("{code}.{kind}", path)
+model = {kind}.from_pretrained(path)"""
 
 MLX = f"""
 `{MLX_FILE}` computes it in mlx-lm, with `--trust-remote-code`."""
@@ -63,7 +72,7 @@ imported.
 
 def write_card(
     model: PreTrainedModel,
-    auto: str,
+    auto: str | None,
     folder: Path,
     losses: Sequence[tuple[str, float, float]] = (),
     measured: str = "",
@@ -76,7 +85,7 @@ def write_card(
 
     Args:
         model: a converted model.
-        auto: the Auto class that loads it.
+        auto: the Auto class that loads it; None if there is none.
         folder: folder of the saved model.
         losses: loss by position, if it was measured: (positions, before, after), in nats per token.
         measured: the text on which it was measured, in words.
@@ -125,7 +134,7 @@ def _text(model, auto, losses, measured, values):
         formula=formula(first),
         learned="; " + " and ".join(first.learned) + " are learned, one for each head" if first.learned else "",
         origin=_origin(facts),
-        auto=auto,
+        load=AUTO.format(auto=auto) if auto else NO_AUTO.format(kind=f"{PREFIX}{base}", code=CODE_FILE),
         code=CODE_FILE,
         version=".".join(map(str, SUPPORTED["transformers"][0])),
         install=INSTALL.replace("NAME", "hf"),

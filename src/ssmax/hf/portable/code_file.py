@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from ssmax.hf.portable import pieces
 from ssmax.laws import LAWS, LawScale, QueryAwareScale
@@ -32,7 +33,7 @@ from torch import nn
 from transformers import (
     {imports},
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
+{renamed}from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 # What config.ssmax says of the law that is computed here, and the attention modules that are scaled: how many heads each has.
@@ -55,14 +56,21 @@ except ImportError:
 
 {models}
 
-    # Where transformers builds one model inside of another, it looks the inner one up.
-{registered}
-    # Its server looks models up by name, in either of two objects that the module transformers may be.
+{registered}    # Its server looks models up by name, in either of two objects that the module transformers may be.
     for kind in (
         {classes},
     ):
         setattr(type(transformers), kind.__name__, kind)
-'''
+{renaming}'''
+RENAMED = "from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping\n"
+RENAMING = """        # It looks up by name, too, how old weights are called now.
+        renamings = get_checkpoint_conversion_mapping(kind.__name__.removeprefix("SSMax"))
+        if renamings is not None:
+            register_checkpoint_conversion_mapping(kind.__name__, renamings, overwrite=True)
+"""
+REGISTERED = """    # Where transformers builds one model inside of another, it looks the inner one up.
+{lines}
+"""
 DISPATCH = (
     pieces.wide,
     pieces.visible_keys,
@@ -78,17 +86,20 @@ MODEL = """    class {prefix}{name}(Converted, {name}):
         config_class = {config}"""
 
 
-def write_code(model: PreTrainedModel, heads: dict[str, type[PreTrainedModel]], folder: Path) -> None:
+def write_code(
+    model: PreTrainedModel, base: type[PreTrainedModel], heads: dict[str, type[PreTrainedModel]], folder: Path
+) -> None:
     """Write the code file of a converted model into a folder.
 
     Args:
         model: a converted model. The code is made from its classes and modules, never from its
             config, which may come from an unknown source.
+        base: its softmax class, which may be none of those that an Auto class loads.
         heads: name of each Auto class that knows the family, and the class of transformers that it
             loads.
         folder: folder of the saved model.
     """
-    write_atomically(folder / f"{CODE_FILE}.py", _code(model, heads))
+    write_atomically(folder / f"{CODE_FILE}.py", _code(model, base, heads))
 
 
 def formula(scale: Any) -> str:
@@ -98,13 +109,15 @@ def formula(scale: Any) -> str:
     return "s log n" if getattr(scale, "bias", None) is None else "s log n + b"
 
 
-def _code(model, heads):
+def _code(model, base, heads):
     scaled = {name: module.ssmax for name, module in model.base_model.named_modules() if hasattr(module, "ssmax")}
     scale = next(iter(scaled.values()))
     if not isinstance(scale, QueryScale):
         raise ValueError(f"a model is saved with scales of ssmax, got {type(scale).__name__}, which nothing could load")
     base_config: type[PreTrainedConfig] = model.config_class.__bases__[0]
-    classes, config = sorted({base.__name__ for base in heads.values()}), f"{PREFIX}{base_config.__name__}"
+    classes, config = sorted({kind.__name__ for kind in (base, *heads.values())}), f"{PREFIX}{base_config.__name__}"
+    renames = any(get_checkpoint_conversion_mapping(name) is not None for name in classes)
+    lines = [f"    {auto}.register({config}, {PREFIX}{head.__name__}, exist_ok=True)" for auto, head in heads.items()]
     return TEXT.format(
         family=base_config.__name__.removesuffix("Config"),
         formula=formula(scale),
@@ -120,9 +133,9 @@ def _code(model, heads):
         base_config=base_config.__name__,
         model_type=base_config.model_type,
         models="\n\n".join(MODEL.format(prefix=PREFIX, name=name, config=config) for name in classes),
-        registered="\n".join(
-            f"    {auto}.register({config}, {PREFIX}{base.__name__}, exist_ok=True)" for auto, base in heads.items()
-        ),
+        renamed=RENAMED if renames else "",
+        renaming=RENAMING if renames else "",
+        registered=REGISTERED.format(lines="\n".join(lines)) if lines else "",
         classes=",\n        ".join(f"{PREFIX}{name}" for name in classes),
     )
 

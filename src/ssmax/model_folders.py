@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssmax.calibration import Calibration, calibrate, piece_length
 from ssmax.conversion import convert
@@ -20,6 +20,7 @@ from ssmax.hf.companions import copy_companions
 from ssmax.hf.layers import Layer, language_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer, quiet
 from ssmax.hf.portable.card import write_card
+from ssmax.hf.shapes import check_shape, largest_token
 from ssmax.hf.spec import ScaleSpec
 from ssmax.runs.failures import is_full, user_errors
 from ssmax.runs.files import check_destination, write_atomically, written_whole
@@ -80,7 +81,7 @@ def calibrate_folder(
     _raise_theta(config, theta_factor)
     with user_errors():
         length = piece_length(config, options["length"])
-    tokens = _tokens(source, texts, length, options["steps"])
+    tokens = _tokens(source, config, texts, length, options["steps"])
     model = load_model(source, config)
     if checkpointing:
         # transformers 5 has a new name for this method, and warns about the old one.
@@ -180,10 +181,11 @@ def _raise_theta(config: Any, factor: float) -> None:
     config.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * factor}
 
 
-def _tokens(source: str, texts: str | None, length: int, steps: int) -> list[Tensor]:
+def _tokens(source: str, config: PreTrainedConfig, texts: str | None, length: int, steps: int) -> list[Tensor]:
     """Return tokens of long texts, in a fixed shuffled order: enough pieces for the steps and for the held-out loss."""
     found, name = documents(texts, TEXT_LIMIT)
     tokenizer = load_tokenizer(source)
+    check_shape(config, largest_token(tokenizer, 0), "calibrate", length, "--length")
     random.Random(0).shuffle(found)
     tokens, pieces = [], 0
     for text in found:
@@ -203,7 +205,7 @@ def _tokens(source: str, texts: str | None, length: int, steps: int) -> list[Ten
 def _save(model: PreTrainedModel, source: str, target: Path, found: Calibration | None = None) -> list[str]:
     """Write the new folder with all files of the model; return lines that say what was written and left out."""
     try:
-        with written_whole(target, owner="model") as temporary:
+        with written_whole(target, owner="model", new=True) as temporary:
             model.save_pretrained(temporary)
             if found is not None:
                 write_card(model, "AutoModelForCausalLM", temporary, *_measured(found))

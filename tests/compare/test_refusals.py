@@ -102,6 +102,41 @@ def test_a_model_that_does_not_fit_is_one_line(kind, capsys, tmp_path, text, rec
     record("a model that does not fit ssmax evaluate", 1)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["positions", "vocabulary"])
+def test_calibrate_asks_for_no_more_than_a_model_has(kind, capsys, tmp_path, text):
+    MODELS[kind]().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    status, _, err = call(
+        capsys, "calibrate", tmp_path / "model", tmp_path / "new", "--texts", text, "--length", 150, "--steps", 1
+    )
+    assert status == 2
+    (line,) = err.strip().splitlines()
+    for word in WORDS[kind]:
+        assert word.replace("loss asks", "calibrate asks") in line
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"rope_type": "nonsense"}, "rope_type must be one of"),
+        ({"rope_type": "linear", "factor": "x"}, "cannot be made of"),
+        ({"rope_type": "linear", "factor": -2}, "not positive and finite"),
+        ({"rope_type": "yarn", "factor": 0}, "RoPE of type 'yarn'"),
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}, "RoPE of type 'longrope'"),
+        ({"rope_type": "linear"}, "needs factor"),
+    ],
+)
+def test_a_bad_rope_is_told_before_the_folder_is_claimed(rope, words, capsys, tmp_path, text):
+    tiny_model("llama", **SIZES).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    status, line, _ = evaluate(capsys, tmp_path, text, "--rope", json.dumps(rope))
+    assert status == 2
+    assert words in line
+    assert not list((tmp_path / "run").glob("*.json"))
+
+
 @pytest.mark.parametrize("measures", [("retrieval",), ("attention",), ("loss",)])
 def test_a_model_of_nan_is_refused_by_each_measure(measures, capsys, tmp_path, text):
     poisoned().save_pretrained(tmp_path / "model")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from faults import make_corpus, values
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import ssmax
 import ssmax.hf
@@ -24,7 +24,7 @@ from ssmax.hf.loading import load_model, load_tokenizer
 from ssmax.paper import training
 from ssmax.paper.building import build_model
 from ssmax.paper.recipes import smoke
-from ssmax.runs.files import check_folder, seal_folder, written_whole
+from ssmax.runs.files import check_destination, check_folder, rename_new, seal_folder, written_whole
 from ssmax.runs.folder import RunFolder
 from ssmax.runs.rows import Row, read_rows, write_rows
 from ssmax.training import checkpoints
@@ -418,6 +418,58 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     (tmp_path / "old" / "c").touch()
     with pytest.raises(Damaged, match="c is not listed"):
         check_folder(tmp_path / "old")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "empty folder"])
+def test_what_appears_in_the_meantime_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "new"
+
+    def make():
+        with written_whole(path, "me", new=True) as temporary:
+            (temporary / "a").write_text("ours")
+            path.write_text("theirs") if kind == "file" else path.mkdir()
+            if kind == "folder":
+                (path / "thesis").write_text("theirs")
+
+    with pytest.raises(UserError, match="new appeared while it was made, and was not replaced"):
+        make()
+    assert [p.name for p in tmp_path.rglob("*")] == (["new", "thesis"] if kind == "folder" else ["new"])
+    (tmp_path / "made").write_text("ours")
+    with pytest.raises(UserError, match="was not replaced"):
+        rename_new(tmp_path / "made", path)
+    rename_new(tmp_path / "made", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "ours"
+
+
+def test_nothing_is_written_into_a_finished_folder(tmp_path):
+    with written_whole(tmp_path / "model", "me") as temporary:
+        (temporary / "a").touch()
+    with pytest.raises(UserError, match="model is a finished folder"):
+        check_destination(tmp_path / "model" / "deep" / "inside", new=True)
+
+
+def test_a_folder_that_is_saved_again_is_not_damaged(tmp_path):
+    ssmax.convert(tiny_model("llama")).save_pretrained(tmp_path / "first")
+    seal_folder(tmp_path / "first", "model")
+    model = load_model(tmp_path / "first")
+    (tmp_path / "first" / "note.json").write_text("{}")
+    with pytest.raises(
+        Damaged, match=r"note.json is not listed; .* if you changed the folder on purpose, delete seal.json"
+    ):
+        load_model(tmp_path / "first")
+    model.save_pretrained(tmp_path / "first")
+    load_model(tmp_path / "first")
+
+
+def test_weights_without_a_place_are_named(tmp_path):
+    config = tiny_config("llama", num_labels=3, tie_word_embeddings=True)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    tiny_model("llama").save_pretrained(tmp_path / "shorter")
+    path = tmp_path / "shorter" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    for folder, name in (("classifier", "score.weight"), ("shorter", "model.layers.1.input_layernorm.weight")):
+        with pytest.raises(Damaged, match=rf"holds weights that LlamaForCausalLM .* has no place for: {name}"):
+            load_model(tmp_path / folder)
 
 
 def test_all_of_a_folder_is_synced_before_it_is_renamed(tmp_path, monkeypatch):

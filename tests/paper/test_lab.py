@@ -529,6 +529,7 @@ def test_recipes_hold_together(recipe):
         ({"retrieval": ("paper:c",), "models": ("paper:ab",)}, "--retrieval paper:c asks for models"),
         ({"counting": ("paper:p",)}, "--counting paper:p"),
         ({"hidden_size": 36}, "--hidden-size must be a multiple of twice --num-heads"),
+        ({"train_length": 1}, "--train-length must be at least 2"),
         ({"steps": 0}, "--steps must be positive"),
         ({"warmup_steps": -1}, "--warmup-steps must be at least 0"),
         ({"learning_rate": float("nan")}, "--learning-rate must be positive"),

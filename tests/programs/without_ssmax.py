@@ -115,6 +115,9 @@ def refusals(folder, softcapped, model, jobs):
     raises(lambda: model(tokens, attention_mask=bias), "bias")
     capped = AutoModelForCausalLM.from_pretrained(softcapped, trust_remote_code=True, attn_implementation="eager")
     raises(lambda: capped(tokens), "softcap")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    config.num_hidden_layers = 1
+    raises(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=True), "layers.1.self_attn", "lacks")
     path = f"{folder}/model.safetensors"
     whole = load_file(path)
     save_file({k: v for k, v in whole.items() if "1.self_attn.ssmax" not in k}, path, metadata={"format": "pt"})

@@ -41,6 +41,18 @@ def test_an_infinite_s_is_refused(tmp_path):
         export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize("s", [1e6, 1e-6])
+def test_what_does_not_fit_in_half_precision_is_refused(s, tmp_path):
+    model = ssmax.convert(tiny_model("llama"))
+    for layer in model.model.layers:
+        layer.self_attn.ssmax.s.data.fill_(s)
+    model.save_pretrained(tmp_path / "model")
+    for dtype in ("f16", "q8_0"):
+        with pytest.raises(UserError, match=rf"query projection of layer 0 does not fit in {dtype}.*give --dtype f32"):
+            export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf", dtype=dtype, dry_run=True)
+    assert export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf", dtype="f32", dry_run=True)
+
+
 def test_what_it_runs_passes_the_checks(tmp_path):
     for family, law in (("llama", "ssmax"), ("qwen2", "ssmax"), ("llama", "ssmax-fixed")):
         ssmax.convert(tiny_model(family), law=law).save_pretrained(tmp_path / law / family)

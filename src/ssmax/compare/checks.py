@@ -5,17 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssmax.compare.stages import Material, Needs
 from ssmax.errors import UserError
 from ssmax.evaluation.attention import attend
 from ssmax.evaluation.reading import Reader, eval_mode
+from ssmax.evaluation.rope import rope_scaling, rope_theta
+from ssmax.hf.shapes import check_shape, largest_token, shape_of
 
 SAMPLE = 48  # tokens of the first forward
-# Rows that a table of learned positions may have beyond the config's number (BART, OPT: 2).
-BEYOND = 3
 
 
 def check_fit(config: PreTrainedConfig, tokenizer: Any, needs: Mapping[str, Needs]) -> None:
@@ -25,54 +24,17 @@ def check_fit(config: PreTrainedConfig, tokenizer: Any, needs: Mapping[str, Need
         UserError: a context is longer than the model's table of positions, or a token lies beyond
             its vocabulary.
     """
-    model = _shape_of(config)
-    if model is None:  # the family cannot be built without weights; check_model's forward finds problems later
-        return
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    # Special tokens that were added to a tokenizer (padding) do no harm until one is used.
-    special = set(tokenizer.all_special_ids)
-    largest = max(*(need.largest for need in needs.values()), *(set(tokenizer.get_vocab().values()) - special))
-    if vocabulary is not None and largest >= vocabulary:
-        raise UserError(
-            f"the tokenizer has token {largest}, but the model's vocabulary ends at {vocabulary - 1} ({vocabulary} tokens): they "
-            "do not belong together; save the model's own tokenizer into its folder"
-        )
-    positions = _positions(model, config)
+    largest = largest_token(tokenizer, *(need.largest for need in needs.values()))
     for stage, need in needs.items():
-        if positions is not None and need.longest > positions:
-            raise UserError(
-                f"{stage} asks for {need.longest:,} tokens, but the model has only {positions:,} positions; "
-                f"give {need.options} of at most {positions}"
-            )
+        check_shape(config, largest, stage, need.longest, need.options)
 
 
-def _shape_of(config) -> PreTrainedModel | None:
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception:
-        return None
-
-
-def _positions(model: PreTrainedModel, config: PreTrainedConfig) -> int | None:
-    """Return the number of positions in the model's tables; None if it has no table (RoPE, ALiBi, no positions)."""
-    known = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if known is None:
-        return None
-    tables: list[Any] = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    words: list[Any] = [
-        x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None
-    ]
-    tables = [table for table in tables if not any(table is word for word in words)]
-    # Tables that are computed once, of sines or of rotations (CTRL, GPT-J), end as well.
-    for name, module in model.named_modules():
-        if not hasattr(module, "make_weights"):  # XGLM's table grows
-            buffers = module.named_buffers(recurse=False)
-            tables += [buffer for own, buffer in buffers if buffer.ndim == 2 and "pos" in f"{name}.{own}"]
-    tables += [
-        x for x in (getattr(module, "pos_encoding", None) for module in model.modules()) if isinstance(x, torch.Tensor)
-    ]
-    return known if any(0 <= len(table) - known < BEYOND for table in tables) else None
+def check_rope(config: PreTrainedConfig, theta_factor: float, parameters: Mapping[str, Any] | None) -> None:
+    """Raise ValueError if the RoPE of the model that config describes cannot be changed in this way."""
+    model = shape_of(config)
+    if model is not None and (theta_factor != 1 or parameters is not None):
+        with rope_theta(model, theta_factor), rope_scaling(model, parameters):
+            pass
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ssmax.compare.checks import check_fit, check_model, naming_nonfinite
+from ssmax.compare.checks import check_fit, check_model, check_rope, naming_nonfinite
 from ssmax.compare.settings import Contender, Settings
 from ssmax.compare.stages import Material, Needs, finetune, finetune_recipe, run_stage, stage_needs
 from ssmax.data.sources import documents
@@ -132,6 +132,7 @@ def _prepared(
         material = Material(settings, texts, _tokenizer(contender.source))
         needs = {stage: stage_needs(stage, material) for stage in stages}
         check_fit(config, material.tokenizer, needs)
+        check_rope(config, settings.theta_factor, settings.rope_parameters)
     return material, needs
 
 

@@ -166,9 +166,10 @@ def _split(encoded, end, count, length):
             held += [text[j : j + length] for j in range(0, len(text) - length + 1, length)][:each]
     kept = [ids for i, ids in enumerate(encoded) if i not in taken]
     if not held or not kept:
-        longest = max(map(len, encoded))
+        longest, total = max(map(len, encoded)), sum(map(len, encoded))
+        short = f"held-out texts need documents of {length} tokens, and the longest has {longest}"
+        few = f"held-out texts of {length} tokens leave nothing to train on of {total:,} tokens"
         raise UserError(
-            f"the text is too short: held-out texts need documents of {length} tokens, and the longest has {longest}; "
-            "give a longer corpus, or lower --train-length"
+            f"the text is too short: {short if longest < length - 1 else few}; give a longer corpus, or lower --train-length"
         )
     return np.stack(held[:count]), kept

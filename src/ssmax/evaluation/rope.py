@@ -99,7 +99,16 @@ def _made_anew(rotary, change):
     made = config.rope_parameters[FULL] if by_kind else config.rope_parameters
     if made.get("rope_type") in ("yarn", "longrope", "llama3"):
         made.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    kind = f"RoPE of type {made.get('rope_type')!r}"
     try:
-        return type(rotary)(config=config).to(next(rotary.buffers()).device)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"RoPE of type {made.get('rope_type')!r} needs {error.args[0]}") from error
+        changed = type(rotary)(config=config)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        needs = f"needs {error.args[0]}" if isinstance(error, KeyError) else f"cannot be made of {made}: {error}"
+        raise ValueError(f"{kind} {needs}") from error
+    sizes = {len(buffer) for buffer in changed.buffers()}
+    for name in ("short_factor", "long_factor"):
+        if name in made and {len(made[name])} != sizes:
+            raise ValueError(f"{kind} needs {max(sizes)} values of {name}, got {len(made[name])}")
+    if not all((buffer.isfinite() & (buffer > 0)).all() for buffer in changed.buffers()):
+        raise ValueError(f"{kind} has frequencies that are not positive and finite with {made}")
+    return changed.to(next(rotary.buffers()).device)

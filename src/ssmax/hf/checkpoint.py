@@ -39,6 +39,7 @@ from ssmax.hf.scales import (
 from ssmax.hf.spec import ScaleSpec
 from ssmax.hf.visibility import forward_scope
 from ssmax.query_scale import QueryScale
+from ssmax.runs.files import SEAL
 from ssmax.versions import __version__
 
 logger = logging.get_logger(__name__)
@@ -116,6 +117,8 @@ class SSMaxModel(PreTrainedModel):
             write_mlx(self, folder)
             write_card(self, auto_class(base), folder, values=state_dict is None)
             self.__dict__["_ssmax_card"] = (folder / CARD).read_bytes()
+        if is_main_process:
+            (Path(save_directory) / SEAL).unlink(missing_ok=True)  # it describes the files that are replaced now
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: dict, *args: Any, **kwargs: Any):

@@ -71,6 +71,12 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
     missing = sorted({*map(str, info["missing_keys"])} - {*shapes}) + sorted(shapes.values())
     if missing:
         raise Damaged(f"{source} lacks weights that its config.json asks for: {', '.join(missing[:3])}")
+    dropped = sorted(map(str, info["unexpected_keys"]))
+    if dropped:
+        raise Damaged(
+            f"{source} holds weights that {type(model).__name__} of its config.json has no place for: {', '.join(dropped[:3])}; it is "
+            "another kind of model, or its config.json was changed"
+        )
     return model
 
 
@@ -140,7 +146,10 @@ def _check(source):
             f"{source} cannot be loaded: it has no config.json, so it is not the folder of a model of transformers"
         )
     if (folder / SEAL).exists():
-        check_folder(folder)
+        try:
+            check_folder(folder)
+        except Damaged as error:
+            raise Damaged(f"{error}; if you changed the folder on purpose, delete {SEAL} in it") from None
     for index in folder.glob("*.index.json"):
         try:
             names = set(json.loads(index.read_bytes())["weight_map"].values())

@@ -9,6 +9,10 @@ from ssmax.hf.layers import Layer
 from ssmax.laws import make_scale
 from ssmax.nn import SSMaxScale
 from ssmax.query_scale import QueryScale
+from ssmax.versions import __version__
+
+# What versions before wrote for law "ssmax".
+OLD_LAWS = ("s log n", "s log n + b", "log n (s is folded into q_proj)")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ class ScaleSpec:
         spec = cls(**{name: held[name] for name in cls.__dataclass_fields__ if name in held})
         if not learned or spec.law == "ssmax":
             return spec
-        # Versions before wrote the law as text: "s log n", "s log n + b" or "log n (s is folded into q_proj)".
+        if spec.law not in OLD_LAWS:
+            raise ValueError(
+                f"config.ssmax has law {spec.law!r}, which ssmax {__version__} does not know; install a newer ssmax, or convert the model again"
+            )
         return replace(spec, law="ssmax", folded=True if "folded" in str(spec.law) else None)
 
     def held(self) -> dict[str, Any]:

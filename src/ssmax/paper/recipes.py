@@ -134,6 +134,8 @@ class Recipe:
             raise UserError(
                 f"--hidden-size must be a multiple of twice --num-heads, for RoPE; got {self.hidden_size}, {self.num_heads}"
             )
+        if self.train_length < 2:
+            raise UserError(f"--train-length must be at least 2, a token and the next one; got {self.train_length}")
         trained = _letters("--models", self.models)
         for form, letters in trained.items():
             for variant in map(VARIANTS.__getitem__, letters):

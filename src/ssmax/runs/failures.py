@@ -14,8 +14,14 @@ AGAIN = f"the same command continues, {KEPT}"
 # The machine's own failures, which may be gone when the same command runs again.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 
-# Words of safetensors and torch.save for a full disk.
-NO_SPACE = ("os error 28", "PytorchStreamWriter failed writing", "unexpected pos")
+# Words of safetensors, torch.save and numpy for a full disk.
+NO_SPACE = (
+    "os error 28",
+    "PytorchStreamWriter failed writing",
+    "unexpected pos",
+    "requested and",
+    "problem writing element",
+)
 # Words of torch for memory that has run out, on a CPU and on an accelerator.
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "No executable batch size")
 
@@ -56,7 +62,7 @@ def line_of(error: BaseException, again: str = AGAIN) -> tuple[str, int]:
     left = f"; {again}" if again else ""
     if isinstance(error, Stopped):
         return f"stopped by {signal.Signals(error.args[0]).name}{left}", 128 + error.args[0]
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package {error.name!r} is missing; {INSTALL.replace('NAME', 'lab')} brings it", 2
     if isinstance(error, ImportError):
         return str(error), 2

@@ -23,6 +23,11 @@ def check_destination(path: Path, *, new: bool = False, file: bool = False) -> N
     """
     if new and os.path.lexists(path):
         raise UserError(f"{path} exists already; give a new {'folder' if path.is_dir() else 'file'}")
+    sealed = next((parent for parent in path.absolute().parents if new and (parent / SEAL).exists()), None)
+    if sealed:
+        raise UserError(
+            f"{path} cannot be written: {sealed} is a finished folder, which {SEAL} describes; give a place outside of it"
+        )
     if file and path.is_dir():
         raise UserError(f"{path} cannot be written: it is a folder")
     place = next(parent for parent in path.absolute().parents if parent.exists())
@@ -48,12 +53,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def written_whole(folder: Path, owner: str | None = None) -> Iterator[Path]:
+def written_whole(folder: Path, owner: str | None = None, *, new: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to write in. At the end sync it and rename it to folder, which replaces an older one.
 
     Args:
         folder: the folder to write. If the block raises, an older one stays as it was.
         owner: seal the folder with this owner's name; see check_folder.
+        new: replace nothing. UserError is raised if the folder, or a file of that name, appeared in the
+            meantime.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -64,11 +71,26 @@ def written_whole(folder: Path, owner: str | None = None) -> Iterator[Path]:
             seal_folder(temporary, owner)
         else:
             _sync_all(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        if new:
+            rename_new(temporary, folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rename_new(temporary: Path, path: Path) -> None:
+    """Rename a file or folder to a path that nothing has. Raise UserError, and replace nothing, if that appeared in the meantime."""
+    try:
+        if temporary.is_dir():
+            path.mkdir()
+        else:
+            path.touch(exist_ok=False)
+    except FileExistsError:
+        raise UserError(f"{path} appeared while it was made, and was not replaced; nothing else was written") from None
+    temporary.replace(path)
 
 
 def seal_folder(folder: Path, owner: str) -> None:

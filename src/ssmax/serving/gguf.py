@@ -21,7 +21,7 @@ from ssmax.hf.layers import FULL, language_layers
 from ssmax.hf.loading import load_model
 from ssmax.nn import SSMaxScale
 from ssmax.runs.failures import user_errors
-from ssmax.runs.files import check_destination
+from ssmax.runs.files import check_destination, rename_new
 from ssmax.serving.gguf_tokenizer import add_tokenizer
 from ssmax.versions import INSTALL
 
@@ -40,6 +40,7 @@ LINEARS = {
 }
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 OWN_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+F16 = torch.finfo(torch.float16)
 WAY_OUT = "convert with init 'matched' instead of 'identity', or calibrate without b (--inits matched --no-bias)"
 
 
@@ -67,6 +68,7 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
     with user_errors():
         model = load_model(source)
         scales = _scales(model)
+        _check_range(model, scales, dtype)
     done = f"{type(model).__name__}: " + (f"s log n in {len(scales)} layers" if scales else "plain softmax")
     if dry_run:
         return [done, "dry run: nothing was written"]
@@ -84,7 +86,7 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
         writer.close()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(target)
+        rename_new(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return [f"{done}, matrices in {dtype}, {vocabulary}", f"saved as {target.resolve()}"]
@@ -121,6 +123,16 @@ def _scales(model: PreTrainedModel) -> list[Tensor]:
         if reason:
             raise ValueError(f"stock llama.cpp does not run this model exactly: layer {index} {reason}")
     return [_s(scale, layer.heads) for scale, layer in zip(found, layers, strict=True)]
+
+
+def _check_range(model, scales, dtype):
+    """Raise ValueError if s times the query projection does not fit in f16. A block of q8_0 has a factor in f16."""
+    for index, (layer, s) in enumerate(zip(model.base_model.layers, scales, strict=False)):
+        largest = _by_head(layer.self_attn.q_proj.weight, s).abs().max().item()
+        if dtype != "f32" and not F16.tiny <= largest <= F16.max:
+            raise ValueError(
+                f"the query projection of layer {index} does not fit in {dtype}: its largest entry times s is {largest:.1e}; give --dtype f32"
+            )
 
 
 def _refused(scale):

@@ -57,7 +57,7 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
         raise RunFailed(
             f"transformers' exporter does not take this model ({type(error).__name__}: {reason[0]})"
         ) from error
-    with written_whole(target) as temporary:
+    with written_whole(target, new=True) as temporary:
         exported.save_pretrained(temporary)
         behind = copy_companions(source, temporary)
     graph = exported.program.graph

@@ -154,7 +154,7 @@ def _size(scale):
 def _named(scale):
     """Return the entries by which the code file recognises its law in config.ssmax."""
     if isinstance(scale, SSMaxScale):
-        return {"bias": scale.bias is not None}
+        return {"law": "ssmax", "bias": scale.bias is not None}
     return {"law": scale.law, **getattr(scale, "fixed", {})}
 
 

@@ -255,6 +255,9 @@ class Converted:
         if not LAW.items() <= recipe.items():
             raise ValueError(f"this code computes {LAW}, and config.ssmax says otherwise: it is of another checkpoint")
         super().__init__(config, *args, **kwargs)
+        lost = SCALES.keys() - {name for name, _ in self.base_model.named_modules()}
+        if lost:
+            raise ValueError(f"the checkpoint scales {min(lost)}, which this model lacks: its config was changed")
         # Some heads are made around a model that an Auto class made, which has its scales already.
         new = {n: h for n, h in SCALES.items() if not hasattr(self.base_model.get_submodule(n), "ssmax_layer")}
         for name, heads in new.items():

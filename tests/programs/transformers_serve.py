@@ -1,6 +1,6 @@
 """Converted models in transformers serve: real servers, five requests at once, compared with transformers. make test-serving.
 
-With ssmax and with the checkpoint's own code, one by one and with continuous batching, and int8 matrices by torchao.
+With ssmax and with the checkpoint's own code, one by one and with continuous batching; then with matrices that quantized.py quantises.
 """
 
 import json
@@ -20,26 +20,32 @@ MODES = {
     "with ssmax, continuous batching": BATCHES,
     "its own code": [],
     "its own code, continuous batching": BATCHES,
-    "int8 by torchao": [],
-    "int8 by torchao, its own code": [],
+    "torchao int8 weights": [],
+    "torchao int8 weights, its own code": [],
+    "bitsandbytes int8": [],
+    "bitsandbytes int8, its own code": [],
 }
 
 
 def main() -> None:
     """Run all modes; exit with 1 where an answer differs."""
     with tempfile.TemporaryDirectory() as place:
-        folder, int8 = Path(place, "float32"), Path(place, "int8")
+        folder = Path(place, "float32")
         prompts, *answers = make("llama", {}, {"bias": True}, folder)
-        int8_answers = quantise("torchao int8 weights", folder, int8, prompts, "float32")
+        found = {folder: answers}
+        for kind in ("torchao int8 weights", "bitsandbytes int8"):
+            found[Path(place, kind)] = quantise(kind, folder, Path(place, kind), prompts, "float32")
         words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        for one in (folder, int8):
+        for one in found:
             PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(one)
         failed, without = False, str(blocker(folder))
         for mode, options in MODES.items():
-            served, found = (int8, int8_answers) if "int8" in mode else (folder, answers)
+            served = next((one for one in found if one.name in mode), folder)
             environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": without} if "own" in mode else {})
-            failed |= not run(mode, served, options, environment, [_texts(lists) for lists in (prompts, *found)])
+            failed |= not run(
+                mode, served, options, environment, [_texts(lists) for lists in (prompts, *found[served])]
+            )
     sys.exit(failed)
 
 

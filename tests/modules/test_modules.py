@@ -543,6 +543,23 @@ def test_attention_that_a_trial_cannot_see_is_refused(way):
     assert [n for n, _ in model.named_modules() if n.endswith("ssmax")] == [f"{rest[0]}.ssmax"]
 
 
+def test_attention_that_passes_its_input_on_is_let_be():
+    class Maybe(Attention):
+        def forward(self, x, on=True):
+            return super().forward(x) if on else x
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Maybe(), Maybe()
+
+        def forward(self, x):
+            return self.second(self.first(x), False)
+
+    model = ssmax.convert(made(Two), 0.5, example=(inputs(2, 5, WIDTH),))
+    assert [name for name, _ in model.named_modules() if name.endswith("ssmax")] == ["first.ssmax"]
+
+
 def test_grouped_keys_without_a_batch():
     class Unbatched(CrossAttention):
         def forward(self, x):

@@ -109,6 +109,6 @@ def _made_anew(rotary, change):
     for name in ("short_factor", "long_factor"):
         if name in made and {len(made[name])} != sizes:
             raise ValueError(f"{kind} needs {max(sizes)} values of {name}, got {len(made[name])}")
-    if not all((buffer.isfinite() & (buffer > 0)).all() for buffer in changed.buffers()):
-        raise ValueError(f"{kind} has frequencies that are not positive and finite with {made}")
+    if not all((buffer.isfinite() & (buffer >= 0)).all() for buffer in changed.buffers()):  # 0: not rotated (Gemma 4)
+        raise ValueError(f"{kind} has frequencies that are negative or not finite with {made}")
     return changed.to(next(rotary.buffers()).device)

@@ -134,13 +134,14 @@ def _check_all_seen(modules, trial: Found, layers):
     unseen = [
         name
         for name, module in modules.items()
-        if layers is None and name not in trial.sites
+        if layers is None and name not in trial.sites and name not in trial.passed
         if (isinstance(module, torch.jit.ScriptModule) and "scaled_dot_product_attention" in str(module.inlined_graph))
         or (
             name in trial.ran
             and type(module) in kinds
             and not isinstance(module, torch.jit.ScriptModule)
             and name not in trial.by_hand
+            and not any(_inside(site, [name]) for site in trial.sites)
         )
     ]
     if unseen:

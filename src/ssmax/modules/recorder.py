@@ -54,11 +54,13 @@ class Found:
         sites: modules that call torch's attention, by name.
         by_hand: modules that attend in another way, by name, and whether this is cross attention.
         ran: names of all modules that ran.
+        passed: names of those that returned an input as it was.
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
     by_hand: dict[str, bool] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
 
 
 class Refused(Exception):
@@ -84,9 +86,12 @@ class Recorder(TorchFunctionMode):
             self.found.ran.add(name)
             self.running.append((name, [x for x in _tensors((args, kwargs)) if x.is_floating_point()], projects))
             try:
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
             finally:
                 self.running.pop()
+            if any(output is x for x in args):
+                self.found.passed.add(name)
+            return output
 
         return run
 

@@ -48,7 +48,7 @@ test-modules: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt x-transformers diffusers jsonargparse einops
 	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13 lightning==2.6.6 lightning-utilities torchmetrics \
 		torchtitan==0.3.0 spmd_types==0.2.3 torchdata
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venvs/timm timm==1.0.31
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venvs/timm timm==1.0.31 torchvision==0.28.0
 	$(BIN)/python -m pytest -rs tests/modules/test_packages.py tests/test_examples.py
 	PYTHONPATH=.venvs/timm $(BIN)/python -m pytest tests/modules/test_packages.py -k timm
 

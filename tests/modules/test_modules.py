@@ -367,7 +367,7 @@ def test_a_checkpoint_inside_of_a_forward_is_never_softmax_in_silence():
             return checkpoint(F.scaled_dot_product_attention, q, q, q, use_reentrant=self.reentrant)
 
     q = inputs(2, HEADS, 5, 8).requires_grad_()
-    with pytest.raises(ValueError, match="Checkpoint the whole module instead"):
+    with pytest.raises(ValueError, match="Checkpoint the whole module, or"):
         ssmax.convert(Model(True), 0.5, example=(q,))(q)
     with pytest.raises(CheckpointError):
         ssmax.convert(Model(False), 0.5, example=(q,))(q).sum().backward()

@@ -60,11 +60,9 @@ def main():
         if python is None
     ]
     pinned = ["--constraint", "constraints.txt", "--editable", ".[dev]"]
-    numerical = [f"tests/test_{test}.py" for test in TESTS]
+    (*numerical, compiling) = (str(next((ROOT / "tests").rglob(f"test_{name}.py"))) for name in [*TESTS, "compile"])
     results += [
-        test(f"python{claimed}", python, pinned, [*numerical, "tests/test_compile.py"])
-        for claimed, python in found.items()
-        if python
+        test(f"python{claimed}", python, pinned, [*numerical, compiling]) for claimed, python in found.items() if python
     ]
     more = ["pytest>=8", "hypothesis>=6.100", "packaging", "--editable", ".[lab]"]
     # A library's own deprecations are warnings of that version, not faults of ours.

@@ -93,7 +93,7 @@ class SSMaxModel(PreTrainedModel):
                 *found.missing_keys
             }:
                 logger.warning(
-                    f"the state_dict holds the weights of {name}, and no SSMax scale of it: that keeps the value it had"
+                    f"the state_dict holds the weights of {name}, but not its SSMax scale; the scale keeps the value it had"
                 )
         return found
 

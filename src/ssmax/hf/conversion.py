@@ -28,8 +28,8 @@ def convert(model: PreTrainedModel, options: Options) -> None:
     """Convert a softmax model to SSMax, in place: its class and config become those of an SSMax model (model_type "ssmax_...").
 
     Raises:
-        ValueError: the model is converted already; its family cannot be converted (an attention, a
-            law of n or a bias on the logits of its own); or an option does not fit.
+        ValueError: the model is converted already; its family cannot be converted: its attention does
+            not use the interface, it has a law of n already, or it adds a bias to the logits; or an option does not fit.
     """
     if options.example is not None:
         raise ValueError("example is for modules that are not transformers models; leave it out")
@@ -40,8 +40,8 @@ def convert(model: PreTrainedModel, options: Options) -> None:
     part = next((name for name, module in model.named_modules() if getattr(module, "ssmax", None) is not None), None)
     if part is not None:
         raise ValueError(
-            f"{part} has a scale already: a part of {type(model).__name__}, or a model that it is a part of, was converted. Call "
-            "ssmax.revert on that first"
+            f"{part} has a scale already: a part of {type(model).__name__}, or a model around it, was converted. Call "
+            "ssmax.revert on the model that was converted"
         )
     config: Any = model.config
     base = type(model)

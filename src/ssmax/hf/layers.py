@@ -243,8 +243,8 @@ def refuse_own_law(module: Any, family: str) -> None:
         or str(getattr(module, "position_embeddings_type", "")).startswith("relative")
     ):
         raise ValueError(
-            f"{family} adds a bias to its logits ({type(module).__name__}), which s log n would multiply or not: two "
-            "different models. Choose a family with RoPE or learned positions, or call ssmax.attention, which adds a float "
+            f"{family} adds a bias to its logits ({type(module).__name__}), and SSMax does not define "
+            "whether s log n multiplies it. Choose a family with RoPE or learned positions, or call ssmax.attention, which adds a float "
             "attn_mask after the multiplier, in an attention of your own"
         )
     rope = getattr(config, "rope_parameters", None) or {}
@@ -260,7 +260,7 @@ def refuse_own_law(module: Any, family: str) -> None:
     found = [name for name, present in own.items() if present]
     if found:
         raise ValueError(
-            f"{family} scales its queries by {found[0]} already; a second law on top would be another model"
+            f"{family} scales its queries by {found[0]} already, and SSMax would scale them a second time; choose a family without it"
         )
 
 

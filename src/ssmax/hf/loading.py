@@ -74,7 +74,7 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
     dropped = sorted(map(str, info["unexpected_keys"]))
     if dropped:
         raise Damaged(
-            f"{source} holds weights that {type(model).__name__} of its config.json has no place for: {', '.join(dropped[:3])}; it is "
+            f"{source} holds weights that do not exist in {type(model).__name__}, which its config.json names: {', '.join(dropped[:3])}; it is "
             "another kind of model, or its config.json was changed"
         )
     return model

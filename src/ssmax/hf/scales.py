@@ -48,7 +48,7 @@ class StackWatch(Watch):
         self.first = first
 
     def excuses(self, module: Any) -> bool:
-        """Return whether layers drop out in training, the forward may end before the first watched layer, or none is left."""
+        """Return whether a forward may skip all watched layers: by layerdrop, by ending earlier, or because they were removed."""
         config = getattr(module, "config", None)
         settings = {**vars(module), **(vars(config) if config is not None else {})}
         drops = module.training and any(value for name, value in settings.items() if "layerdrop" in name)
@@ -141,7 +141,7 @@ def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None
     lost = [key for key in named if key not in layers or getattr(layers[key].module, "ssmax", None) is None]
     if lost or len(found) != len(named):
         raise ValueError(
-            f"config.ssmax names scales in layers {named}, and the model has {len(found)}, none in {lost}; convert it anew"
+            f"config.ssmax names scales in layers {named}, and the model has {len(found)}, none in {lost}; convert the model again"
         )
     check_carried(model)
     if state_dict is None:

@@ -48,8 +48,8 @@ class AttentionScope(TorchFunctionMode):
                 return func(*args, **kwargs)
         if self.learns and not torch.is_grad_enabled():
             raise ValueError(
-                "attention is called without gradients inside a forward with gradients, as in a checkpoint of a part of the module, whose "
-                "second pass would not be scaled. Checkpoint the whole module instead. Without gradients, call the whole module under torch.no_grad"
+                "attention runs without gradients inside a forward with gradients (activation checkpointing of a part of the module?); what "
+                "is computed again would not be scaled. Checkpoint the whole module, or call it under torch.no_grad"
             )
         return CALLS[func](self.scale, *args, **kwargs)
 

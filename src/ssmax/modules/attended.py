@@ -37,7 +37,7 @@ class Watch:
             share them.
 
     Args:
-        counts: whether the modules around may rely on this one. They may not if it does not run in each of their forwards.
+        counts: whether this module runs in each forward of the modules around it, so that they may rely on it.
     """
 
     def __init__(self, counts: bool = True):
@@ -67,8 +67,8 @@ def require(module: Any, inputs: Any, output: Any) -> None:
         name = getattr(module, "ssmax_base", type(module)).__name__
         held = "" if getattr(module, "ssmax", None) is not None else "holds attention that "
         raise ValueError(
-            f"{name} {held}was converted to SSMax, and its forward did not use its scale, so that it was plain softmax: a forward was "
-            "replaced (by a library that patches models?), or fused attention is off. Undo that, or ssmax.revert(model)"
+            f"{name} {held}was converted to SSMax, and its forward did not use its scale, so it was plain softmax. A library may have "
+            "replaced a forward, or fused attention is off. Undo that, or call ssmax.revert(model)"
         )
 
 

@@ -109,7 +109,7 @@ def _check_seen(modules, chosen, layers):
 
 
 def _check_all_ran(modules, trial: Found, layers):
-    """Raise ValueError if a module did not run in the example that has the class of one that attends, or attention in its code."""
+    """Raise ValueError if a module that may attend, by its class or its code, did not run in the example."""
     kinds = {type(modules[name]) for name in trial.sites}
     idle = [
         name
@@ -123,8 +123,8 @@ def _check_all_ran(modules, trial: Found, layers):
     ]
     if idle:
         raise ValueError(
-            f"{_shown(modules, idle[0])} did not run in the example: it is unused, or its weights are read by other code, "
-            "which would stay softmax; pass an example that runs it, or layers=[...] without it"
+            f"{_shown(modules, idle[0])} did not run in the example. It is unused, or other code reads its weights and would "
+            "stay softmax. Pass an example that runs it, or leave it out of layers=[...]"
         )
 
 
@@ -146,8 +146,8 @@ def _check_all_seen(modules, trial: Found, layers):
     ]
     if unseen:
         raise ValueError(
-            f"{_shown(modules, unseen[0])} ran in the example and no call of attention was seen in it: it is compiled by TorchScript, ran in "
-            "another thread, or did not attend, and may stay softmax; change that, or pass layers=[...] without it"
+            f"{_shown(modules, unseen[0])} ran in the example and no call of attention was seen in it (TorchScript, another thread, or none "
+            "was made), so it may stay softmax. Run it in eager mode in the main thread, or leave it out of layers=[...]"
         )
 
 

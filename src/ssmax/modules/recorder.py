@@ -166,7 +166,7 @@ class Recorder(TorchFunctionMode):
         site.crossing.append(self._crosses(query, key))
 
     def _crosses(self, query, key):
-        """Return whether a call is cross attention: the first input that the query was made from did not make the key.
+        """Return whether a call is cross attention: the key was not made from the first input that the query was made from.
 
         The inputs are those of the innermost module that has parameters and does not receive split
         heads already.

@@ -34,7 +34,7 @@ def attend(
 
 
 def num_heads(query: Tensor, grouped: bool = False) -> int:
-    """Return the number of heads of a query (..., H, N, D). One of three dimensions is (B, N, D) with one head, unless keys are grouped."""
+    """Return the number of heads of a query (..., H, N, D). A 3-D one is (B, N, D) with one head, or (H, N, D) if keys are grouped."""
     return query.shape[-3] if query.ndim > 3 or (grouped and query.ndim == 3) else 1
 
 

@@ -237,7 +237,7 @@ ABSTRACT = (
     Line(
         "Better at long context",
         "far",
-        "On texts 8 to 16 times as long as in training, SSMax's loss is {x} nats, Softmax's {y}.",
+        "At positions 8 to 16 times the training length, SSMax's loss is {x} nats, Softmax's {y}.",
         ".3f",
     ),
     Line(
@@ -256,15 +256,15 @@ ABSTRACT = (
     Line(
         "Switching to SSMax during pretraining",
         "far-f",
-        "A model that was switched for the last eighth of its training has a loss of {x} nats on texts 8 to 16 times as long "
-        "as in training, one that stayed with Softmax {y}.",
+        "A model that was switched for the last eighth of its training has a loss of {x} nats at positions 8 to 16 times "
+        "the training length, one that stayed with Softmax {y}.",
         ".3f",
     ),
     Line(
         "Switching to SSMax after pretraining",
         "far-e",
-        "The trained Softmax model, switched without further training, has a loss of {x} nats on texts 8 to 16 times as long "
-        "as in training, instead of {y}.",
+        "The trained Softmax model, switched without further training, has a loss of {x} nats at positions 8 to 16 "
+        "times the training length, instead of {y}.",
         ".3f",
     ),
 )

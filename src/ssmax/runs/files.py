@@ -89,7 +89,9 @@ def rename_new(temporary: Path, path: Path) -> None:
         else:
             path.touch(exist_ok=False)
     except FileExistsError:
-        raise UserError(f"{path} appeared while it was made, and was not replaced; nothing else was written") from None
+        raise UserError(
+            f"{path} was created by something else in the meantime and was not replaced; nothing was written. Give a new path"
+        ) from None
     temporary.replace(path)
 
 

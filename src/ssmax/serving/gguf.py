@@ -1,9 +1,9 @@
 """Export of a converted model to a GGUF file that stock llama.cpp runs exactly.
 
 llama.cpp has no SSMax. Its architecture mistral3 multiplies queries by 1 + beta log(floor(p / L) +
-1) at position p. The export sets L = 1 and multiplies the rows of the query projection by s / beta.
-Since n = p + 1, the product is s log n + s / beta, with a relative error of 1 / (beta log n). 1 /
-beta is a tensor of its own (attn_q.scale), because it does not fit into weights of 16 or 8 bits.
+1) at position p. The export sets L = 1, multiplies the rows of the query projection by s, and stores 1 / beta in
+a tensor of its own (attn_q.scale), because it does not fit into weights of 16 or 8 bits. Since n =
+p + 1, the product is s log n + s / beta, with a relative error of 1 / (beta log n).
 """
 
 import importlib
@@ -156,7 +156,7 @@ def _s(scale, heads):
 def _other_obstacle(model, config, layers):
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
-        return f"RoPE of type {rope['rope_type']!r} uses the setting that holds the law"
+        return f"RoPE of type {rope['rope_type']!r} uses llama.cpp's original context length, which holds the law"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act!r}, not 'silu'"
     for layer in layers:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The classes of operators, such as torch.ops.aten.mm.
-OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 # Names under which a softmax reaches a TorchFunctionMode.
 SOFTMAX_CALLS = {"softmax", "_softmax", "_safe_softmax", "special_softmax", "softmin"}
 
@@ -19,6 +17,12 @@ SOFTMAX_CALLS = {"softmax", "_softmax", "_safe_softmax", "special_softmax", "sof
 def hidden_from_modes() -> Any:
     """Return a context in which no TorchFunctionMode sees the calls."""
     return torch._C.DisableTorchFunction()
+
+
+def saved_name(name: str) -> str:
+    """Return the name of a module, without those of torch's wrappers around it, as in a state_dict that is saved."""
+    wrappers = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def compiler_is_loaded() -> bool:

@@ -126,6 +126,8 @@ def test_calibrate_asks_for_no_more_than_a_model_has(kind, capsys, tmp_path, tex
         ({"rope_type": "yarn", "factor": 0}, "RoPE of type 'yarn'"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}, "RoPE of type 'longrope'"),
         ({"rope_type": "linear"}, "needs factor"),
+        ({"rope_type": "longrope", "short_factor": 1, "long_factor": 2}, "RoPE of type 'longrope'"),
+        ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 0, "high_freq_factor": 4}, "RoPE of type 'llama3'"),
     ],
 )
 def test_a_bad_rope_is_told_before_the_folder_is_claimed(rope, words, capsys, tmp_path, text):

@@ -446,6 +446,7 @@ def test_nothing_is_written_into_a_finished_folder(tmp_path):
         (temporary / "a").touch()
     with pytest.raises(UserError, match="model is a finished folder"):
         check_destination(tmp_path / "model" / "deep" / "inside", new=True)
+    check_destination(tmp_path / "model" / ".." / "beside", new=True)
 
 
 def test_a_folder_that_is_saved_again_is_not_damaged(tmp_path):
@@ -470,6 +471,14 @@ def test_weights_without_a_place_are_named(tmp_path):
     for folder, name in (("classifier", "score.weight"), ("shorter", "model.layers.1.input_layernorm.weight")):
         with pytest.raises(Damaged, match=rf"holds weights that do not exist in LlamaForCausalLM, .*: {name}"):
             load_model(tmp_path / folder)
+
+
+def test_buffers_of_older_versions_are_no_weights_without_a_place(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    older = {f"transformer.h.{i}.attn.{name}": torch.zeros(1) for i in range(2) for name in ("bias", "masked_bias")}
+    save_file({**load_file(path), **older}, path, metadata={"format": "pt"})
+    load_model(tmp_path)
 
 
 def test_all_of_a_folder_is_synced_before_it_is_renamed(tmp_path, monkeypatch):

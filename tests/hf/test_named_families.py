@@ -6,8 +6,16 @@ import re
 
 import pytest
 import torch
+from peft import AdaptionPromptConfig, get_peft_model
 from tiny_models import tiny_config
-from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -362,32 +370,35 @@ class AroundIt(LlamaDecoderLayer):
         return super().forward(hidden_states + more, *args, **kwargs)
 
 
-class AdaptedAttention(torch.nn.Module):
-    """As PEFT's adaption prompts do it."""
+class Explicit(LlamaAttention):
+    """Calls its base by name, and has a method that nothing calls."""
 
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.prompt = model, torch.nn.Parameter(torch.randn(1, 4, 32))
+    def forward(self, hidden_states, *args, **kwargs):
+        return LlamaAttention.forward(self, hidden_states, *args, **kwargs)
 
-    def forward(self, hidden_states, **kwargs):
-        output, weights = self.model(hidden_states, **kwargs)
-        return output + (hidden_states @ self.prompt.mT).softmax(-1) @ self.prompt, weights
+    def shown(self, hidden_states):
+        return torch.nn.functional.scaled_dot_product_attention(*[hidden_states.unsqueeze(1)] * 3)
 
 
-@pytest.mark.parametrize("kind", [AndItself, AroundIt, AdaptedAttention])
+@pytest.mark.parametrize("kind", [AndItself, AroundIt, "adaption prompt"])
 def test_attention_of_the_users_own_around_what_converts_is_refused(kind):
-    model = LlamaForCausalLM(tiny_config("llama")).eval()
+    model = whole = LlamaForCausalLM(tiny_config("llama", num_key_value_heads=4)).eval()
     layer = model.model.layers[0]
     if kind is AroundIt:
         layer.__class__ = kind
     elif kind is AndItself:
         layer.self_attn.__class__ = kind
     else:
-        layer.self_attn = kind(layer.self_attn)
-    with pytest.raises(ValueError, match=rf"{kind.__name__}\) attends without"):
-        ssmax.convert(model, 0.5)
+        whole = get_peft_model(model, AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1))
+    with pytest.raises(ValueError, match=r"\) attends without"):
+        ssmax.convert(whole, 0.5)
     assert not scaled(model)
-    assert ssmax.convert(model, 0.5, layers=[1]).config.ssmax["layers"] == [1]
+
+
+def test_methods_that_a_forward_does_not_call_are_let_be():
+    model = LlamaForCausalLM(tiny_config("llama")).eval()
+    model.model.layers[0].self_attn.__class__ = Explicit
+    assert ssmax.convert(model, 0.5).config.ssmax["layers"] == [0, 1]
 
 
 def test_a_model_and_a_part_of_it_are_not_both_converted():
@@ -397,9 +408,30 @@ def test_a_model_and_a_part_of_it_are_not_both_converted():
         ssmax.convert(model, 0.5)
     ssmax.revert(model.bert)
     ssmax.convert(model, 0.5)
+    assert model.bert.config is model.config
     with pytest.raises(ValueError, match=r"encoder.layer.0.attention.self has a scale already"):
         ssmax.convert(model.bert, 0.5)
     assert len(scaled(model)) == 2
+
+
+def test_a_decoder_whose_part_was_converted_and_reverted_converts():
+    model = LlamaForCausalLM(tiny_config("llama")).eval()
+    want = model(TOKENS).logits
+    ssmax.revert(ssmax.convert(model.model, 0.5))
+    ssmax.convert(model, "identity")
+    torch.testing.assert_close(model(TOKENS).logits, want, atol=1e-5, rtol=0)
+    assert torch.equal(ssmax.revert(model)(TOKENS).logits, want)
+
+
+@pytest.mark.parametrize("head", [LlamaForSequenceClassification, LlamaForTokenClassification])
+def test_a_head_that_was_loaded_reverts_with_the_model_inside(head, tmp_path):
+    model = head(tiny_config("llama", pad_token_id=0)).eval()
+    want = model(TOKENS).logits
+    ssmax.convert(model, 0.5).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(ssmax.revert(loaded)(TOKENS).logits, want)
+    assert [type(part).__name__ for part in (loaded, loaded.model)] == [head.__name__, "LlamaModel"]
+    assert torch.equal(ssmax.convert(loaded, 0.5)(TOKENS).logits, model(TOKENS).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import tiny_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import hub
 
@@ -109,6 +110,7 @@ HEADS = {
     "DeiTForImageClassificationWithTeacher": PICTURES,
     "CLIPVisionModelWithProjection": PICTURES,
     "GPT2DoubleHeadsModel": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99},
+    "Dinov2Backbone": PICTURES,
     "SiglipTextModel": {**SIDES, "vocab_size": 99, "max_position_embeddings": 30},
 }
 
@@ -125,7 +127,11 @@ def test_every_class_loads_as_its_card_says(way, tmp_path):
         model.save_pretrained(tmp_path / name)
         jobs[str(tmp_path / name)] = inputs
         with torch.no_grad():
-            below = [model.base_model(**inputs).last_hidden_state] if "image_size" in sizes else []
+            below = (
+                [model.base_model(**inputs).last_hidden_state]
+                if "image_size" in sizes and "Backbone" not in name
+                else []
+            )
             wanted[str(tmp_path / name)] = [f"SSMax{name}", model(**inputs)[0], *below]
     torch.save(jobs, tmp_path / "jobs.pt")
     program(PROGRAMS / "as_the_card_says.py", way, tmp_path / "jobs.pt", tmp_path / "found.pt", home=tmp_path / "home")
@@ -134,6 +140,33 @@ def test_every_class_loads_as_its_card_says(way, tmp_path):
         assert found[folder][0] == name
         for got, want in zip(found[folder][1:], outputs, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_what_wraps_layers_is_not_in_saved_names(tmp_path):
+    """FSDP1, activation checkpointing and torch.compile wrap modules; state_dicts that are saved have the clean names."""
+    model = converted("llama-b")
+    state, want = model.state_dict(), compute(model)[0]
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = checkpoint_wrapper(layer)
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert "_wrapped" not in (tmp_path / "modeling_ssmax.py").read_text() + (tmp_path / "README.md").read_text()
+    assert torch.equal(compute(AutoModelForCausalLM.from_pretrained(tmp_path))[0], want)
+
+
+def test_scales_outside_of_the_base_model_are_refused():
+    config = transformers.CLIPSegConfig(
+        text_config=SIDES, vision_config=PICTURES, reduce_dim=8, decoder_num_attention_heads=2
+    )
+    model = transformers.CLIPSegForImageSegmentation(config)
+    with pytest.raises(ValueError, match=r"decoder.layers.0.self_attn is not a part of the base model"):
+        ssmax.convert(model, 0.5)
+
+
+def test_a_class_imported_by_its_name_loads(tmp_path):
+    kind = transformers.LlamaForTokenClassification
+    ssmax.convert(kind(transformers.LlamaConfig(**SIDES, vocab_size=99)), 0.5).save_pretrained(tmp_path / "model")
+    code = f"from ssmax.hf.checkpoint import SSMaxLlamaForTokenClassification as K; K.from_pretrained({str(tmp_path / 'model')!r})"
+    program(home=tmp_path / "home", code=code)
 
 
 def test_a_state_dict_without_one_parameter_of_a_scale_is_not_saved(tmp_path):

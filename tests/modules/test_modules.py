@@ -27,6 +27,7 @@ from attention_modules import (
 )
 from module_checks import OPEN, causal, close, converted, differs, inputs, made, trains_alike
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 import ssmax
 
@@ -94,6 +95,58 @@ def test_other_methods_of_an_attention_are_scaled_too(compiled):
     cache.clear()
     close(model.step(x[:, :1], cache), want[:, :1])  # the forward that failed left nothing behind
     assert torch.equal(ssmax.revert(model).step(x, []), plain.step(x, []))
+
+
+class Overriding(Stepping):
+    @torch.no_grad()
+    def attend(self, q, k, v, **options):
+        return super().attend(q, k, v, **options)
+
+    def forward(self, x):
+        return self.after(Stepping.attend(self, *self.project(x), is_causal=True))
+
+
+def test_a_method_that_calls_that_of_its_base_is_scaled_once(monkeypatch):
+    x, plain = inputs(2, 5, WIDTH), made(Overriding)
+    model, ((s, b), _) = converted(plain, (x,))
+    with Naive((s, b, OPEN)):
+        want = plain.attend(*plain.project(x))
+    close(model.attend(*model.project(x)), want)
+    monkeypatch.setattr(
+        Stepping, "attend", lambda self, q, k, v, **options: 2 * merge(F.scaled_dot_product_attention(q, k, v))
+    )
+    close(model.attend(*model.project(x)), 2 * want)  # not a function of before
+
+
+class Caller(nn.Module):
+    """Calls both the forward and another method of one attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Stepping()
+
+    def forward(self, x):
+        return self.inner(x) + self.inner.attend(*self.inner.project(x))
+
+
+@pytest.mark.filterwarnings("ignore:called more than once")
+def test_a_method_that_a_parent_calls_belongs_to_its_own_module():
+    x, plain = inputs(2, 5, WIDTH), made(Caller)
+    model, ((s, b), (t, c)) = converted(plain, (x,))
+    names = {name for name, _ in model.named_modules() if name.endswith("ssmax")}
+    assert names == {"inner.ssmax", "inner.after.ssmax"}
+    with Naive((s, b, causal(5, 5)), (t, c, OPEN), (s, b, OPEN)):
+        close(model(x), plain(x))
+
+
+def test_a_mask_that_holds_no_values_is_refused():
+    class Lower(Attention):
+        def forward(self, x):
+            q, k, v = (split(part) for part in self.qkv(x).chunk(3, -1))
+            return merge(F.scaled_dot_product_attention(q, k, v, causal_lower_right(x.shape[1], x.shape[1])))
+
+    with pytest.raises(ValueError, match=r"a mask of torch.nn.attention.bias cannot be read; pass is_causal=True"):
+        ssmax.convert(made(Lower), 0.5, example=(inputs(2, 5, WIDTH),))
 
 
 def test_a_vision_transformer_at_two_sizes():
@@ -422,6 +475,12 @@ def test_attention_by_hand_is_refused_at_convert_and_later():
         model(x)
 
 
+@torch.library.custom_op("ssmax_tests::rotate", mutates_args=())
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """An operator of three tensors that does not attend."""
+    return x * cos + x.flip(-1) * sin
+
+
 class Gated(nn.Module):
     """A router and a classifier, which take a softmax or an exp and are no attention, around one that is."""
 
@@ -433,6 +492,10 @@ class Gated(nn.Module):
     def forward(self, x):
         x = x + self.attn(x)
         gates = self.router(x).softmax(-1) * self.router(x).exp()
+        unit = x / (x * x).sum(-1, keepdim=True).sqrt()
+        pooled = (self.router(unit) * gates).sum(1).softmax(-1)  # a masked mean of logits
+        similar = (unit @ unit.mT).exp().sum(-1, keepdim=True).log()  # as in contrastive losses
+        x = x + rotate(x, similar, similar) * pooled.sum()
         x = (gates.unsqueeze(-1) * self.experts(x).unflatten(-1, (3, WIDTH))).sum(-2)
         pooled = (self.queries @ x.mT).softmax(-1) @ x  # its queries are no tokens
         return F.softmax(self.head(pooled.flatten(-2)), -1)
@@ -537,7 +600,7 @@ def test_attention_that_a_trial_cannot_see_is_refused(way):
         model, name, rest = made(InAThread), "second", ["first"]
     else:
         model, name, rest = nn.Sequential(Attention(), torch.jit.script(Scriptable())).double().eval(), "1", ["0"]
-    with pytest.raises(ValueError, match=rf"{name} \(.*\) ran in the example and no call of attention was seen"):
+    with pytest.raises(ValueError, match=rf"{name} \(.*\) may attend and ran in TorchScript or in another thread"):
         ssmax.convert(model, 0.5, example=(x,))
     ssmax.convert(model, 0.5, example=(x,), layers=rest)
     assert [n for n, _ in model.named_modules() if n.endswith("ssmax")] == [f"{rest[0]}.ssmax"]

@@ -25,10 +25,10 @@ def main():
     for folder, inputs in torch.load(sys.argv[2]).items():
         (code,) = re.findall(r"```python\n(.*?)```", Path(folder, "README.md").read_text(), re.DOTALL)
         names = {"path": folder}
-        exec(code.replace('path = "."', ""), names)
+        exec(code, names)
         with torch.no_grad():
             outputs = [names["model"].eval()(**inputs)[0]]
-            if "pixel_values" in inputs:  # the encoder below a head
+            if "pixel_values" in inputs and "Backbone" not in folder:  # the encoder below a head
                 encoder = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
                 outputs.append(encoder(**inputs).last_hidden_state)
         found[folder] = [type(names["model"]).__name__, *outputs]

@@ -64,7 +64,7 @@ def main():
     results += [
         test(f"python{claimed}", python, pinned, [*numerical, compiling]) for claimed, python in found.items() if python
     ]
-    more = ["pytest>=8", "hypothesis>=6.100", "packaging", "--editable", ".[lab]"]
+    more = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "packaging", "--editable", ".[lab]"]
     # A library's own deprecations are warnings of that version, not faults of ours.
     results += [
         test(name, sys.executable, ["--upgrade", *pins, *more], ["-W", "default", *numerical])

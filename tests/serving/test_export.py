@@ -51,6 +51,10 @@ def test_what_does_not_fit_in_half_precision_is_refused(s, tmp_path):
         with pytest.raises(UserError, match=rf"query projection of layer 0 does not fit in {dtype}.*give --dtype f32"):
             export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf", dtype=dtype, dry_run=True)
     assert export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf", dtype="f32", dry_run=True)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    assert export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf", dry_run=True)
 
 
 def test_what_it_runs_passes_the_checks(tmp_path):

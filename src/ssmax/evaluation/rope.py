@@ -102,13 +102,13 @@ def _made_anew(rotary, change):
     kind = f"RoPE of type {made.get('rope_type')!r}"
     try:
         changed = type(rotary)(config=config)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        sizes = {len(buffer) for buffer in changed.buffers()}
+        for name in {"short_factor", "long_factor"} & made.keys():
+            if {len(made[name])} != sizes:
+                raise ValueError(f"{kind} needs {max(sizes)} values of {name}, got {len(made[name])}")
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         needs = f"needs {error.args[0]}" if isinstance(error, KeyError) else f"cannot be made of {made}: {error}"
         raise ValueError(f"{kind} {needs}") from error
-    sizes = {len(buffer) for buffer in changed.buffers()}
-    for name in ("short_factor", "long_factor"):
-        if name in made and {len(made[name])} != sizes:
-            raise ValueError(f"{kind} needs {max(sizes)} values of {name}, got {len(made[name])}")
     if not all((buffer.isfinite() & (buffer >= 0)).all() for buffer in changed.buffers()):  # 0: not rotated (Gemma 4)
         raise ValueError(f"{kind} has frequencies that are negative or not finite with {made}")
     return changed.to(next(rotary.buffers()).device)

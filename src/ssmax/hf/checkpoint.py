@@ -241,7 +241,8 @@ def heads(base: type[PreTrainedModel]) -> dict[str, type[PreTrainedModel]]:
 
 def auto_class(base: type[PreTrainedModel]) -> str | None:
     """Return the name of the Auto class that loads a class, or None."""
-    found = [auto for auto, head in heads(base).items() if head is base]
+    # AutoBackbone takes a folder for a name of timm.
+    found = [auto for auto, head in heads(base).items() if head is base and auto != "AutoBackbone"]
     return min(found, key=lambda auto: auto == "AutoModelForPreTraining", default=None)
 
 
@@ -285,6 +286,7 @@ def register() -> None:
 def __getattr__(name: str) -> Any:
     base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
+        config_class(base.config_class)
         return model_class(base)
     if isinstance(base, type) and issubclass(base, PreTrainedConfig):
         return config_class(base)

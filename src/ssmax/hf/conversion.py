@@ -53,8 +53,14 @@ def convert(model: PreTrainedModel, options: Options) -> None:
         )
     chosen = _chosen_layers(model, options.layers, options.cross)
     available = layers_of(model, chosen)
+    inside = set(model.base_model.modules())
     for key in chosen:
         refuse_own_law(available[key].module, type(config).model_type)
+        if available[key].module not in inside:
+            raise ValueError(
+                f"{key} is not a part of the base model of {base.__name__}, and what is saved could not be loaded by its own code; name "
+                "layers of the base model in layers=[...]"
+            )
     kinds = [available[key].kind if isinstance(key, int) else "named" for key in chosen]
     law: dict[str, Any] = (
         _learned_scales(options, config) if options.law == "ssmax" else _other_law(options, config, kinds)
@@ -83,7 +89,9 @@ def revert(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} is not a converted model")
     detach(model)
     config = _own_config(model, type(model.config).__bases__[0])
-    model.__class__ = softmax_class(type(model))
+    for part in model.modules():  # a head that was loaded is made around a converted model
+        if carries_scales(type(part)):
+            part.__class__ = softmax_class(type(part))
     before = model.__dict__.pop("_ssmax_reverts_to", {"architectures": [type(model).__name__]})  # as loaded
     for name in ("ssmax", *REVERTED):
         config.__dict__.pop(name, None)
@@ -91,11 +99,13 @@ def revert(model: PreTrainedModel) -> None:
 
 
 def _own_config(model: PreTrainedModel, kind: type[PreTrainedConfig]) -> Any:
-    """Give the model a copy of its config, of the class kind, and return it; other models may share the old one."""
+    """Give the model and its parts a copy of its config, of the class kind, and return it; other models may share the old one."""
     old, new = model.config, kind.__new__(kind)
     new.__dict__.update(old.__dict__)
     for module in model.modules():
-        vars(module).update({name: new for name, value in vars(module).items() if value is old})
+        mine = {name: value for name, value in vars(module).items() if type(value) is type(old)}
+        # A part may hold an equal copy.
+        vars(module).update({name: new for name, value in mine.items() if value is old or vars(value) == vars(old)})
     return new
 
 

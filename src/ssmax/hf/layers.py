@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ssmax.hf import private
-from ssmax.modules.code import attends_itself, calls_attention
+from ssmax.modules.code import attends_itself, forward_calls_attention
 
 FULL = "full_attention"
 OTHER_KEYS = {"cross_attention_states", "encoder_hidden_states", "key_value_states"}
@@ -128,9 +128,8 @@ def own_part_by_hand(model: PreTrainedModel) -> str | None:
     """Return the name of a module that attends without the interface, by code that is not transformers' own, or None."""
     for name, module in _dispatching(model):
         kind = type(module)
-        # PEFT's AdaptedAttention computes softmax itself, around the attention that it adapts.
-        wraps = kind.__name__.endswith("Attention") and not _dispatches(module)
-        if calls_attention(kind, LIBRARIES) or (wraps and attends_itself(kind, LIBRARIES)):
+        adapted = kind.__module__.startswith("peft.") and attends_itself(kind)  # an adaption prompt
+        if adapted or forward_calls_attention(kind, LIBRARIES):
             return f"{name or 'the model'} ({kind.__name__})"
     for name, module in _undispatched(model):
         of_torch = isinstance(module, nn.MultiheadAttention)
@@ -208,7 +207,8 @@ def _dispatches(module):
             continue
         code = getattr(inspect.unwrap(vars(owner)["forward"]), "__code__", None)
         names = () if code is None else code.co_names
-        if "super" not in names or "get_interface" in names:
+        calls_base = "super" in names or any(base.__name__ in names for base in type(module).__mro__[1:])
+        if not calls_base or "get_interface" in names:
             return "get_interface" in names
     return False
 
@@ -237,8 +237,9 @@ def refuse_own_law(module: Any, family: str) -> None:
     switches = ("use_relative_position_bias", "use_shared_relative_position_bias")
     code = inspect.unwrap(type(module).forward).__code__
     names = [*code.co_names, *code.co_varnames, *(name for name, _ in module.named_parameters())]
+    unused = getattr(module, "position_embeddings_type", "relative") in (None, "rotary")  # conformers
     if (
-        any(BIASES.search(name) for name in names)
+        (not unused and any(BIASES.search(name) for name in names))
         or any(getattr(config, name, False) for name in switches)
         or str(getattr(module, "position_embeddings_type", "")).startswith("relative")
     ):

@@ -24,6 +24,16 @@ from ssmax.runs.hub import cached_only_offline, is_hub_name
 SAFE: dict[str, Any] = {"trust_remote_code": False}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 ADAPTER = "adapter_config.json"
+# Buffers that older versions of transformers saved, and that a model computes: causal masks and tables of positions.
+CONSTANT = (
+    ".attn.bias",
+    ".attention.bias",
+    ".masked_bias",
+    ".causal_mask",
+    "embed_positions.weights",
+    "inv_freq",
+    "position_ids",
+)
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
@@ -71,7 +81,7 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
     missing = sorted({*map(str, info["missing_keys"])} - {*shapes}) + sorted(shapes.values())
     if missing:
         raise Damaged(f"{source} lacks weights that its config.json asks for: {', '.join(missing[:3])}")
-    dropped = sorted(map(str, info["unexpected_keys"]))
+    dropped = sorted(str(name) for name in info["unexpected_keys"] if not str(name).endswith(CONSTANT))
     if dropped:
         raise Damaged(
             f"{source} holds weights that do not exist in {type(model).__name__}, which its config.json names: {', '.join(dropped[:3])}; it is "

@@ -12,7 +12,7 @@ from ssmax.hf.layers import computing_device, layers_of
 from ssmax.hf.spec import ScaleSpec
 from ssmax.laws import QueryAwareScale
 from ssmax.modules.attended import Watch
-from ssmax.private import drop_child, drop_hook, get_inside, set_hook
+from ssmax.private import drop_child, drop_hook, get_inside, saved_name, set_hook
 from ssmax.query_scale import QueryScale
 
 
@@ -146,7 +146,7 @@ def check_whole(model: PreTrainedModel, state_dict: dict[str, Any] | None = None
     check_carried(model)
     if state_dict is None:
         return
-    for name, module in found:
+    for name, module in ((saved_name(name), module) for name, module in found):
         if any(f"{name}.ssmax.{key}" not in state_dict for key, _ in module.ssmax.named_parameters()):
             raise ValueError(f"the state_dict lacks the SSMax scale of {name}; what is saved could not be loaded again")
 

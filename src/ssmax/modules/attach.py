@@ -28,15 +28,16 @@ class AttentionScope(TorchFunctionMode):
 
     Args:
         scale: an SSMaxScale. None leaves the calls as they are, and hides them from outer scopes.
+        of_forward: refuse calls without gradients inside a block with gradients.
 
     Attributes:
         calls: number of attention calls so far.
     """
 
-    def __init__(self, scale: nn.Module | None):
+    def __init__(self, scale: nn.Module | None, of_forward: bool = True):
         super().__init__()
         self.scale, self.calls = scale, 0
-        self.learns = torch.is_grad_enabled()
+        self.learns = of_forward and torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -189,20 +190,22 @@ class PaddedEncoder(Changed):
 def changed_class(kind: type[Changed], base: type[nn.Module]) -> type[Any]:
     """Return the class of changed instances of base. It is made on demand; instances are pickled with _rebuild."""
     attributes = {"ssmax_kind": kind, "ssmax_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    if issubclass(kind, _Watched):
-        attributes |= {name: _scaled(method) for name, method in attending_methods(base).items()}
-    return type(f"SSMax{base.__name__}", (kind, base), attributes)
+    changed = type(f"SSMax{base.__name__}", (kind, base), attributes)
+    for name, method in attending_methods(base).items() if issubclass(kind, _Watched) else ():
+        setattr(changed, name, _scaled(changed, name, method))
+    return changed
 
 
-def _scaled(method):
+def _scaled(changed, name, method):
     """Return a method that attends, with its calls of attention scaled also if something other than the forward calls it."""
 
     @functools.wraps(method)
     def scaled(self, *args, **kwargs):
+        own = getattr(super(changed, self), name)  # it may have been patched since
         if attended.runs(self):
-            return method(self, *args, **kwargs)
-        with AttentionScope(_scale_of(self)):
-            return method(self, *args, **kwargs)
+            return own(*args, **kwargs)
+        with AttentionScope(_scale_of(self), of_forward=False):
+            return own(*args, **kwargs)
 
     return scaled
 

@@ -15,9 +15,21 @@ ATTEND |= {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
 
 
 @functools.cache
-def calls_attention(kind: type[nn.Module], others: tuple[str, ...] = ("torch.",)) -> bool:
-    """Return whether the code of a class calls a function of torch that attends. Code of other libraries, such as torch, does not count."""
-    return any(_names(function) & ATTEND for functions in _methods(kind, others).values() for function in functions)
+def forward_calls_attention(kind: type[nn.Module], others: tuple[str, ...] = ("torch.",)) -> bool:
+    """Return whether the forward of a class, or a method that it calls, calls a function of torch that attends.
+
+    Code of other libraries does not count, nor a method that may call transformers' attention interface instead.
+    """
+    methods, seen, left = _methods(kind, others), set(), ["forward"]
+    while left:
+        name = left.pop()
+        for function in methods.get(name, ()) if name not in seen else ():
+            names = _names(function)
+            if names & ATTEND and "get_interface" not in names:
+                return True
+            left += names & methods.keys()
+        seen.add(name)
+    return False
 
 
 @functools.cache
@@ -28,13 +40,13 @@ def attends_itself(kind: type[nn.Module], others: tuple[str, ...] = ("torch.",))
         functions = [function for own in _methods(kind, others).values() for function in own]
         if any("softmax" in _names(function) for function in functions):
             return True
-    return calls_attention(kind, others)
+    return any(_names(function) & ATTEND for own in _methods(kind, others).values() for function in own)
 
 
 def attending_methods(kind: type[nn.Module]) -> dict[str, Callable]:
     """Return the methods of a class, other than forward, that call attention."""
-    found = {name: own[0] for name, own in _methods(kind, ("torch.",)).items() if _names(own[0]) & ATTEND}
-    return {name: function for name, function in found.items() if name != "forward" and not name.startswith("__")}
+    found = {name: own for name, own in _methods(kind, ("torch.",)).items() if any(_names(x) & ATTEND for x in own)}
+    return {name: own[0] for name, own in found.items() if name != "forward" and not name.startswith("__")}
 
 
 def _methods(kind, others):

@@ -130,24 +130,17 @@ def _check_all_ran(modules, trial: Found, layers):
 
 def _check_all_seen(modules, trial: Found, layers):
     """Raise ValueError if attention ran in the example where a trial cannot see it: in TorchScript, or in another thread."""
-    kinds = {type(modules[name]) for name in trial.sites}
     unseen = [
         name
         for name, module in modules.items()
-        if layers is None and name not in trial.sites and name not in trial.passed
+        if layers is None and name not in trial.sites
         if (isinstance(module, torch.jit.ScriptModule) and "scaled_dot_product_attention" in str(module.inlined_graph))
-        or (
-            name in trial.ran
-            and type(module) in kinds
-            and not isinstance(module, torch.jit.ScriptModule)
-            and name not in trial.by_hand
-            and not any(_inside(site, [name]) for site in trial.sites)
-        )
+        or (name in trial.elsewhere and attends_itself(type(module)))
     ]
     if unseen:
         raise ValueError(
-            f"{_shown(modules, unseen[0])} ran in the example and no call of attention was seen in it (TorchScript, another thread, or none "
-            "was made), so it may stay softmax. Run it in eager mode in the main thread, or leave it out of layers=[...]"
+            f"{_shown(modules, unseen[0])} may attend and ran in TorchScript or in another thread, where a trial cannot see it; it may stay "
+            "softmax. Run it in eager mode in the main thread, or leave it out of layers=[...]"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmax.modules.code import attending_methods
 from ssmax.modules.recorder import Found, Recorder, Refused, Site
 from ssmax.private import compiler_is_loaded
 
@@ -52,7 +53,8 @@ def discover(model: nn.Module, example: Any) -> Found:
     recorder = Recorder()
     for name, module in trial.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            module.forward = recorder.around(name, module, module.forward)  # pyrefly: ignore[bad-assignment]
+            for method in ("forward", *attending_methods(type(module))):
+                setattr(module, method, recorder.around(name, module, getattr(module, method)))
     with _quiet(trial), recorder:
         try:
             trial(**inputs) if isinstance(inputs, dict) else trial(*inputs)

@@ -1,5 +1,7 @@
 """What a trial forward does: which modules call attention, and from which tensors each tensor was made."""
 
+import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,16 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from ssmax.modules import sdpa
 from ssmax.modules.attach import CALLS
-from ssmax.private import OPERATORS, SOFTMAX_CALLS, base_of
+from ssmax.private import SOFTMAX_CALLS, base_of
 from ssmax.visible import as_bool
 
 # The functions by which queries and keys become logits; linear counts if its weight is not a parameter.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "bmm", "mm", "baddbmm", "addbmm", "addmm"}
 PRODUCTS |= {"einsum", "tensordot", "inner", "linear"}
 MULTIPLY = {"mul", "mul_", "__mul__", "__rmul__", "multiply"}  # and sum, which is a product too
-# The functions that turn logits into weights; exp is the first step of a softmax by hand.
-WEIGHTS = SOFTMAX_CALLS | {"exp", "exp_", "exp2", "exp2_"}
-TORCH = {"aten", "prim", "prims", "torchvision", "quantized"}  # namespaces of operators that do not attend
+EXPONENTIALS = {"exp", "exp_", "exp2", "exp2_"}  # the first step of a softmax by hand
+KERNELS = re.compile(r"attention|attn|flash|sdpa|[mgq]qa|mha")
 SELECT = {"__getitem__", "chunk", "split", "split_with_sizes", "tensor_split", "narrow", "select", "unbind"}
 SELECT |= {"index_select", "gather", "take_along_dim"}
 
@@ -54,13 +55,13 @@ class Found:
         sites: modules that call torch's attention, by name.
         by_hand: modules that attend in another way, by name, and whether this is cross attention.
         ran: names of all modules that ran.
-        passed: names of those that returned an input as it was.
+        elsewhere: names of those that ran in another thread, which a trial does not see.
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
     by_hand: dict[str, bool] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
-    passed: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)
 
 
 class Refused(Exception):
@@ -72,7 +73,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.found = Found()
+        self.found, self.thread = Found(), threading.get_ident()
         self.running: list[tuple[str, list[Tensor], bool]] = []  # name, inputs, whether it has parameters
         self.made_from: dict[int, list[Tensor]] = {}
         self.made_by: dict[int, str] = {}
@@ -84,14 +85,14 @@ class Recorder(TorchFunctionMode):
 
         def run(*args, **kwargs):
             self.found.ran.add(name)
+            if threading.get_ident() != self.thread:
+                self.found.elsewhere.add(name)
+                return forward(*args, **kwargs)
             self.running.append((name, [x for x in _tensors((args, kwargs)) if x.is_floating_point()], projects))
             try:
-                output = forward(*args, **kwargs)
+                return forward(*args, **kwargs)
             finally:
                 self.running.pop()
-            if any(output is x for x in args):
-                self.found.passed.add(name)
-            return output
 
         return run
 
@@ -101,10 +102,13 @@ class Recorder(TorchFunctionMode):
         sources = _tensors((args, kwargs))
         if func in CALLS:
             self._note(func, *args, **kwargs)
-        elif name in WEIGHTS and sources:
+        elif name in SOFTMAX_CALLS and sources:
             self._note_by_hand(self._operands(sources[0]))
-        elif "attention" in name or "attn" in name or _takes_qkv(func, sources):  # such as flex_attention
+        elif KERNELS.search(name):  # one that is not scaled, such as flex_attention
             self._note_by_hand(sources[:2])
+        elif name in PRODUCTS and not any(isinstance(x, nn.Parameter) for x in sources):
+            for x in sources:
+                self._note_by_hand(self._exponentials(x))
         output = func(*args, **kwargs)
         made = sources[:1] if output is None else _tensors(output)  # none: in place, as in x[...] = y
         only_shape = name.startswith("new_") or name.endswith("_like")
@@ -134,13 +138,27 @@ class Recorder(TorchFunctionMode):
             sources, maker = self.made_from.get(id(x), []), self.made_by.get(id(x))
             sources = sources[1:] if maker in ("addmm", "addbmm", "baddbmm") else sources  # the first is added
             factors = self.made_from.get(id(sources[0]), []) if maker == "sum" else []
-            if len(factors) > 1 and self.made_by[id(sources[0])] in MULTIPLY:
+            outer = sources and all(x.numel() < sources[0].numel() for x in factors)  # each query with each key
+            if len(factors) > 1 and outer and self.made_by[id(sources[0])] in MULTIPLY:
                 sources, maker = factors, "matmul"
             if maker not in PRODUCTS:
                 mixes = maker in SOFTMAX_CALLS or any(isinstance(y, nn.Parameter) and _mixes(y, x) for y in sources)
                 left.extend(() if mixes else sources)
             elif not any(self._is_weight(y) for y in sources):
                 return sources
+        return []
+
+    def _exponentials(self, weights):
+        """Return the two tensors whose product was exponentiated to these weights, [] if there is none."""
+        left, seen = [weights], set()
+        while left:
+            x = left.pop()
+            maker, sources = self.made_by.get(id(x)), self.made_from.get(id(x), [])
+            if maker in EXPONENTIALS and (found := self._operands(sources[0])):
+                return found
+            if id(x) not in seen and maker not in PRODUCTS | SOFTMAX_CALLS:
+                left.extend(sources)
+            seen.add(id(x))
         return []
 
     def _is_weight(self, tensor):
@@ -211,14 +229,6 @@ class Recorder(TorchFunctionMode):
                 found[id(x)] = x
                 left.extend(self.made_from.get(id(x), ()))
         return found
-
-
-def _takes_qkv(func, sources):
-    """Return whether a function is an operator of another library than torch and takes a query, key and value."""
-    if not isinstance(func, OPERATORS) or str(func).partition(".")[0] in TORCH or len(sources) < 3:
-        return False
-    q, k, v = sources[:3]
-    return q.ndim > 2 and q.shape[-1] == k.shape[-1] and k.shape == v.shape
 
 
 def _mixes(weight, output):

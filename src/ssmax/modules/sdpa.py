@@ -59,6 +59,8 @@ def count(query: Tensor, key: Tensor, attn_mask: Tensor | None = None, is_causal
         if not is_causal:
             return num_keys
         return count_plain(num_queries, num_keys, causal=True, top_left=True, device=query.device)
+    if type(attn_mask).__name__ == "CausalBias":  # its own values are not filled in
+        raise ValueError("a mask of torch.nn.attention.bias cannot be read; pass is_causal=True or a bool mask")
     mask = attn_mask.expand(*attn_mask.shape[:-1], num_keys)
     if query.ndim < 4 and mask.ndim > 2:
         mask = mask.unsqueeze(-3)

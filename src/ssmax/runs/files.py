@@ -23,7 +23,7 @@ def check_destination(path: Path, *, new: bool = False, file: bool = False) -> N
     """
     if new and os.path.lexists(path):
         raise UserError(f"{path} exists already; give a new {'folder' if path.is_dir() else 'file'}")
-    sealed = next((parent for parent in path.absolute().parents if new and (parent / SEAL).exists()), None)
+    sealed = next((parent for parent in path.resolve().parents if new and (parent / SEAL).exists()), None)
     if sealed:
         raise UserError(
             f"{path} cannot be written: {sealed} is a finished folder, which {SEAL} describes; give a place outside of it"

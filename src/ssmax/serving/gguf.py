@@ -129,7 +129,7 @@ def _check_range(model, scales, dtype):
     """Raise ValueError if s times the query projection does not fit in f16. A block of q8_0 has a factor in f16."""
     for index, (layer, s) in enumerate(zip(model.base_model.layers, scales, strict=False)):
         largest = _by_head(layer.self_attn.q_proj.weight, s).abs().max().item()
-        if dtype != "f32" and not F16.tiny <= largest <= F16.max:
+        if dtype != "f32" and largest and not F16.tiny <= largest <= F16.max:
             raise ValueError(
                 f"the query projection of layer {index} does not fit in {dtype}: its largest entry times s is {largest:.1e}; give --dtype f32"
             )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ssmax.hf.portable.code_file import CODE_FILE, PREFIX, formula
 from ssmax.hf.portable.mlx_file import MLX_FILE
 from ssmax.hf.private import NAME_KEY
+from ssmax.private import saved_name
 from ssmax.runs.files import write_atomically
 from ssmax.versions import INSTALL, SUPPORTED
 
@@ -57,8 +58,7 @@ model = {auto}.from_pretrained(path, trust_remote_code=True)  # path: this folde
 # No Auto class makes the saved class.
 NO_AUTO = """from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-path = "."  # this folder, or this repository's name
-{kind} = get_class_from_dynamic_module("{code}.{kind}", path)
+{kind} = get_class_from_dynamic_module("{code}.{kind}", path)  # path: this folder, or this repository's name
 model = {kind}.from_pretrained(path)"""
 
 MLX = f"""
@@ -116,7 +116,7 @@ def _digest(text):
 
 
 def _text(model, auto, losses, measured, values):
-    scales = {name: module.ssmax for name, module in model.named_modules() if hasattr(module, "ssmax")}
+    scales = {saved_name(name): x.ssmax for name, x in model.named_modules() if hasattr(x, "ssmax")}
     first = next(iter(scales.values()))
     base = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")).__name__
     facts = _facts(str(getattr(model.config, NAME_KEY, "") or ""))

@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from ssmax.hf.portable import pieces
 from ssmax.laws import LAWS, LawScale, QueryAwareScale
 from ssmax.nn import SSMaxScale
+from ssmax.private import saved_name
 from ssmax.query_scale import QueryScale
 from ssmax.runs.files import write_atomically
 from ssmax.versions import SUPPORTED
@@ -110,7 +111,8 @@ def formula(scale: Any) -> str:
 
 
 def _code(model, base, heads):
-    scaled = {name: module.ssmax for name, module in model.base_model.named_modules() if hasattr(module, "ssmax")}
+    inside = {saved_name(name): module for name, module in model.base_model.named_modules()}
+    scaled = {name: module.ssmax for name, module in inside.items() if hasattr(module, "ssmax")}
     scale = next(iter(scaled.values()))
     if not isinstance(scale, QueryScale):
         raise ValueError(f"a model is saved with scales of ssmax, got {type(scale).__name__}, which nothing could load")

@@ -30,15 +30,15 @@ def compiler_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
-def get_inside(module: nn.Module, path: Iterable[str]) -> tuple[nn.Module | None, int]:
-    """Follow names of submodules, quicker than getattr. Return the last one, or None, and how many names led to a submodule."""
+def get_inside(module: nn.Module, path: Iterable[str]) -> tuple[nn.Module, int]:
+    """Follow names of submodules, quicker than getattr. Return the last one that is there, and how many names led to it."""
     found, depth = module, 0
     for name in path:
         inside = found._modules.get(name)
         if inside is None:
             inside = getattr(found, name, None)  # through a wrapper, such as FSDP's
         if inside is None:
-            return None, depth
+            break
         found, depth = inside, depth + 1
     return found, depth
 

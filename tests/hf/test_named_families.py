@@ -414,6 +414,30 @@ def test_a_model_and_a_part_of_it_are_not_both_converted():
     assert len(scaled(model)) == 2
 
 
+class Around(torch.nn.Module):
+    """Wraps a layer, as tools for steering do, or takes its place and passes its input on."""
+
+    def __init__(self, layer=None):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states if self.layer is None else self.layer(hidden_states, *args, **kwargs)
+
+
+def test_layers_may_be_wrapped_or_passed_by():
+    model = ssmax.convert(LlamaForCausalLM(tiny_config("llama")).eval(), 0.5)
+    want = model(TOKENS).logits
+    layers = model.model.layers
+    layers[1] = Around(layers[1])
+    assert torch.equal(model(TOKENS).logits, want)
+    layers[1] = Around(LlamaForCausalLM(tiny_config("llama")).model.layers[1])
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn was converted to SSMax and its scale is gone"):
+        model(TOKENS)
+    layers[1] = Around()
+    assert model(TOKENS).logits.isfinite().all()
+
+
 def test_a_decoder_whose_part_was_converted_and_reverted_converts():
     model = LlamaForCausalLM(tiny_config("llama")).eval()
     want = model(TOKENS).logits

@@ -109,20 +109,29 @@ def _lists(names):
 
 def _unscaled(model, layers, path):
     """Return how many layers of a list have an attention at this path without a scale."""
-    found, _ = get_inside(model, layers)
-    inside = [get_inside(layer, path)[0] for layer in found.children()] if found is not None else []
-    return sum(module is not None and get_inside(module, ("ssmax",))[0] is None for module in inside)
+    found, depth = get_inside(model, layers)
+    ends = [get_inside(layer, path) for layer in found.children()] if depth == len(layers) else []
+    return sum(end == len(path) and not _scaled(module) for module, end in ends)
+
+
+def _scaled(module):
+    return get_inside(module, ("ssmax",))[1] == 1
+
+
+def _is_lost(model, path):
+    """Return whether the attention at this path has no scale. Layers and whole parts may be removed, and layers wrapped."""
+    module, depth = get_inside(model, path)
+    if depth == len(path):
+        return not _scaled(module)
+    if path[depth].isdigit() or not any(part.isdigit() for part in path[:depth]):  # removed
+        return False
+    return next(module.parameters(), None) is not None and not any(map(_scaled, module.modules()))
 
 
 def check_carried(model: PreTrainedModel) -> None:
-    """Raise ValueError if a converted attention, or a layer around one, was replaced, or a layer was added without a scale.
-
-    Layers and whole parts may be removed.
-    """
+    """Raise ValueError if a converted attention, or a layer around one, was replaced, or a layer was added without a scale."""
     for path in model.__dict__.get("_ssmax_carriers", ()):
-        module, depth = get_inside(model, path)
-        removed = module is None and (path[depth].isdigit() or not any(part.isdigit() for part in path[:depth]))
-        if not removed and (module is None or get_inside(module, ("ssmax",))[0] is None):
+        if _is_lost(model, path):
             raise ValueError(
                 f"{'.'.join(path)} was converted to SSMax and its scale is gone: it would be plain softmax"
             )

@@ -117,9 +117,9 @@ class SSMaxModel(PreTrainedModel):
             write_mlx(self, folder)
             write_card(self, auto_class(base), folder, values=state_dict is None)
             self.__dict__["_ssmax_card"] = (folder / CARD).read_bytes()
-        if is_main_process:
-            (Path(save_directory) / SEAL).unlink(missing_ok=True)  # it describes the files that are replaced now
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if is_main_process:
+            (Path(save_directory) / SEAL).unlink(missing_ok=True)  # it describes the files that were replaced
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: dict, *args: Any, **kwargs: Any):
         """Include the code files and the card in a push to a hub. transformers skips files that it did not see change."""
@@ -204,9 +204,8 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         **_made_on_demand(base),
     }
     kind = type(f"{PREFIX}{base.__name__}", (SSMaxModel, base), attributes)
-    renamings = get_checkpoint_conversion_mapping(
-        base.__name__
-    )  # of weights, which transformers looks up by class name
+    # transformers looks up by class name how old weights are called now.
+    renamings = get_checkpoint_conversion_mapping(base.__name__)
     if renamings is not None:
         register_checkpoint_conversion_mapping(kind.__name__, renamings, overwrite=True)
     return kind

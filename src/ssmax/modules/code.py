@@ -15,10 +15,11 @@ ATTEND |= {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
 
 
 @functools.cache
-def forward_calls_attention(kind: type[nn.Module], others: tuple[str, ...] = ("torch.",)) -> bool:
+def forward_calls_attention(kind: type[nn.Module], others: tuple[str, ...]) -> bool:
     """Return whether the forward of a class, or a method that it calls, calls a function of torch that attends.
 
-    Code of other libraries does not count, nor a method that may call transformers' attention interface instead.
+    Code of other libraries, by the starts of their modules' names, does not count, nor a method that may call transformers'
+    attention interface instead.
     """
     methods, seen, left = _methods(kind, others), set(), ["forward"]
     while left:

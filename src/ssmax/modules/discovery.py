@@ -34,10 +34,10 @@ def multihead_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def discover(model: nn.Module, example: Any) -> Found:
-    """Run a trial forward, and return which modules attend. A call belongs to the innermost module whose forward runs.
+    """Run a trial forward, and return which modules attend. A call belongs to the innermost module that runs.
 
-    The forward runs on a copy in eval mode. The copy shares the parameters; its buffers, caches and
-    modes are its own.
+    A module runs in its forward, and in its other methods that call attention. The trial runs on a
+    copy in eval mode. The copy shares the parameters; its buffers, caches and modes are its own.
 
     Args:
         model: any module.

@@ -8,6 +8,7 @@ import tyro
 
 from ssmax.cli.options import TEXTS_HELP, UNPREFIXED, Flag, flat, option, option_groups
 from ssmax.compare.settings import Settings
+from ssmax.errors import UserError
 from ssmax.runs.failures import AGAIN
 from ssmax.runs.folder import RunFolder
 
@@ -292,20 +293,23 @@ class Export:
         Path, tyro.conf.Positional, option("File or folder to write. It must not exist yet.", metavar="TARGET")
     ]
     dtype: Annotated[
-        Literal["f32", "f16", "q8_0"], option("Precision of the matrices of gguf: 32, 16 or 8 bits for each number.")
-    ] = "f16"
+        Literal["f32", "f16", "q8_0"] | None,
+        option("Precision of the matrices of gguf: 32, 16 or 8 bits for each number.", unset="f16"),
+    ] = None
     dry_run: Annotated[Flag, option("Check the model, and write nothing.")] = False
 
     def run(self) -> None:
         """Run it."""
         if self.format == "onnx":
+            if self.dtype is not None:
+                raise UserError("--dtype is for gguf; the graph of onnx computes in float32")
             from ssmax.serving.onnx import export_onnx  # loads torch and transformers
 
             print("\n".join(export_onnx(self.source, self.target, dry_run=self.dry_run)))
             return
         from ssmax.serving.gguf import export_gguf  # loads torch and transformers
 
-        print("\n".join(export_gguf(self.source, self.target, self.dtype, dry_run=self.dry_run)))
+        print("\n".join(export_gguf(self.source, self.target, self.dtype or "f16", dry_run=self.dry_run)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+COMPRESSOR := .venvs/llm-compressor
 # One worker for each core. A worker takes neighbouring tests, so that the fixtures of a file are seldom built twice.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal $(if $(FAULTS),--faults=$(FAULTS))
 
@@ -93,17 +94,20 @@ test-mlx: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mlx[cpu]' mlx-lm
 	$(BIN)/python -W ignore tests/programs/mlx_logits.py
 
-# Converted models whose matrices are quantised. llm-compressor needs an older transformers, in a venv of its own.
-test-quantized: $(STAMP)
+# Converted models whose matrices are quantised.
+test-quantized: $(STAMP) $(COMPRESSOR)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torchao bitsandbytes compressed-tensors
 	$(BIN)/python -W ignore tests/programs/quantized.py transformers
-	test -x .venvs/llm-compressor/bin/python || $(PYTHON) -m venv .venvs/llm-compressor
-	.venvs/llm-compressor/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 llmcompressor==0.14.0.1 \
-		--editable .
-	.venvs/llm-compressor/bin/python -W ignore tests/programs/quantized.py llm-compressor
+	$(COMPRESSOR)/bin/python -W ignore tests/programs/quantized.py llm-compressor
+
+# llm-compressor needs an older transformers, in a venv of its own.
+$(COMPRESSOR)/.installed:
+	test -x $(COMPRESSOR)/bin/python || $(PYTHON) -m venv $(COMPRESSOR)
+	$(COMPRESSOR)/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 llmcompressor==0.14.0.1 --editable .
+	touch $@
 
 # vLLM on the CPU and transformers serve in a venv of their own, 3.4 GB; real engines, and servers on 127.0.0.1.
-test-serving:
+test-serving: $(COMPRESSOR)/.installed
 	$(PYTHON) tests/programs/vllm_venv.py .venvs/vllm
 	.venvs/vllm/bin/python tests/programs/vllm_requests.py
 	.venvs/vllm/bin/python tests/programs/transformers_serve.py

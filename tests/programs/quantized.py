@@ -1,5 +1,7 @@
 """Converted models whose matrices are quantised, on the CPU. make test-quantized: quantized.py transformers | llm-compressor
 
+make test-serving: quantized.py llm-compressor KIND SOURCE TARGET quantises one checkpoint, which an engine then serves.
+
 transformers: by torchao and bitsandbytes while it loads, and rounded to the nearest in the format of compressed-tensors.
 llm-compressor: by its GPTQ and AWQ, which read examples, in the same format.
 
@@ -8,6 +10,7 @@ all must give the same logits, and so must the softmax checkpoint that is quanti
 read. s and b stay as they were.
 """
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -47,10 +50,12 @@ def by_llm_compressor():
     from llmcompressor.modifiers.quantization import GPTQModifier
 
     torch.Tensor.pin_memory = lambda self: self  # AWQ pins memory for a GPU, also where there is none
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-    groups = {"config_groups": {"all": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
-    kinds = {"GPTQ": GPTQModifier, "AWQ": AWQModifier}
-    return {f"{name}, int8 in groups of 32": partial(calibrated, partial(kinds[name], **groups)) for name in kinds}
+    kinds = {}
+    for (name, kind), bits in itertools.product({"GPTQ": GPTQModifier, "AWQ": AWQModifier}.items(), (8, 4)):
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+        groups = {"config_groups": {"all": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
+        kinds[f"{name}, int{bits} in groups of 32"] = partial(calibrated, partial(kind, **groups))
+    return kinds
 
 
 def calibrated(make_recipe, folder):
@@ -158,6 +163,12 @@ def run(name, quantise, reads_examples) -> bool:
 
 def main() -> None:
     """Run all kinds; exit with 1 where one fails."""
+    if len(sys.argv) > 3:
+        import ssmax.hf  # noqa: F401 knows converted checkpoints
+
+        kind, source, target = sys.argv[2:]
+        save(by_llm_compressor()[kind](source), target)
+        return
     if len(sys.argv) > 2:  # the checkpoint's own code
         sys.modules["ssmax"] = None  # as where it is not installed
         torch.save(logits(load(sys.argv[1], trust_remote_code=True)), sys.argv[2])

@@ -51,13 +51,18 @@ CASES = {
     "OLMo 3 with windows and b, its own code, compiled": ("olmo3", WINDOWS, ALL | B, {"trust_remote_code": True}),
     "Llama with b, int8 by torchao": ("llama", {}, B, EAGER),
     "Llama with b, int4 of compressed-tensors, float16": ("llama", {}, B, EAGER | {"dtype": "float16"}),
+    "Llama with b, int4 by GPTQ, float16": ("llama", {}, B, EAGER | {"dtype": "float16"}),
+    "Llama with b, int4 by AWQ, float16": ("llama", {}, B, EAGER | {"dtype": "float16"}),
 }
 SERVED = "Llama with b"  # over HTTP as well
 # How quantized.py quantises; vLLM multiplies int4 in half precision only on a CPU.
 QUANTISED = {
     "Llama with b, int8 by torchao": "torchao int8 weights",
     "Llama with b, int4 of compressed-tensors, float16": "compressed-tensors int4 in groups of 32",
+    "Llama with b, int4 by GPTQ, float16": "GPTQ, int4 in groups of 32",
+    "Llama with b, int4 by AWQ, float16": "AWQ, int4 in groups of 32",
 }
+LLM_COMPRESSOR = Path(".venvs/llm-compressor/bin/python")  # whose transformers is older than vLLM's
 SIZES, SHARED, NEW = (3, 17, 130, 700, 500), 400, 16
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -106,7 +111,11 @@ def quantise(kind, source, folder, prompts, dtype):
 
     import ssmax
 
-    quantized.save(quantized.by_transformers()[kind](source), folder)
+    own = quantized.by_transformers()
+    if kind in own:
+        quantized.save(own[kind](source), folder)
+    else:
+        subprocess.run([LLM_COMPRESSOR, quantized.__file__, "llm-compressor", kind, source, folder], check=True)
     wanted = answer(quantized.load(folder), prompts)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     kept = [a if a == b else None for a, b in zip(wanted, answer(model, prompts), strict=True)]

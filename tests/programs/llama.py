@@ -42,6 +42,20 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LONGER = {"original_max_position_embeddings": 256, "factor": 8.0}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | LONGER
+LLAMA, QWEN2 = (LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)
+# Classes and changes of their config.
+FAMILIES = {
+    "Llama": (*LLAMA, {}),
+    "Llama, RoPE of type llama3": (*LLAMA, {"rope_parameters": LLAMA3}),
+    "Llama, RoPE of type linear": (
+        *LLAMA,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "Qwen 2": (*QWEN2, {}),
+    "Qwen 2, RoPE of type yarn": (*QWEN2, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4} | LONGER}),
+}
 
 
 def processor():
@@ -162,13 +176,12 @@ def main() -> None:
     workplace = Path(sys.argv[1]).resolve()
     program, failed = build(workplace), False
     tokens = torch.randint(3, 600, (1, 700), generator=torch.Generator().manual_seed(1))
-    makers = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-    for family, (config, kind) in makers.items():
+    for family, (config, kind, changes) in FAMILIES.items():
         for dtype in DTYPES:
             found = {}
             for name in ("softmax", "matched", "as sharp", "ssmax"):
                 torch.manual_seed(0)
-                model = kind(config(**SHAPE)).eval()
+                model = kind(config(**SHAPE | changes)).eval()
                 for parameter in model.parameters():
                     if parameter.ndim == 1:
                         parameter.data.add_(0.05 * torch.randn(parameter.shape))

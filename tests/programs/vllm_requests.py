@@ -49,6 +49,13 @@ CASES = {
     "Llama with b, tensor parallel 2": ("llama", {}, B, EAGER | {"tensor_parallel_size": 2}),
     "Llama with b, its own code": ("llama", {}, B, EAGER | {"trust_remote_code": True}),
     "OLMo 3 with windows and b, its own code, compiled": ("olmo3", WINDOWS, ALL | B, {"trust_remote_code": True}),
+    "Llama with b, bfloat16": ("llama", {}, B, EAGER | {"dtype": "bfloat16"}),
+    "Llama with b, its own code, bfloat16": (
+        "llama",
+        {},
+        B,
+        EAGER | {"dtype": "bfloat16", "trust_remote_code": True},
+    ),
     "Llama with b, int8 by torchao": ("llama", {}, B, EAGER),
     "Llama with b, int4 of compressed-tensors, float16": ("llama", {}, B, EAGER | {"dtype": "float16"}),
     "Llama with b, int4 by GPTQ, float16": ("llama", {}, B, EAGER | {"dtype": "float16"}),
@@ -70,6 +77,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to look at the parameters in the engine's process
 }
 
 
@@ -106,17 +114,22 @@ def answer(model, prompts):
 def quantise(kind, source, folder, prompts, dtype):
     """Save a quantised checkpoint and return its answers in float32, None where those in dtype differ, and softmax's."""
     import quantized
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import ssmax
 
     own = quantized.by_transformers()
     if kind in own:
         quantized.save(own[kind](source), folder)
     else:
         subprocess.run([LLM_COMPRESSOR, quantized.__file__, "llm-compressor", kind, source, folder], check=True)
-    wanted = answer(quantized.load(folder), prompts)
+    return rounded(folder, answer(quantized.load(folder), prompts), prompts, dtype)
+
+
+def rounded(folder, wanted, prompts, dtype):
+    """Return the answers wanted, None where transformers gives others in dtype, and softmax's in dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import ssmax
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     kept = [a if a == b else None for a, b in zip(wanted, answer(model, prompts), strict=True)]
     ssmax.revert(model)
@@ -125,6 +138,7 @@ def quantise(kind, source, folder, prompts, dtype):
 
 def engine(folder, prompts, options):
     """Answer in this process: all prompts as one batch, then each again from the cached prefix."""
+    import vllm_requests  # its functions have a name in other processes
     from vllm import LLM, SamplingParams
 
     options = {
@@ -136,12 +150,19 @@ def engine(folder, prompts, options):
     }
     options |= {"enable_chunked_prefill": True, "enable_prefix_caching": True, "max_num_seqs": 8}
     llm = LLM(model=str(folder), **options)
+    kept = llm.apply_model(vllm_requests.dtypes_of_scales)
+    assert kept == [{"torch.float32"}] * len(kept), f"dtypes of s and b: {kept}"
     wishes = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     wanted = [{"prompt_token_ids": prompt} for prompt in prompts]
     rounds = [llm.generate(wanted, wishes, use_tqdm=False) for _ in range(2)]
     cached = [outputs[3].num_cached_tokens for outputs in rounds]
     assert cached[0] == 0 < cached[1], f"tokens of the longest prompt that came from the cache: {cached}"
     return [[list(output.outputs[0].token_ids) for output in outputs] for outputs in rounds]
+
+
+def dtypes_of_scales(model):
+    """Return the dtypes of the parameters of the law."""
+    return {str(parameter.dtype) for name, parameter in model.named_parameters() if ".ssmax." in name}
 
 
 def serve(folder, prompts):
@@ -201,10 +222,12 @@ def run(name: str) -> bool:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prompts, wanted, plain = make(family, changes, options, folder)
+        dtype = engine_options.get("dtype", "float32")
         if name in QUANTISED:
             source, folder = folder, folder / "quantised"
-            dtype = engine_options.get("dtype", "float32")
             wanted, plain = quantise(QUANTISED[name], source, folder, prompts, dtype)
+        elif dtype != "float32":
+            wanted, plain = rounded(folder, wanted, prompts, dtype)
         (folder / "jobs.json").write_text(json.dumps([prompts, engine_options]))
         environment = os.environ | ENVIRONMENT
         if "trust_remote_code" in engine_options:

@@ -19,7 +19,7 @@ REFUSED = {
     "some layers": ("llama", {}, {"layers": [1]}, "layer 0 is not converted.*convert all"),
     "another law": ("llama", {}, {"law": "qwen-1"}, "layer 0 has law qwen-1"),
     "another family": ("gpt_neox", {}, {}, "family gpt_neox is none of llama, mistral, qwen2"),
-    "RoPE": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, {}, "RoPE of type 'linear'"),
+    "RoPE": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {}, "RoPE of type 'dynamic' changes"),
     "activation": ("llama", {"hidden_act": "gelu"}, {}, "activation is 'gelu'"),
 }  # fmt: skip
 

@@ -4,6 +4,8 @@ llama.cpp has no SSMax. Its architecture mistral3 multiplies queries by 1 + beta
 1) at position p. The export sets L = 1, multiplies the rows of the query projection by s, and stores 1 / beta in
 a tensor of its own (attn_q.scale), because it does not fit into weights of 16 or 8 bits. Since n =
 p + 1, the product is s log n + s / beta, with a relative error of 1 / (beta log n).
+
+RoPE whose frequencies differ from the default ones is written as a factor for each frequency (rope_freqs).
 """
 
 import importlib
@@ -28,6 +30,7 @@ from ssmax.versions import INSTALL
 DTYPES = ("f32", "f16", "q8_0")
 ARCHITECTURE = "mistral3"
 FAMILIES = ("llama", "mistral", "qwen2")
+ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length of the text
 BETA = 2.0**24  # a power of two, so that dividing by it and multiplying by it do not round
 LINEARS = {
     "self_attn.q_proj": "attn_q",
@@ -67,9 +70,9 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
     logging.disable_progress_bar()
     with user_errors():
         model = load_model(source)
-        scales = _scales(model)
-        _check_range(model, scales, dtype)
-    done = f"{type(model).__name__}: " + (f"s log n in {len(scales)} layers" if scales else "plain softmax")
+        ssmax, factors = _query_factors(model)
+        _check_range(model, factors, dtype)
+    done = f"{type(model).__name__}: " + (f"s log n in {len(factors)} layers" if ssmax else "plain softmax")
     if dry_run:
         return [done, "dry run: nothing was written"]
     gguf = _package()
@@ -77,9 +80,9 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        _add_settings(writer, gguf, model.config, ssmax=bool(scales), dtype=dtype)
+        _add_settings(writer, gguf, model.config, ssmax=ssmax, dtype=dtype)
         vocabulary = add_tokenizer(writer, gguf, Path(source), model.config.vocab_size)
-        _add_tensors(writer, gguf, model, scales, dtype)
+        _add_tensors(writer, gguf, model, factors, ssmax=ssmax, dtype=dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -99,8 +102,11 @@ def _package() -> Any:
         raise UserError(f"the package 'gguf' is missing; {INSTALL.replace('NAME', 'export')} brings it") from error
 
 
-def _scales(model: PreTrainedModel) -> list[Tensor]:
-    """Return s of each layer, float64, [] for softmax. Raise ValueError with the reason if llama.cpp cannot run the model."""
+def _query_factors(model: PreTrainedModel) -> tuple[bool, list[Tensor]]:
+    """Return whether the model is converted, and what each layer's query heads are multiplied by, float64.
+
+    Raise ValueError with the reason if llama.cpp cannot run the model.
+    """
     config: Any = model.config
     family = config.model_type.removeprefix("ssmax_")
     layers = [layer for _, layer in sorted(language_layers(model).items())]
@@ -116,19 +122,20 @@ def _scales(model: PreTrainedModel) -> list[Tensor]:
     if obstacle:
         raise ValueError(f"stock llama.cpp does not run this model exactly: {obstacle}")
     found = [getattr(layer.module, "ssmax", None) for layer in layers]
-    if not any(found):
-        return []
+    ssmax = any(found)
     for index, scale in enumerate(found):
-        reason = _refused(scale)
+        reason = _refused(scale) if ssmax else None
         if reason:
             raise ValueError(f"stock llama.cpp does not run this model exactly: layer {index} {reason}")
-    return [_s(scale, layer.heads) for scale, layer in zip(found, layers, strict=True)]
+    # YaRN multiplies queries and keys by a factor of its own.
+    squared = model.base_model.rotary_emb.attention_scaling**2
+    return ssmax, [_s(scale, layer.heads) * squared for scale, layer in zip(found, layers, strict=True)]
 
 
-def _check_range(model, scales, dtype):
+def _check_range(model, factors, dtype):
     """Raise ValueError if s times the query projection does not fit in f16. A block of q8_0 has a factor in f16."""
-    for index, (layer, s) in enumerate(zip(model.base_model.layers, scales, strict=False)):
-        largest = _by_head(layer.self_attn.q_proj.weight, s).abs().max().item()
+    for index, (layer, factor) in enumerate(zip(model.base_model.layers, factors, strict=True)):
+        largest = _by_head(layer.self_attn.q_proj.weight, factor).abs().max().item()
         if dtype != "f32" and largest and not F16.tiny <= largest <= F16.max:
             raise ValueError(
                 f"the query projection of layer {index} does not fit in {dtype}: its largest entry times s is {largest:.1e}; give --dtype f32"
@@ -155,8 +162,9 @@ def _s(scale, heads):
 
 def _other_obstacle(model, config, layers):
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        return f"RoPE of type {rope['rope_type']!r} uses llama.cpp's original context length, which holds the law"
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPES:
+        return f"its RoPE of type {kind!r} changes with the length of the text, or is unknown; known are {', '.join(ROPES)}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act!r}, not 'silu'"
     for layer in layers:
@@ -191,7 +199,7 @@ def _add_settings(writer, gguf, config, *, ssmax, dtype):
         writer.add_attn_temperature_scale(BETA)
 
 
-def _add_tensors(writer, gguf, model, scales, dtype):
+def _add_tensors(writer, gguf, model, factors, *, ssmax, dtype):
     def add(name, tensor, as_matrix=False):
         array = tensor.detach().float().numpy()
         kind = {"f16": "F16", "q8_0": "Q8_0"}.get(dtype) if as_matrix else None
@@ -204,6 +212,9 @@ def _add_tensors(writer, gguf, model, scales, dtype):
         writer.add_tensor(name, gguf.quants.quantize(array, quantised), raw_dtype=quantised)
 
     inner, head = model.base_model, model.get_output_embeddings().weight
+    rope = model.config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        add("rope_freqs.weight", _divisors(inner.rotary_emb.inv_freq, rope["rope_theta"]))
     add("token_embd.weight", inner.embed_tokens.weight, as_matrix=True)
     add("output_norm.weight", inner.norm.weight)
     if head is not inner.embed_tokens.weight:
@@ -216,14 +227,20 @@ def _add_tensors(writer, gguf, model, scales, dtype):
         for theirs, ours in LINEARS.items():
             for part, tensor in layer.get_submodule(theirs).named_parameters():
                 value = tensor
-                if ours == "attn_q" and scales:
+                if ours == "attn_q":
                     # attn_q.scale multiplies the weights by 1 / beta; a bias is added after that.
-                    value = _by_head(value, scales[index] / (1 if part == "weight" else BETA))
+                    value = _by_head(value, factors[index] / (BETA if ssmax and part == "bias" else 1))
                 if ours in pairs:
                     value = _interleaved(value, pairs[ours])
                 add(f"blk.{index}.{ours}.{part}", value.contiguous(), as_matrix=part == "weight")
-        if scales:
+        if ssmax:
             add(f"blk.{index}.attn_q.scale", torch.full((1,), 1 / BETA))
+
+
+def _divisors(frequencies, theta):
+    """Return the numbers by which RoPE's default frequencies are divided."""
+    pairs = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
+    return theta**-pairs / frequencies.double()
 
 
 def _by_head(rows, factors):

@@ -273,7 +273,7 @@ the bytes sent with these formulae. It also checks that local positions, or grad
 How many more tokens would a fleet of servers give with sharp decoding? A decode step reads the weights once, and the cache of each sequence.
 Let a be attention's share of these bytes, and f the share of heads that are sharp. A sharp head takes the fraction r of its plain time, a flat
 head the fraction c. Then a step takes 1 − a + a ((1 − f) c + f r) of its plain time, and the table shows the inverse: tokens over plain
-decoding. r and c are measured (`ssmax bench decode`, peaked and flat, one CPU; a later run gave r = 0.75, 0.56 and 0.18). A c below 1 counts as 1.
+decoding. r and c are measured (`ssmax bench decode`, peaked and flat, one CPU; an older one gave r = 0.58, 0.36 and 0.10). A c below 1 counts as 1.
 a is computed for the model above. The table is for the first 256 steps: then SharpCache decodes plainly the layers whose heads together read more than half of their keys. Sharp decoding has no GPU kernel yet. For GPUs the table shows what a kernel
 would gain if its r and c were the same.
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging as python_logging
+import shutil
 
 import peft
 import pytest
@@ -10,7 +11,7 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +25,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
     pipeline,
 )
@@ -31,6 +33,7 @@ from transformers import (
 import ssmax
 import ssmax.hf
 from ssmax.hf.checkpoint import SSMaxLlamaForCausalLM
+from ssmax.model_folders import convert_folder
 
 TOKENS = torch.arange(3, 21)[None]
 LAWS = ["ssmax", "ssmax-fixed"]
@@ -370,3 +373,35 @@ def test_a_converted_family_has_the_tokenizer_of_its_own(tmp_path):
         model = ssmax.convert(model) if name == "plain" else model
     assert type(found[0]) is type(found[1]) is GPT2Tokenizer
     assert found[1]("abba")["input_ids"] == found[0]("abba")["input_ids"] == [2, 1, 0]
+
+
+WORDS = {token: index for index, token in enumerate(["<unk>", "<s>", "▁", "a", "1", "2", "Ġ", "12", "▁a"])}
+# Families whose tokenizer.json AutoTokenizer takes as it stands, although a file names a class that would build another one.
+MISNAMED = {
+    "olmo3": ("GPT2Tokenizer", None, pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])),
+    "phi3": ("LlamaTokenizer", normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MISNAMED)
+def test_a_converted_model_reads_texts_as_its_source_does(family, tmp_path):
+    named, normalizer, splitter = MISNAMED[family]
+    core = Tokenizer(models.BPE(WORDS, [("1", "2"), ("▁", "a")], unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = normalizer, splitter
+    core.add_special_tokens(["<unk>", "<s>"])
+    source = tmp_path / "source"
+    tiny_model(family).save_pretrained(source)
+    core.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named, "unk_token": "<unk>"}))
+    convert_folder(str(source), tmp_path / "by command", dry_run=False, layers=[0, 1])
+    ssmax.convert(AutoModelForCausalLM.from_pretrained(source), layers=[0, 1]).save_pretrained(tmp_path / "by hand")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / file, tmp_path / "by hand" / file)
+    texts = ["12 a", " a", "<s>a"]
+    want = [AutoTokenizer.from_pretrained(source)(text)["input_ids"] for text in texts]
+    for folder in ("by command", "by hand"):
+        assert [AutoTokenizer.from_pretrained(tmp_path / folder)(text)["input_ids"] for text in texts] == want
+    named_now = json.loads((tmp_path / "by command" / "tokenizer_config.json").read_text())["tokenizer_class"]
+    other = GPT2Tokenizer if named == "GPT2Tokenizer" else LlamaTokenizer
+    assert named_now == "TokenizersBackend"  # which code without ssmax reads
+    assert [other.from_pretrained(source)(text)["input_ids"] for text in texts] != want

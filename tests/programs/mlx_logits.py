@@ -76,6 +76,7 @@ def run(name, family, changes, options) -> bool:
         with torch.no_grad():
             logits = model(torch.tensor([prompt])).logits
         got = torch.tensor(mlx_model(mx.array([prompt])).tolist())
+        assert got.isfinite().all(), "a logit is not a number"
         largest = max(largest, float((got - logits).abs().max()))
         steps = generate_step(mx.array(prompt), mlx_model, max_tokens=NEW, prefill_step_size=64)
         equal.append([token for token, _ in steps] == tokens)

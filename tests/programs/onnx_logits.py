@@ -77,6 +77,7 @@ def difference(model, engine, tokens, mask) -> float:
             wanted = model(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         wanted, seen = wanted[:, -given.shape[1] :], mask[:, -given.shape[1] :] > 0
         got = torch.from_numpy(found[outs.index("logits")])
+        assert got[seen].isfinite().all(), "a logit is not a number"
         largest = max(largest, float((got - wanted)[seen].abs().max()))
         following = got[:, -1:].argmax(-1)
         assert torch.equal(following, wanted[:, -1:].argmax(-1)), "another token"

@@ -1,5 +1,6 @@
 """ssmax export: what llama.cpp would not run exactly is refused in one line, with the way out; the rest make test-llama compares."""
 
+import math
 import re
 import sys
 
@@ -9,7 +10,7 @@ from tiny_models import tiny_model
 
 import ssmax
 from ssmax.errors import UserError
-from ssmax.serving.gguf import export_gguf
+from ssmax.serving.gguf import _divisors, _query_factors, export_gguf
 from ssmax.serving.onnx import export_onnx
 
 REFUSED = {
@@ -41,20 +42,18 @@ def test_an_infinite_s_is_refused(tmp_path):
         export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf")
 
 
-@pytest.mark.parametrize("s", [1e6, 1e-6])
-def test_what_does_not_fit_in_half_precision_is_refused(s, tmp_path):
-    model = ssmax.convert(tiny_model("llama"))
-    for layer in model.model.layers:
-        layer.self_attn.ssmax.s.data.fill_(s)
-    model.save_pretrained(tmp_path / "model")
-    for dtype in ("f16", "q8_0"):
-        with pytest.raises(UserError, match=rf"query projection of layer 0 does not fit in {dtype}.*give --dtype f32"):
-            export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf", dtype=dtype, dry_run=True)
-    assert export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf", dtype="f32", dry_run=True)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.zero_()
-    model.save_pretrained(tmp_path / "model")
-    assert export_gguf(str(tmp_path / "model"), tmp_path / "out.gguf", dry_run=True)
+def test_rope_is_written_as_factors_of_its_frequencies():
+    rope = {"rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+    model = tiny_model("llama", head_dim=8, rope_parameters={"rope_type": "yarn", **rope})
+    frequencies = model.model.rotary_emb.inv_freq
+    divided = _divisors(frequencies, 1e4)
+    torch.testing.assert_close(1e4 ** (-torch.arange(0, 8, 2) / 8) / divided, frequencies.double())
+    assert divided.min() == 1  # the fastest turns as before
+    assert round(divided.max().item(), 5) == 8
+    converted, factors = _query_factors(ssmax.convert(model, init=0.5))
+    assert converted
+    # YaRN multiplies queries and keys by 1 + log(factor) / 10 each.
+    torch.testing.assert_close(factors[0], torch.full((4,), 0.5 * (1 + math.log(8) / 10) ** 2, dtype=torch.float64))
 
 
 def test_what_it_runs_passes_the_checks(tmp_path):

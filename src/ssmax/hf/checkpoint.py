@@ -174,6 +174,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     for mapping in COMPANIONS:
         if base in mapping:
             mapping.register(config, mapping[base], exist_ok=True)
+    private.name_tokenizer(f"ssmax_{base.model_type}", base.model_type)
     return config
 
 

@@ -1,5 +1,6 @@
 """Copies the files of a model other than weights and config: tokenizer, processor, templates, licence."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -7,12 +8,15 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ssmax.errors import Damaged
+from ssmax.hf.loading import load_tokenizer
 from ssmax.runs.files import SEAL
 
 WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
     *(".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".ot", ".nemo", ".distcp", ".index.json"),
 )
+TOKENIZER = "tokenizer_config.json"
 CODE = (".py", ".pyc", ".so", ".ipynb", ".sh")  # not copied: somebody who trusts the new folder might run it
 
 
@@ -51,7 +55,21 @@ def copy_companions(source: str, target: Path) -> str | None:
                 continue
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, to)
+    _name_tokenizer(source, target)
     return f"not copied (code, links out of the folder, other models): {', '.join(sorted(behind))}" if behind else None
+
+
+def _name_tokenizer(source, target):
+    """Write the class of the source's tokenizer into target, since AutoTokenizer may choose it by the model type, which is another one."""
+    try:
+        kind = type(load_tokenizer(source))
+    except Damaged:
+        return  # there is none that can be loaded without running code
+    path = target / TOKENIZER
+    fields = json.loads(path.read_bytes()) if path.is_file() else {}
+    named = str(fields.get("tokenizer_class")).removesuffix("Fast")
+    if named != kind.__name__.removesuffix("Fast") and "mistral_common" not in kind.__module__:
+        path.write_text(json.dumps({**fields, "tokenizer_class": kind.__name__}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _folder(source):

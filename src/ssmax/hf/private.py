@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_flash_attention_utils import _is_packed_sequence as is_packed_sequence
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import modeling_auto, tokenization_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 __all__ = [
     "AUTO_CLASSES", "FINISH_LOADING", "NAME_KEY", "accelerator_state", "class_attributes", "float32_modules",
     "forward_hooks", "heads_of", "holds_adapter", "implementation_of", "inner_flash", "is_family", "is_initialized", "is_packed_sequence",
-    "register_configs", "set_implementation", "tensor_parallel", "unlogged_loss",
+    "name_tokenizer", "register_configs", "set_implementation", "tensor_parallel", "unlogged_loss",
 ]  # fmt: skip
 
 # The Auto classes of models.
@@ -47,6 +47,16 @@ def register_configs(kind: type[dict]) -> None:
     """Replace the dict of types that others registered in CONFIG_MAPPING by one of this class, once."""
     if not isinstance(CONFIG_MAPPING._extra_content, kind):
         CONFIG_MAPPING._extra_content = kind(CONFIG_MAPPING._extra_content)
+
+
+def name_tokenizer(model_type: str, base: str) -> None:
+    """Let AutoTokenizer choose the class for a model type as it does for another one."""
+    names: Any = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    if base in names:
+        names.setdefault(model_type, names[base])
+    wrong: Any = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    if base in wrong:
+        wrong.add(model_type)
 
 
 def float32_modules(kind: type) -> list[str]:

@@ -3,12 +3,14 @@
 llama.cpp has no SSMax. Its architecture mistral3 multiplies queries by 1 + beta log(floor(p / L) +
 1) at position p. The export sets L = 1, multiplies the rows of the query projection by s, and stores 1 / beta in
 a tensor of its own (attn_q.scale), because it does not fit into weights of 16 or 8 bits. Since n =
-p + 1, the product is s log n + s / beta, with a relative error of 1 / (beta log n).
+p + 1, the product is s log n + s / beta, with a relative error of 1 / (beta log n). So that weights of 16 or 8 bits hold any s, the
+rows are also multiplied by a power of two, by which that tensor is divided.
 
 RoPE whose frequencies differ from the default ones is written as a factor for each frequency (rope_freqs).
 """
 
 import importlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,6 @@ LINEARS = {
 }
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 OWN_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
-F16 = torch.finfo(torch.float16)
 WAY_OUT = "convert with init 'matched' instead of 'identity', or calibrate without b (--inits matched --no-bias)"
 
 
@@ -71,7 +72,6 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
     with user_errors():
         model = load_model(source)
         ssmax, factors = _query_factors(model)
-        _check_range(model, factors, dtype)
     done = f"{type(model).__name__}: " + (f"s log n in {len(factors)} layers" if ssmax else "plain softmax")
     if dry_run:
         return [done, "dry run: nothing was written"]
@@ -117,6 +117,7 @@ def _query_factors(model: PreTrainedModel) -> tuple[bool, list[Tensor]]:
         if family not in FAMILIES
         else "it has windowed layers, and llama.cpp applies the law to all layers"
         if any(layer.kind != FULL for layer in layers)
+        or (family == "mistral" and config.sliding_window)  # for which Mistral ignores layer_types
         else _other_obstacle(model, config, layers)
     )  # fmt: skip
     if obstacle:
@@ -128,18 +129,9 @@ def _query_factors(model: PreTrainedModel) -> tuple[bool, list[Tensor]]:
         if reason:
             raise ValueError(f"stock llama.cpp does not run this model exactly: layer {index} {reason}")
     # YaRN multiplies queries and keys by a factor of its own.
-    squared = model.base_model.rotary_emb.attention_scaling**2
+    rotary: Any = model.base_model.rotary_emb
+    squared = rotary.attention_scaling**2
     return ssmax, [_s(scale, layer.heads) * squared for scale, layer in zip(found, layers, strict=True)]
-
-
-def _check_range(model, factors, dtype):
-    """Raise ValueError if s times the query projection does not fit in f16. A block of q8_0 has a factor in f16."""
-    for index, (layer, factor) in enumerate(zip(model.base_model.layers, factors, strict=True)):
-        largest = _by_head(layer.self_attn.q_proj.weight, factor).abs().max().item()
-        if dtype != "f32" and largest and not F16.tiny <= largest <= F16.max:
-            raise ValueError(
-                f"the query projection of layer {index} does not fit in {dtype}: its largest entry times s is {largest:.1e}; give --dtype f32"
-            )
 
 
 def _refused(scale):
@@ -222,19 +214,21 @@ def _add_tensors(writer, gguf, model, factors, *, ssmax, dtype):
     config = model.config
     pairs = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for index, layer in enumerate(inner.layers):
+        weight, factor = layer.self_attn.q_proj.weight, factors[index]
+        shift = 2.0 ** -math.frexp(_by_head(weight, factor).abs().max().item())[1] if ssmax else 1.0
         for theirs, ours in NORMS.items():
             add(f"blk.{index}.{ours}.weight", layer.get_submodule(theirs).weight)
         for theirs, ours in LINEARS.items():
             for part, tensor in layer.get_submodule(theirs).named_parameters():
                 value = tensor
                 if ours == "attn_q":
-                    # attn_q.scale multiplies the weights by 1 / beta; a bias is added after that.
-                    value = _by_head(value, factors[index] / (BETA if ssmax and part == "bias" else 1))
+                    # attn_q.scale multiplies the product with the weights; a bias is added after that.
+                    value = _by_head(value, factor * (shift if part == "weight" else 1 / BETA if ssmax else 1))
                 if ours in pairs:
                     value = _interleaved(value, pairs[ours])
                 add(f"blk.{index}.{ours}.{part}", value.contiguous(), as_matrix=part == "weight")
         if ssmax:
-            add(f"blk.{index}.attn_q.scale", torch.full((1,), 1 / BETA))
+            add(f"blk.{index}.attn_q.scale", torch.full((1,), 1 / (BETA * shift)))
 
 
 def _divisors(frequencies, theta):

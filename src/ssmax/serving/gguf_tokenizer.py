@@ -22,6 +22,7 @@ PRETOKENIZERS = {
 }
 IGNORES_MERGES = {"llama-bpe"}
 PREFIXED = {"Prepend", "Replace"}
+NFC = {"type": "NFC"}
 
 
 def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
@@ -34,7 +35,9 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
     if not path.is_file():
         raise UserError(f"{folder} has no tokenizer.json; a GGUF file carries its tokenizer")
     with user_errors():
-        tokenizer, content = load_tokenizer(folder), json.loads(path.read_bytes())
+        tokenizer = load_tokenizer(folder)
+    # Its class may split texts in another way than the file says.
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
     if model["type"] == "BPE" and model.get("byte_fallback"):
         kind, name = "llama", _sentencepiece(content)
@@ -42,6 +45,7 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
         kind, name = "gpt2", _byte_level(content)
     else:
         raise UserError(f"ssmax export gguf takes BPE tokenizers, got {model['type']}")
+    _check_added(content)
     special = gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocab_size)
     sample = tokenizer("a")["input_ids"]
     special.add_special_token = {
@@ -57,9 +61,27 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
         writer.add_token_scores(_scores(tokens, model))
         writer.add_add_space_prefix(_prepends(content))
     special.add_to_gguf(writer, quiet=True)
-    return (
-        f"a {'SentencePiece-like' if kind == 'llama' else 'byte-level'} tokenizer of {len(tokenizer):,} tokens ({name})"
-    )
+    sort = "SentencePiece-like" if kind == "llama" else "byte-level"
+    return f"a {sort} tokenizer of {len(tokenizer):,} tokens ({name}){_limits(content)}"
+
+
+def _limits(content):
+    """Return what llama.cpp reads in another way, for the user."""
+    scheme = (content.get("pre_tokenizer") or {}).get("prepend_scheme")
+    if scheme == "first":
+        return "; llama.cpp adds a space before text that begins with a space or follows a special token, transformers does not"
+    if scheme == "always":
+        return "; llama.cpp adds a space before text that begins with a space, transformers does not"
+    return "; llama.cpp does not compose accents (NFC), transformers does" if content.get("normalizer") == NFC else ""
+
+
+def _check_added(content):
+    for token in content.get("added_tokens", []):
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        if flags:
+            raise UserError(
+                f"llama.cpp would split texts differently: the token {token['content']!r} has the option {flags[0]}"
+            )
 
 
 def _byte_level(content):
@@ -71,7 +93,7 @@ def _byte_level(content):
         raise UserError(f"llama.cpp would split texts differently from this tokenizer, whose steps are {steps}")
     if bool(content["model"].get("ignore_merges")) != (name in IGNORES_MERGES):
         raise UserError(f"llama.cpp would merge tokens differently: ignore_merges does not fit a tokenizer like {name}")
-    if normalizer is not None and not (name == "qwen2" and normalizer == {"type": "NFC"}):
+    if normalizer is not None and not (name == "qwen2" and normalizer == NFC):
         raise UserError(f"llama.cpp does not normalize texts as this tokenizer does: {normalizer}")
     return name
 
@@ -101,7 +123,30 @@ def _sentencepiece(content):
     }
     if not (by_normalizer or by_metaspace) or marks != {"▁"}:
         raise UserError("llama.cpp would split texts differently from this tokenizer, which is not a SentencePiece BPE")
+    missing = _unlisted(content["model"])
+    if missing:
+        raise UserError(
+            f"llama.cpp would merge {missing[0]!r} and {missing[1]!r}, which this tokenizer does not merge, or merges at another time"
+        )
     return "default"
+
+
+def _unlisted(model):
+    """Return two neighbours that llama.cpp would merge at another time, or None. It merges what gives the best token, whatever its parts."""
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+    made = [left + right for left, right in merges]
+    spans = {}
+    for rank, token in enumerate(made):
+        first, _, count = spans.get(token, (rank, rank, 0))
+        spans[token] = (first, rank, count + 1)
+    for token in model["vocab"]:
+        for cut in range(1, len(token)):
+            pair = token[:cut], token[cut:]
+            if pair[0] in model["vocab"] and pair[1] in model["vocab"] and pair not in ranks:
+                return pair
+    apart = next((token for token, (first, last, count) in spans.items() if last - first >= count), None)
+    return None if apart is None else tuple(merges[spans[apart][1]])
 
 
 def _prepends(content):

@@ -294,7 +294,11 @@ class Export:
     ]
     dtype: Annotated[
         Literal["f32", "f16", "q8_0"] | None,
-        option("Precision of the matrices of gguf: 32, 16 or 8 bits for each number.", unset="f16"),
+        option(
+            "Precision of the matrices of gguf: 32, 16 or 8 bits for each number.",
+            unset="f16",
+            metavar="{f32,f16,q8_0}",
+        ),
     ] = None
     dry_run: Annotated[Flag, option("Check the model, and write nothing.")] = False
 

@@ -181,7 +181,7 @@ def test_they_convert_save_load_and_revert(law, tmp_path):
     assert torch.equal(logits(loaded), want)
     narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in scale_parameters(narrow)} == {torch.float32} != {narrow.dtype}
-    with pytest.raises(ValueError, match="no s that a projection could take"):
+    with pytest.raises(ValueError, match="and fold takes s log n alone"):
         ssmax.fold(loaded)
     with pytest.raises(ValueError, match=r"trained as a whole; calibrate fits s log n \+ b"):
         ssmax.calibrate(loaded, TOKENS.repeat(1, 8), length=16)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, interval_words, verdict
+from ssmax.paper.figures import FIGURES
 from ssmax.paper.measured import MEASURES
 from ssmax.paper.registered import ABSTRACT, REGISTERED
 from ssmax.plots.statistics import Paired, bootstrap, t_cdf, t_quantile
@@ -69,4 +70,5 @@ def test_the_registered_claims_hold_together():
     assert len(set(names)) == len(names)
     assert {claim.measure for claim in REGISTERED} <= set(MEASURES)
     assert {line.claim for line in ABSTRACT} <= set(names)
+    assert {claim.figure for claim in REGISTERED} <= set(FIGURES)
     assert all(len(claim.models) == (3 if claim.judge == "nearer" else 2) for claim in REGISTERED)

@@ -151,7 +151,7 @@ def engine(folder, prompts, options):
     options |= {"enable_chunked_prefill": True, "enable_prefix_caching": True, "max_num_seqs": 8}
     llm = LLM(model=str(folder), **options)
     kept = llm.apply_model(vllm_requests.dtypes_of_scales)
-    assert kept == [{"torch.float32"}] * len(kept), f"dtypes of s and b: {kept}"
+    assert set().union(*kept) <= {"torch.float32"}, f"dtypes of s and b: {kept}"
     wishes = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     wanted = [{"prompt_token_ids": prompt} for prompt in prompts]
     rounds = [llm.generate(wanted, wishes, use_tqdm=False) for _ in range(2)]

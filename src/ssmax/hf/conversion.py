@@ -129,7 +129,7 @@ def _learned_scales(options, config):
 
 
 def _other_law(options, config, kinds):
-    """Return the fields of config.ssmax for another law. The training length and s have defaults, other parameters not."""
+    """Return the fields of config.ssmax for another law. Their parameters are the law's defaults; a training length is the model's."""
     law = options.law
     if law not in CONVERTED_LAWS:
         instead = f", for which convert takes {LAWS[law].instead}" if law in LAWS else ""

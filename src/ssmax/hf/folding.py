@@ -78,7 +78,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
 def _obstacle(layer):
     module = layer.module
     if not isinstance(module.ssmax, SSMaxScale):
-        return f"law {module.ssmax.law} has no s that a projection could take"
+        return f"it has law {module.ssmax.law}, and fold takes s log n alone"
     if module.ssmax.b is not None:
         return "it has a bias b"
     if type(getattr(module, "q_proj", None)) is not nn.Linear:

@@ -24,15 +24,16 @@ class ScaleSpec:
 
     Attributes:
         law: a name in ssmax.laws.LAWS.
-        layers: indices of decoder layers; in all other models names of attention modules.
-        version: version of ssmax that converted the model.
+        layers: indices of decoder layers; in other models, and with cross attention, names of attention
+            modules.
+        version: version of ssmax that converted the model; ssmax inspect shows it.
         init: the init of convert: "matched", "identity" or a number.
-        s: starting value of s of each head.
+        s: starting value of s of each head; 1 after ssmax.fold.
         b: starting value of b of each head.
         bias: whether b is learned.
         parameters: parameters of another law, with their starting values.
         folded: ssmax.fold has multiplied q_proj by s and set s to 1.
-        calibrated_at: length in tokens of the texts on which ssmax.calibrate fitted s and b.
+        calibrated_at: length in tokens of the texts on which ssmax.calibrate fitted s and b, for the reader alone.
     """
 
     law: str

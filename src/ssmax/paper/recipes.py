@@ -99,7 +99,9 @@ class Recipe:
     learning_rate: float = _train(3e-3, "Learning rate of pretraining, constant after the warm-up.")
     warmup_steps: int = _train(50, "Warm-up steps of pretraining.", zero=True)
     weight_decay: float = _train(0.1, "Weight decay of matrices. Norms, s and b are not decayed.", zero=True)
-    checkpoint_steps: int = _train(0, "Steps between two checkpoints. 0: only when it is stopped.", zero=True)
+    checkpoint_steps: int = _train(
+        0, "Steps between two checkpoints. 0: only when it is stopped, and of (a) where (f) branches off.", zero=True
+    )
     finetune_steps: int = _tune(1500, "Steps of fine-tuning on needles.")
     count_steps: int = _tune(440, "Steps of fine-tuning on counting.")
     finetune_batch_size: int = _tune(32, "Examples in each step of fine-tuning.")

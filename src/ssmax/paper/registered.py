@@ -16,7 +16,7 @@ class Registered:
 
     Attributes:
         name: one word, for the abstract's lines and for tests.
-        figure: the paper's number, "counting", or "laws".
+        figure: the name of a Figure in ssmax.paper.figures, such as the paper's number.
         text: the claim; {theta} and {score_span} stand for what was measured.
         paper: the paper's own finding, in short.
         measure: a name in ssmax.paper.measured.MEASURES; it gives one value for each model and

@@ -37,7 +37,7 @@ from transformers import (
 {renamed}from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-# What config.ssmax says of the law that is computed here, and the attention modules that are scaled: how many heads each has.
+# What config.ssmax says of the law that is computed here, and the attention modules that are scaled, each with what makes its scale.
 LAW = {law}
 SCALES = {scales}
 LAST = threading.local()  # used: the scale that was called last in this thread

@@ -382,7 +382,7 @@ def test_laws_that_learn_nothing(model, law, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.config.ssmax["law"] == law
     assert torch.equal(loaded(TOKENS, attention_mask=mask).logits, logits)
-    with pytest.raises(ValueError, match=f"law {law} has no s"):
+    with pytest.raises(ValueError, match=f"it has law {law}, and fold takes s log n alone"):
         ssmax.fold(model)
     with pytest.raises(ValueError, match="learns nothing"):
         ssmax.calibrate(model, TOKENS.repeat(1, 8), length=16)

@@ -39,6 +39,9 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
     # Its class may split texts in another way than the file says.
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
+    for option in ("end_of_word_suffix", "continuing_subword_prefix", "dropout"):
+        if model.get(option):
+            raise UserError(f"llama.cpp would split texts differently: the tokenizer's model has the option {option}")
     if model["type"] == "BPE" and model.get("byte_fallback"):
         kind, name = "llama", _sentencepiece(content)
     elif model["type"] == "BPE":
@@ -47,10 +50,13 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
         raise UserError(f"ssmax export gguf takes BPE tokenizers, got {model['type']}")
     _check_added(content)
     special = gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocab_size)
-    sample = tokenizer("a")["input_ids"]
+    sample, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    begins, ends = sample[:1] == [tokenizer.bos_token_id], sample[-1:] == [tokenizer.eos_token_id]
+    if sample != [tokenizer.bos_token_id] * begins + text + [tokenizer.eos_token_id] * ends:
+        raise UserError(f"llama.cpp adds bos and eos alone to a text; this tokenizer makes {sample} of the ids {text}")
     special.add_special_token = {
-        "bos": len(sample) > 0 and sample[0] == tokenizer.bos_token_id,
-        "eos": len(sample) > 0 and sample[-1] == tokenizer.eos_token_id,
+        "bos": begins,
+        "eos": ends,
     }
     tokens, types = _tokens(gguf, tokenizer, content, vocab_size)
     writer.add_tokenizer_model(kind)
@@ -78,6 +84,9 @@ def _limits(content):
 def _check_added(content):
     for token in content.get("added_tokens", []):
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        flags += ["normalized"] * bool(
+            token.get("normalized") and not token.get("special") and content["model"].get("byte_fallback")
+        )
         if flags:
             raise UserError(
                 f"llama.cpp would split texts differently: the token {token['content']!r} has the option {flags[0]}"
@@ -121,7 +130,13 @@ def _sentencepiece(content):
     marks = {step["content"] for step in steps if step.get("type") == "Replace"} | {
         (before or {}).get("replacement", "▁")
     }
-    if not (by_normalizer or by_metaspace) or marks != {"▁"}:
+    others = [
+        step
+        for step in steps
+        if (step.get("type") == "Replace" and step.get("pattern") != {"String": " "})
+        or (step.get("type") == "Prepend" and step.get("prepend") != "▁")
+    ]
+    if not (by_normalizer or by_metaspace) or marks != {"▁"} or others:
         raise UserError("llama.cpp would split texts differently from this tokenizer, which is not a SentencePiece BPE")
     missing = _unlisted(content["model"])
     if missing:

@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import flash_attention, sdpa_attention
+from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ssmax.hf import private
@@ -38,6 +39,18 @@ def test_auto_classes_know_which_model_serves_a_config():
     assert private.heads_of(AutoModelForMaskedLM, LlamaConfig) == ()
     assert [kind.__name__ for kind in private.heads_of(AutoModelForMaskedLM, BertConfig)] == ["BertForMaskedLM"]
     assert len(private.heads_of(AutoModelForImageClassification, DeiTConfig)) == 2
+
+
+def test_a_model_type_may_take_the_tokenizer_of_another_one(monkeypatch):
+    names, wrong = {"phi3": "TokenizersBackend"}, {"phi3"}
+    assert tokenization_auto.TOKENIZER_MAPPING_NAMES["phi3"] == "TokenizersBackend"
+    assert "phi3" in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    monkeypatch.setattr(tokenization_auto, "TOKENIZER_MAPPING_NAMES", names)
+    monkeypatch.setattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", wrong)
+    private.name_tokenizer("ssmax_phi3", "phi3")
+    private.name_tokenizer("ssmax_other", "other")
+    assert names == {"phi3": "TokenizersBackend", "ssmax_phi3": "TokenizersBackend"}
+    assert wrong == {"phi3", "ssmax_phi3"}
 
 
 def test_config_types_are_transformers_own_or_registered_in_a_dict_that_may_be_replaced(monkeypatch):

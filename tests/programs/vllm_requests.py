@@ -112,7 +112,7 @@ def answer(model, prompts):
 
 
 def quantise(kind, source, folder, prompts, dtype):
-    """Save a quantised checkpoint and return its answers in float32, None where those in dtype differ, and softmax's."""
+    """Save a quantised checkpoint; return what rounded returns of its answers in float32."""
     import quantized
 
     own = quantized.by_transformers()
@@ -126,8 +126,8 @@ def quantise(kind, source, folder, prompts, dtype):
 def rounded(folder, wanted, prompts, dtype):
     """Return the answers wanted, each up to the first token about which rounding to dtype decides, and softmax's in dtype.
 
-    None is an answer whose first token it decides. Rounding decides if the two largest logits are nearer to each other than four times the largest error of a logit in
-    transformers: another engine may err twice as much, in both logits.
+    None is an answer whose first token it decides. Rounding decides if the two largest logits are nearer to each other than
+    four times the largest error of a logit in transformers: another engine may err twice as much, in both logits.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -253,8 +253,9 @@ def run(name: str) -> bool:
         rounds["plain softmax in transformers"] = plain
     pairs = {way: [(a, b) for a, b in zip(got, wanted, strict=True) if b] for way, got in rounds.items()}
     equal = {way: sum(a[: len(b)] == b for a, b in found) for way, found in pairs.items()}
-    judged = len(wanted) - wanted.count(None)
-    print(f"{name}: " + ", ".join(f"{way} {count} of {judged} equal" for way, count in equal.items()), flush=True)
+    judged, tokens = len(wanted) - wanted.count(None), sum(len(answer or []) for answer in wanted)
+    shown = ", ".join(f"{way} {count} of {judged} equal" for way, count in equal.items())
+    print(f"{name}, {tokens} of {NEW * len(wanted)} tokens judged: {shown}", flush=True)
     other = equal.pop("plain softmax in transformers")
     return other < judged == min(equal.values()) and judged > 1
 

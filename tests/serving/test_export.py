@@ -1,5 +1,6 @@
 """ssmax export: what llama.cpp would not run exactly is refused in one line, with the way out; the rest make test-llama compares."""
 
+import json
 import math
 import re
 import sys
@@ -7,10 +8,13 @@ import sys
 import pytest
 import torch
 from tiny_models import tiny_model
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import ssmax
 from ssmax.errors import UserError
-from ssmax.serving.gguf import _divisors, _query_factors, export_gguf
+from ssmax.serving.gguf import _divisors, _query_factors, _shift, export_gguf
+from ssmax.serving.gguf_tokenizer import _check_merges, add_tokenizer
 from ssmax.serving.onnx import export_onnx
 
 REFUSED = {
@@ -54,6 +58,91 @@ def test_rope_is_written_as_factors_of_its_frequencies():
     assert converted
     # YaRN multiplies queries and keys by 1 + log(factor) / 10 each.
     torch.testing.assert_close(factors[0], torch.full((4,), 0.5 * (1 + math.log(8) / 10) ** 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("s", [1e30, 1e-30])
+def test_any_s_fits_in_half_precision(s):
+    rows = torch.tensor([[0.3, -0.02], [0.1, 0.0]], dtype=torch.float64) * s
+    shift = _shift(rows)
+    assert 0.5 <= (rows * shift).abs().max() < 1
+    assert torch.equal(rows * shift / shift, rows)  # a power of two does not round
+    assert _shift(0 * rows) == 1
+
+
+def sentencepiece(merges=None, **options):
+    """A tokenizer like SentencePiece's; by default a token is made from any two others."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "▁▁", "▁a", "ab", "▁▁▁", "▁▁▁▁"]  # fmt: skip
+    vocab = {word: index for index, word in enumerate(words)}
+    splits = [(word[:cut], word[cut:]) for word in words for cut in range(1, len(word))]
+    merges = merges or [(left, right) for left, right in splits if left in vocab and right in vocab]
+    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True, **options))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return made
+
+
+def with_template(single):
+    made = sentencepiece()
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("<unk>", 0)])
+    return made
+
+
+def with_normalizer(*steps):
+    made = sentencepiece()
+    made.normalizer = normalizers.Sequence(list(steps))
+    return made
+
+
+def with_token(**options):
+    made = sentencepiece()
+    made.add_tokens([AddedToken("<x>", **options)])
+    return made
+
+
+PREFIX, MARK = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+UNLIKE = {
+    "a merge that is not listed": (sentencepiece([("▁", "▁"), ("▁", "a"), ("▁▁", "▁"), ("▁▁", "▁▁"), ("a", "b")]), "merge '▁' and '▁▁'"),
+    "a merge at another time": (
+        sentencepiece([("▁", "▁▁"), ("a", "b"), ("▁", "a"), ("▁", "▁"), ("▁▁", "▁"), ("▁▁", "▁▁"), ("▁", "▁▁▁"), ("▁▁▁", "▁")]),
+        "would split '.*' differently",
+    ),
+    "a suffix of words": (sentencepiece(end_of_word_suffix="</w>"), "option end_of_word_suffix"),
+    "a token at the end": (with_template("<s> $A <unk>"), "adds bos and eos alone"),
+    "two tokens at the start": (with_template("<s> <s> $A"), "adds bos and eos alone"),
+    "another prefix": (with_normalizer(normalizers.Prepend("▁▁"), MARK), "not a SentencePiece BPE"),
+    "another pattern": (with_normalizer(PREFIX, normalizers.Replace(Regex(" +"), "▁")), "not a SentencePiece BPE"),
+    "a normalized token": (with_token(), "the token '<x>' has the option normalized"),
+    "a token that takes spaces": (with_token(normalized=False, rstrip=True), "the token '<x>' has the option rstrip"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(case, tmp_path):
+    made, words = UNLIKE[case]
+    save(made, tmp_path)
+    with pytest.raises(UserError, match=words):
+        add_tokenizer(None, None, tmp_path, 300)
+
+
+def save(made, folder):
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("made", [sentencepiece(), with_normalizer(MARK, PREFIX), with_token(normalized=False)])
+def test_a_tokenizer_like_llamas_passes_the_checks(made, tmp_path):
+    save(made, tmp_path)
+    with pytest.raises(AttributeError, match="TokenType"):  # of the package gguf, which writes after the checks
+        add_tokenizer(None, None, tmp_path, 300)
+
+
+def test_merges_of_a_token_need_not_be_neighbours():
+    """Those of runs of spaces are not in Llama's own tokenizer, and llama.cpp reads them in the same way."""
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "▁▁"), ("▁▁", "▁"), ("▁", "▁▁▁"), ("▁▁▁", "▁"), ("▁", "a"), ("a", "b")]
+    made = sentencepiece(merges)
+    _check_merges(json.loads(made.to_str())["model"], made.model)
 
 
 def test_what_it_runs_passes_the_checks(tmp_path):

@@ -68,6 +68,7 @@ def _name_tokenizer(source, target):
     path = target / TOKENIZER
     fields = json.loads(path.read_bytes()) if path.is_file() else {}
     named = str(fields.get("tokenizer_class")).removesuffix("Fast")
+    # The tokenizers of mistral_common read files of their own, and are not chosen by a class name.
     if named != kind.__name__.removesuffix("Fast") and "mistral_common" not in kind.__module__:
         path.write_text(json.dumps({**fields, "tokenizer_class": kind.__name__}, indent=2, ensure_ascii=False) + "\n")
 

@@ -62,7 +62,7 @@ def plan(recipe: Recipe) -> list[str]:
         + (
             f", and up to 2 checkpoints of {_gib(12 * sum(sizes.values()))} at a time, every {recipe.checkpoint_steps:,} steps"
             if recipe.checkpoint_steps
-            else ", no checkpoints inside a training"
+            else ", no regular checkpoints inside a training"
         ),
         f"arithmetic of all trainings: {whole:.2e} FLOP",
         f"measured here, {device}: {rate:,.0f} tokens a second, which is "

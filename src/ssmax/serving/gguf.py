@@ -214,8 +214,8 @@ def _add_tensors(writer, gguf, model, factors, *, ssmax, dtype):
     config = model.config
     pairs = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for index, layer in enumerate(inner.layers):
-        weight, factor = layer.self_attn.q_proj.weight, factors[index]
-        shift = 2.0 ** -math.frexp(_by_head(weight, factor).abs().max().item())[1] if ssmax else 1.0
+        factor = factors[index]
+        shift = _shift(_by_head(layer.self_attn.q_proj.weight, factor)) if ssmax else 1.0
         for theirs, ours in NORMS.items():
             add(f"blk.{index}.{ours}.weight", layer.get_submodule(theirs).weight)
         for theirs, ours in LINEARS.items():
@@ -235,6 +235,11 @@ def _divisors(frequencies, theta):
     """Return the numbers by which RoPE's default frequencies are divided."""
     pairs = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
     return theta**-pairs / frequencies.double()
+
+
+def _shift(rows):
+    """Return the power of two that brings the largest entry to between 1/2 and 1."""
+    return 2.0 ** -math.frexp(rows.abs().max().item())[1]
 
 
 def _by_head(rows, factors):

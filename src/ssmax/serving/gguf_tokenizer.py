@@ -1,5 +1,6 @@
 """Export of tokenizers to GGUF: only those that llama.cpp reproduces exactly."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -21,7 +22,10 @@ PRETOKENIZERS = {
     ((r"Split", rf"{_CLITICS}|{_WORDS}|\p{{N}}|{_REST}"), ("ByteLevel", False)): "qwen2",
 }
 IGNORES_MERGES = {"llama-bpe"}
-PREFIXED = {"Prepend", "Replace"}
+# SentencePiece's steps: a mark for each space, and one before the text.
+MARK = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREFIX = {"type": "Prepend", "prepend": "▁"}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 NFC = {"type": "NFC"}
 
 
@@ -31,33 +35,18 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
     Raises:
         UserError: the folder has no tokenizer, or llama.cpp would split texts differently.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; a GGUF file carries its tokenizer")
     with user_errors():
         tokenizer = load_tokenizer(folder)
     # Its class may split texts in another way than the file says.
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
-    for option in ("end_of_word_suffix", "continuing_subword_prefix", "dropout"):
-        if model.get(option):
-            raise UserError(f"llama.cpp would split texts differently: the tokenizer's model has the option {option}")
-    if model["type"] == "BPE" and model.get("byte_fallback"):
-        kind, name = "llama", _sentencepiece(content)
-    elif model["type"] == "BPE":
-        kind, name = "gpt2", _byte_level(content)
-    else:
-        raise UserError(f"ssmax export gguf takes BPE tokenizers, got {model['type']}")
-    _check_added(content)
-    special = gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocab_size)
-    sample, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    begins, ends = sample[:1] == [tokenizer.bos_token_id], sample[-1:] == [tokenizer.eos_token_id]
-    if sample != [tokenizer.bos_token_id] * begins + text + [tokenizer.eos_token_id] * ends:
-        raise UserError(f"llama.cpp adds bos and eos alone to a text; this tokenizer makes {sample} of the ids {text}")
-    special.add_special_token = {
-        "bos": begins,
-        "eos": ends,
-    }
+    kind, name = _kind(content)
+    if kind == "llama":
+        _check_merges(model, tokenizer.backend_tokenizer.model)
+    _check_added(content, kind)
+    ends = _ends(tokenizer)
     tokens, types = _tokens(gguf, tokenizer, content, vocab_size)
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(name)
@@ -66,9 +55,32 @@ def add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> str:
     if kind == "llama":
         writer.add_token_scores(_scores(tokens, model))
         writer.add_add_space_prefix(_prepends(content))
+    special = gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocab_size)
+    special.add_special_token = ends
     special.add_to_gguf(writer, quiet=True)
     sort = "SentencePiece-like" if kind == "llama" else "byte-level"
     return f"a {sort} tokenizer of {len(tokenizer):,} tokens ({name}){_limits(content)}"
+
+
+def _kind(content):
+    """Return llama.cpp's names of a tokenizer's model and of its way to split texts."""
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"ssmax export gguf takes BPE tokenizers, got {model['type']}")
+    for option in ("end_of_word_suffix", "continuing_subword_prefix", "dropout"):
+        if model.get(option):
+            raise UserError(f"llama.cpp would split texts differently: the tokenizer's model has the option {option}")
+    return ("llama", _sentencepiece(content)) if model.get("byte_fallback") else ("gpt2", _byte_level(content))
+
+
+def _ends(tokenizer):
+    """Return whether a text gets bos and eos, which are all that llama.cpp adds."""
+    text, alone = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    ends = {"bos": text[:1] == bos, "eos": text[-1:] == eos}
+    if text != bos * ends["bos"] + alone + eos * ends["eos"]:
+        raise UserError(f"llama.cpp adds bos and eos alone to a text; this tokenizer makes {text} of the ids {alone}")
+    return ends
 
 
 def _limits(content):
@@ -81,15 +93,20 @@ def _limits(content):
     return "; llama.cpp does not compose accents (NFC), transformers does" if content.get("normalizer") == NFC else ""
 
 
-def _check_added(content):
+def _check_added(content, kind):
+    """Raise UserError if an added token is found in another way than by its text, before all else."""
     for token in content.get("added_tokens", []):
-        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
-        flags += ["normalized"] * bool(
-            token.get("normalized") and not token.get("special") and content["model"].get("byte_fallback")
+        # A SentencePiece-like normalizer changes spaces, before tokens are found that are normalized.
+        options = (
+            "lstrip",
+            "rstrip",
+            "single_word",
+            *(["normalized"] if kind == "llama" and not token.get("special") else []),
         )
-        if flags:
+        found = next((option for option in options if token.get(option)), None)
+        if found:
             raise UserError(
-                f"llama.cpp would split texts differently: the token {token['content']!r} has the option {flags[0]}"
+                f"llama.cpp would split texts differently: the token {token['content']!r} has the option {found}"
             )
 
 
@@ -120,48 +137,51 @@ def _step(step):
 
 def _sentencepiece(content):
     """Return llama.cpp's name if this is SentencePiece's BPE: spaces become a mark, and unknown characters become bytes."""
-    steps = content.get("normalizer") or {}
-    steps = steps.get("normalizers", [steps])
-    before = content.get("pre_tokenizer")
-    by_normalizer = before is None and {step.get("type") for step in steps} in (PREFIXED, {"Replace"})
-    by_metaspace = (
-        steps == [{}] and before is not None and before.get("type") == "Metaspace" and not before.get("split", True)
-    )
-    marks = {step["content"] for step in steps if step.get("type") == "Replace"} | {
-        (before or {}).get("replacement", "▁")
-    }
-    others = [
-        step
-        for step in steps
-        if (step.get("type") == "Replace" and step.get("pattern") != {"String": " "})
-        or (step.get("type") == "Prepend" and step.get("prepend") != "▁")
-    ]
-    if not (by_normalizer or by_metaspace) or marks != {"▁"} or others:
+    normalizer, before = content.get("normalizer"), content.get("pre_tokenizer")
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    by_normalizer = before is None and steps in ([MARK], [PREFIX, MARK], [MARK, PREFIX])
+    by_metaspace = not steps and before == {**METASPACE, "prepend_scheme": (before or {}).get("prepend_scheme")}
+    if not (by_normalizer or by_metaspace):
         raise UserError("llama.cpp would split texts differently from this tokenizer, which is not a SentencePiece BPE")
-    missing = _unlisted(content["model"])
-    if missing:
-        raise UserError(
-            f"llama.cpp would merge {missing[0]!r} and {missing[1]!r}, which this tokenizer does not merge, or merges at another time"
-        )
     return "default"
 
 
-def _unlisted(model):
-    """Return two neighbours that llama.cpp would merge at another time, or None. It merges what gives the best token, whatever its parts."""
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
-    made = [left + right for left, right in merges]
-    spans = {}
-    for rank, token in enumerate(made):
-        first, _, count = spans.get(token, (rank, rank, 0))
-        spans[token] = (first, rank, count + 1)
-    for token in model["vocab"]:
-        for cut in range(1, len(token)):
-            pair = token[:cut], token[cut:]
-            if pair[0] in model["vocab"] and pair[1] in model["vocab"] and pair not in ranks:
-                return pair
-    apart = next((token for token, (first, last, count) in spans.items() if last - first >= count), None)
-    return None if apart is None else tuple(merges[spans[apart][1]])
+def _check_merges(model, bpe):
+    """Raise UserError if llama.cpp may merge in another way. It merges any two neighbours that make a token, best token first.
+
+    If the merges of a token are not neighbours in the list, both ways are tried on it and on what is
+    made between them.
+    """
+    words, scores, merges = model["vocab"], _ranks(model), _merges(model)
+    listed, ranks = set(merges), {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, []).append(rank)
+    for word in words:
+        for pair in ((word[:cut], word[cut:]) for cut in range(1, len(word))):
+            if pair[0] in words and pair[1] in words and pair not in listed:
+                raise UserError(
+                    f"llama.cpp would merge {pair[0]!r} and {pair[1]!r}, which this tokenizer does not merge"
+                )
+    for word, own in ranks.items():
+        others = {"".join(merges[rank]) for rank in range(own[0], own[-1]) if rank not in own} if len(own) > 1 else ()
+        for text in (text for other in others for text in (word + other, other + word)):
+            if _merged(text, scores) != [token.value for token in bpe.tokenize(text)]:
+                raise UserError(f"llama.cpp would split {text!r} differently from this tokenizer")
+
+
+def _merged(text, ranks):
+    """Return the tokens of a text as llama.cpp merges it: the best pair first, of equal ones the leftmost."""
+    parts = list(text)
+    while True:
+        pairs = [
+            (ranks[left + right], at)
+            for at, (left, right) in enumerate(itertools.pairwise(parts))
+            if left + right in ranks
+        ]
+        if not pairs:
+            return parts
+        at = min(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
 def _prepends(content):
@@ -170,12 +190,22 @@ def _prepends(content):
     return any(step.get("type") == "Prepend" for step in steps) or scheme in ("first", "always")
 
 
+def _merges(model):
+    """Return the pairs of tokens that a model merges, the first ones first. Older files hold them as texts."""
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+
+
+def _ranks(model):
+    """Return the first merge that makes each token, by its place in the list."""
+    ranks = {}
+    for rank, (left, right) in enumerate(_merges(model)):
+        ranks.setdefault(left + right, rank)
+    return ranks
+
+
 def _scores(tokens, model):
     """Return a score for each token: the earlier the merge that makes it, the higher."""
-    ranks = {}
-    for rank, merge in enumerate(model["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        ranks.setdefault(left + right, rank)
+    ranks = _ranks(model)
     return [-float(ranks.get(token, len(ranks))) for token in tokens]
 
 

@@ -7,11 +7,12 @@ figure is drawn from the rows of laptop, and the figure of needles is that of it
 
 import functools
 import itertools
+import json
 import re
 import shutil
 import sys
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ from ssmax.paper.claims import Claim, headlines
 from ssmax.paper.figures import claims
 from ssmax.paper.formula import formula_rows
 from ssmax.paper.measured import FORM_NAMES, NAMES, forms, largest_factor, stretch, variants
-from ssmax.paper.recipes import tiny
+from ssmax.paper.recipes import Recipe, tiny
+from ssmax.paper.registered import REGISTERED
+from ssmax.paper.seeds import FILE, earlier, fixed
 from ssmax.plots.drawing import STYLE, band, panels, tokens
 from ssmax.plots.select import Spread, by, pick
 from ssmax.runs.rows import Row, read_rows, write_rows
@@ -30,6 +33,8 @@ from ssmax.runs.rows import Row, read_rows, write_rows
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 PAGES = [DOCS.parent / "README.md", DOCS.parent / "REPRODUCING.md", DOCS / "laws.md"]
+OF_TINY = ("tiny", "held", "fresh")  # runs of the recipe tiny; the first two tell how much its differences vary
+NAMED = {claim.name for claim in REGISTERED}
 SHOWN = "laptop"  # the run of README's figure and of the figure of needles
 FRONT = DOCS / "images" / "front.png"
 PICTURE = (
@@ -235,7 +240,25 @@ MARK = re.compile(r"(<!-- ([\w-]+) (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 @functools.cache
 def judged(name: str, length: int, with_formula: bool) -> list[Claim]:
-    return claims([*(formula_rows() if with_formula else []), *results(name)], length)
+    known = earlier(as_json(tiny()), None) if name in OF_TINY else {}
+    return claims([*(formula_rows() if with_formula else []), *results(name)], length, known)
+
+
+def seeds() -> str:
+    """Return what the differences of tiny's claims are for each seed, from the rows, for the file that reports read."""
+    differences: dict = defaultdict(lambda: defaultdict(dict))
+    for rows in map(results, OF_TINY[:2]):
+        run = sorted({row.seed for row in rows if row.seed is not None})
+        for claim in claims(rows, tiny().train_length):
+            if claim.name in NAMED and claim.paired.seeds == len(run):
+                values = (round(value, 6) for value in claim.paired.values)
+                differences[claim.form][claim.name] |= dict(zip(map(str, run), values, strict=True))
+    return json.dumps({"recipe": fixed(as_json(tiny())), "differences": differences}, indent=1) + "\n"
+
+
+def as_json(recipe: Recipe) -> dict:
+    """Return a recipe's fields as recipe.json holds them."""
+    return json.loads(json.dumps(asdict(recipe)))
 
 
 def block(name: str, kind: str, length: int) -> str:
@@ -274,6 +297,7 @@ def page(text: str) -> str:
 if __name__ == "__main__":
     for folder in sys.argv[1:]:
         take(Path(folder))
+    FILE.write_text(seeds())
     draw_front(results(SHOWN), tiny().train_length)
     for path in PAGES:
         path.write_text(page(path.read_text()))

@@ -1,5 +1,6 @@
-"""The guides' examples run, page by page, as a reader would type them."""
+"""The guides' examples run, page by page, as a reader would type them, and numbers in pages are those of the committed rows."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -22,3 +23,14 @@ def test_examples_of_every_page_run(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_numbers_in_pages_and_what_reports_know_of_earlier_seeds_are_those_of_the_rows():
+    spec = importlib.util.spec_from_file_location("reproduced", DOCS / "reproduced.py")
+    reproduced = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reproduced)
+    assert reproduced.FILE.read_text() == reproduced.seeds()
+    for path in reproduced.PAGES:
+        text = path.read_text()
+        assert "<!-- end -->" in text
+        assert reproduced.page(text) == text, path.name

@@ -125,6 +125,9 @@ def _refuse_inner(model):
 def revert(model: Any) -> Any:
     """Remove SSMax from a model, in place: classes, config and state_dict of the softmax model, bit for bit.
 
+    Save a reverted model to a new folder. In the folder of a converted model, the card and the code file
+    of that model would stay.
+
     Returns:
         The same model.
 

@@ -17,7 +17,7 @@ from ssmax.conversion import convert
 from ssmax.data.sources import documents
 from ssmax.errors import RunFailed, UserError
 from ssmax.hf.companions import copy_companions
-from ssmax.hf.layers import Layer, language_layers
+from ssmax.hf.layers import Layer, language_layers, layers_of, named_layers
 from ssmax.hf.loading import load_config, load_model, load_tokenizer, quiet
 from ssmax.hf.portable.card import write_card
 from ssmax.hf.shapes import check_shape, largest_token
@@ -134,6 +134,7 @@ def inspect_folder(source: str, figure: Path | None) -> list[str]:
 def _describe(model):
     """Return lines that say which layers carry SSMax, by which law, and s and b of each head."""
     layers = _layers(model)
+    width = max(5, *(len(str(key)) for key in layers))
     lines = [f"{type(model).__name__}: {len(layers)} self-attention layers that can carry SSMax"]
     if not hasattr(model.config, "ssmax"):
         return [*lines, "not converted: plain softmax"]
@@ -141,19 +142,19 @@ def _describe(model):
     lines.append(f"{spec}, converted by ssmax {spec.version}")
     scales = [layer.module.ssmax for layer in layers.values() if hasattr(layer.module, "ssmax")]
     names = " / ".join(f"{name} of each head" for name in scales[0].learned) if scales else ""
-    lines.append(f"{'layer':>5}  {'kind':<18} {names or 'scale'}")
-    for index, layer in sorted(layers.items()):
-        lines.append(f"{index:>5}  {layer.kind:<18} {_scale_words(getattr(layer.module, 'ssmax', None))}")
+    lines.append(f"{'layer':>{width}}  {'kind':<18} {names or 'scale'}")
+    for key, layer in layers.items():
+        lines.append(f"{key:>{width}}  {layer.kind:<18} {_scale_words(getattr(layer.module, 'ssmax', None))}")
     return lines
 
 
 def _scale_rows(model: PreTrainedModel, name: str) -> list[Row]:
     rows = []
-    for index, layer in sorted(_layers(model).items()):
+    for key, layer in _layers(model).items():
         scale = getattr(layer.module, "ssmax", None)
         for metric, values in ({} if scale is None else scale.learned).items():
             for head, value in enumerate(values.tolist()):
-                rows.append(Row(metric, name, None, {"layer": index, "head": head}, value, 1))
+                rows.append(Row(metric, name, None, {"layer": key, "head": head}, value, 1))
     return rows
 
 
@@ -165,9 +166,19 @@ def _scale_words(scale):
     return " / ".join(" ".join(f"{x:.4f}" for x in part.tolist()) for part in scale.learned.values())
 
 
-def _layers(model: PreTrainedModel) -> dict[int, Layer]:
+def _layers(model: PreTrainedModel) -> dict[Any, Layer]:
+    """Return the layers that carry or can carry SSMax: by index in a decoder-only language model, otherwise by name."""
     with user_errors():
-        return language_layers(model)
+        try:
+            found: dict[Any, Layer] = dict(sorted(language_layers(model).items()))
+        except ValueError:
+            found = {**named_layers(model)}
+            if not found:
+                raise
+        if hasattr(model.config, "ssmax"):
+            keys = [key for key in ScaleSpec.of(model.config, type(model)).layers if key not in found]
+            found |= {key: layers_of(model, keys)[key] for key in keys}
+    return found
 
 
 def _raise_theta(config: Any, factor: float) -> None:

@@ -61,6 +61,17 @@ def test_convert_and_inspect(folder):
     assert "not converted" in run("inspect", folder / "plain").stdout
 
 
+def test_layers_that_have_no_index_are_shown_by_name(folder):
+    tiny_model("biogpt").save_pretrained(folder / "biogpt")
+    done = run("convert", folder / "biogpt", folder / "new", "--init", "0.5")
+    assert done.returncode == 0, done.stderr
+    told = run("inspect", folder / "new", "--figure", folder / "s.png")
+    assert told.returncode == 0, told.stderr
+    assert done.stdout.splitlines()[:-1] == told.stdout.splitlines()[:-1]
+    assert [line.split()[0] for line in told.stdout.splitlines()[3:5]] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert "2 self-attention layers that can carry SSMax" in run("inspect", folder / "biogpt").stdout
+
+
 def test_a_models_name_is_text_and_no_formula(folder):
     name = r"$\frac{<script>$_^"
     ssmax.convert(tiny_model("llama")).save_pretrained(folder / name)

@@ -11,6 +11,7 @@ from ssmax.paper import figures, report
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, headlines, verdict
 from ssmax.paper.figures.learned_p import law_fits
 from ssmax.paper.recipes import smoke
+from ssmax.plots.statistics import Paired
 from ssmax.runs.rows import Row, read_rows, write_rows
 
 
@@ -26,7 +27,7 @@ from ssmax.runs.rows import Row, read_rows, write_rows
     ],
 )
 def test_verdicts_need_agreeing_seeds_and_a_difference_beyond_its_spread(differences, expected):
-    assert verdict(differences) == expected
+    assert verdict(Paired(differences)) == expected
 
 
 def test_rows_survive_the_file_and_damage_is_named(tmp_path):
@@ -102,6 +103,18 @@ def test_claims_follow_the_rows(better, expected):
     assert "Softmax 3.001 ± 0.001" in loss.measured
     difference = float(re.search(r"difference ([+-][\d.]+), 95 % interval", loss.measured)[1])
     assert difference == pytest.approx(-better + better / 1000, abs=1e-3)
+
+
+def test_other_seeds_of_the_recipe_count_and_its_own_do_not():
+    def half(**earlier):
+        known = {("paper", "far"): {int(seed.strip("s")): value for seed, value in earlier.items()}}
+        claim = next(claim for claim in figures.claims(made_up_rows(0.5), 16, known) if claim.name == "far")
+        return claim.paired.mean, np.ptp(claim.paired.interval) / 2
+
+    mean, alone = half()
+    assert half(s0=7.0, s1=9.0) == (mean, alone)
+    assert half(s7=0.0, s8=1.0)[0] == mean
+    assert half(s7=0.0, s8=1.0)[1] > alone > half(s7=0.0, s8=0.0, s9=0.0)[1]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -6,7 +8,9 @@ import pytest
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, OPEN, interval_words, verdict
 from ssmax.paper.figures import FIGURES
 from ssmax.paper.measured import MEASURES
+from ssmax.paper.recipes import laptop, tiny
 from ssmax.paper.registered import ABSTRACT, REGISTERED
+from ssmax.paper.seeds import earlier
 from ssmax.plots.statistics import Paired, bootstrap, t_cdf, t_quantile
 
 
@@ -35,6 +39,31 @@ def test_the_interval_holds_the_truth_in_95_of_100_runs():
     assert abs(inside - 0.95) < 4 * math.sqrt(0.95 * 0.05 / draws)
 
 
+def test_earlier_seeds_tell_about_the_deviation_and_not_about_the_mean():
+    """The interval is narrower, for the same error rate, wherever the earlier seeds' own mean is."""
+    rng, draws = np.random.default_rng(0), 4000
+    pairs = [Paired(tuple(rng.normal(0.3, 1.0, 3)), tuple(rng.normal(9.0, 1.0, 4))) for _ in range(draws)]
+    inside = np.mean([low < 0.3 < high for low, high in (pair.interval for pair in pairs)])
+    assert abs(inside - 0.95) < 4 * math.sqrt(0.95 * 0.05 / draws)
+    width, alone = (
+        np.mean([np.ptp(pair.interval) for pair in some]) for some in (pairs, [Paired(p.values) for p in pairs])
+    )
+    assert width < 0.75 * alone
+    assert Paired((1.0, 3.0), (5.0,)).interval == Paired((1.0, 3.0)).interval
+    low, high = Paired((1.0,), (4.0, 6.0)).interval  # one seed, and the deviation of two others
+    assert high - 1 == pytest.approx(t_quantile(0.975, 1) * math.sqrt(2)) == 1 - low
+
+
+def test_what_is_known_of_earlier_seeds_is_of_the_same_recipe_and_text():
+    recipe = json.loads(json.dumps(dataclasses.asdict(tiny())))
+    known = earlier(recipe, None)
+    assert set(known["paper", "far"]) == {0, 1, 2, 3, 11, 12, 13}
+    assert earlier(recipe | {"seeds": [7], "models": ["paper:ab"], "name": "mine"}, None) == known
+    assert not earlier(recipe, "texts/")
+    assert not earlier(recipe | {"steps": 401}, None)
+    assert not earlier(json.loads(json.dumps(dataclasses.asdict(laptop()))), None)
+
+
 def test_seeds_needed_is_the_first_number_whose_interval_leaves_zero():
     paired = Paired((0.1, -0.05, 0.02))
     needed = paired.seeds_needed
@@ -52,7 +81,7 @@ def test_seeds_needed_is_the_first_number_whose_interval_leaves_zero():
 def test_a_verdict_needs_the_whole_interval_on_one_side():
     half = t_quantile(0.975, 2) / math.sqrt(3)  # of differences whose deviation is 1
     for mean, expected in ((half + 0.01, HOLDS), (half - 0.01, OPEN), (-half - 0.01, HOLDS_NOT), (-half + 0.01, OPEN)):
-        assert verdict((mean - 1, mean, mean + 1)) == expected
+        assert verdict(Paired((mean - 1, mean, mean + 1))) == expected
 
 
 def test_the_bootstrap_is_repeatable_and_as_wide_as_the_error_of_a_mean():

@@ -4,6 +4,7 @@ Random models, s and b of each head between 0.1 and 0.9. Prompts of 1 to 300 tok
 steps from the cache, where there is one. Prints the largest difference of a logit and that of plain softmax.
 """
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -89,6 +90,17 @@ def difference(model, engine, tokens, mask) -> float:
     return largest
 
 
+def check_folder(folder: Path, family: str) -> None:
+    """The folder names no file that is not there, and its config is known where ssmax is not installed."""
+    config = json.loads((folder / "config.json").read_bytes())
+    assert config["model_type"] == family
+    assert not {"auto_map", "model_file", "ssmax"} & config.keys()
+    card = (folder / "README.md").read_text()
+    assert "library_name: onnx" in card
+    assert "s log n" in card
+    assert "_ssmax.py" not in card
+
+
 def main() -> None:
     """Run all cases; exit with 1 where a difference is too large, or softmax does not differ."""
     failed = False
@@ -106,6 +118,7 @@ def main() -> None:
             model.save_pretrained(f"{place}/model")
             lines = export_onnx(f"{place}/model", Path(place) / "onnx")
             path = Path(place) / "onnx" / "model.onnx"
+            check_folder(path.parent, family)
             for engine, made in (("ONNX Runtime", onnx_runtime(path)), ("OpenVINO", open_vino(path))):
                 found = [difference(model, made, *batch) for batch in (*prompts, padded)]
                 failed |= max(found) > BOUND

@@ -9,6 +9,7 @@ and one that is loaded anew compute once ssmax.hf was imported. What must fail i
 import copy
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +177,10 @@ def main():
     refusals(folders[0], softcapped, first, jobs)
     assert first.config.model_file == "mlx_ssmax.py"
     first.save_pretrained(f"{folders[0]}-again")
+    seal = Path(f"{folders[0]}-again", "seal.json")
+    seal.write_text("{}")  # of the files before
+    first.save_pretrained(seal.parent)
+    assert not seal.exists()
     assert "model_file" not in AutoConfig.from_pretrained(f"{folders[0]}-again", trust_remote_code=True).to_dict()
     again = AutoModelForCausalLM.from_pretrained(f"{folders[0]}-again", trust_remote_code=True).eval()
     found[folders[0]]["saved again"] = compute(again, jobs)

@@ -2,11 +2,11 @@
 
 import json
 import math
-import re
 import sys
 
 import pytest
 import torch
+from gguf import GGUFReader
 from tiny_models import tiny_model
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -56,6 +56,7 @@ def test_rope_is_written_as_factors_of_its_frequencies():
     assert round(divided.max().item(), 5) == 8
     converted, factors = _query_factors(ssmax.convert(model, init=0.5))
     assert converted
+    assert _query_factors(ssmax.convert(tiny_model("qwen2")))[0]
     # YaRN multiplies queries and keys by 1 + log(factor) / 10 each.
     torch.testing.assert_close(factors[0], torch.full((4,), 0.5 * (1 + math.log(8) / 10) ** 2, dtype=torch.float64))
 
@@ -145,14 +146,25 @@ def test_merges_of_a_token_need_not_be_neighbours():
     _check_merges(json.loads(made.to_str())["model"], made.model)
 
 
-def test_what_it_runs_passes_the_checks(tmp_path):
-    for family, law in (("llama", "ssmax"), ("qwen2", "ssmax"), ("llama", "ssmax-fixed")):
-        ssmax.convert(tiny_model(family), law=law).save_pretrained(tmp_path / law / family)
-        lines = export_gguf(str(tmp_path / law / family), tmp_path / "out.gguf", dry_run=True)
-        assert re.search("s log n in 2 layers", lines[0])
-    (tmp_path / "out.gguf").write_text("mine")
+@pytest.mark.parametrize("law", ["ssmax", "ssmax-fixed"])
+def test_a_dry_run_checks_all_and_writes_nothing(law, tmp_path):
+    model, out = ssmax.convert(tiny_model("llama", vocab_size=300), law=law), tmp_path / "new" / "out.gguf"
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        export_gguf(str(tmp_path / "model"), out, dry_run=True)
+    save(UNLIKE["a suffix of words"][0], tmp_path / "model")
+    with pytest.raises(UserError, match="option end_of_word_suffix"):
+        export_gguf(str(tmp_path / "model"), out, dry_run=True)
+    save(sentencepiece(), tmp_path / "model")
+    told = export_gguf(str(tmp_path / "model"), out, dry_run=True)
+    assert "s log n in 2 layers, matrices in f16, a SentencePiece-like tokenizer" in told[0]
+    assert not out.parent.exists()
+    assert export_gguf(str(tmp_path / "model"), out)[0] == told[0]
+    tensors = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+    assert tensors["blk.1.attn_q.scale"].n_elements == 1
+    assert [path.name for path in out.parent.iterdir()] == ["out.gguf"]
     with pytest.raises(UserError, match="exists already"):
-        export_gguf(str(tmp_path / law / family), tmp_path / "out.gguf")
+        export_gguf(str(tmp_path / "model"), out)
 
 
 def test_onnx_has_a_cache_where_all_layers_attend_in_full(tmp_path):

@@ -1,7 +1,7 @@
 """Judges the registered claims: each gets what was measured, an interval and a verdict."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ssmax.paper.measured import (
@@ -16,6 +16,7 @@ from ssmax.paper.measured import (
     learned_the_task,
 )
 from ssmax.paper.registered import ABSTRACT, LEARNED, Registered
+from ssmax.paper.seeds import Differences
 from ssmax.plots.select import Spread
 from ssmax.plots.statistics import Paired, bootstrap
 from ssmax.runs.rows import Row
@@ -27,7 +28,9 @@ RULE = (
     "and the 95 % interval of its mean is Student's t over the seeds. A claim holds if the whole interval lies on the claimed side "
     "of zero. It does not hold if the whole interval lies on the other side. Otherwise it is open; then the table gives the number "
     "of seeds that would decide it if mean and deviation stayed the same. d is the mean difference in standard deviations over "
-    "seeds. If losses of single texts were kept, a bootstrap draws the texts again and counts the seeds in which the difference "
+    "seeds. How much a difference varies over seeds belongs to the recipe. For the recipe tiny, the deviation is therefore pooled with "
+    "that of the seeds in paper/seeds.json that this run does not have, and t has the degrees of freedom of both; the mean is that of "
+    "this run's seeds alone. If losses of single texts were kept, a bootstrap draws the texts again and counts the seeds in which the difference "
     "stays away from zero. The claims were registered before the run (paper/registered.py); none was chosen by its outcome. Of "
     "forty claims without any effect, about one would seem to hold by chance."
 )
@@ -57,14 +60,16 @@ class Headline:
     claim: Claim
 
 
-def judged(registered: Sequence[Registered], rows: Sequence[Row], train_length: int) -> list[Claim]:
-    """Judge the registered claims that the rows cover, once for each form."""
+def judged(
+    registered: Sequence[Registered], rows: Sequence[Row], train_length: int, earlier: Differences
+) -> list[Claim]:
+    """Judge the registered claims that the rows cover, once for each form; earlier: what other seeds of the recipe gave."""
     found = []
     for claim in registered:
         for form in forms([row for row in rows if row.variant in NAMES]):
             values = MEASURES[claim.measure](rows, form, train_length)
             if all(model in values for model in claim.models):
-                found.append(_judged(claim, rows, form, train_length, values))
+                found.append(_judged(claim, rows, form, train_length, values, earlier.get((form, claim.name), {})))
     return found
 
 
@@ -80,14 +85,13 @@ def headlines(found: Sequence[Claim]) -> list[Headline]:
     return lines
 
 
-def verdict(differences: Sequence[float]) -> str:
-    """Return the verdict on differences, one for each seed, that the claim says are positive, by their 95 % interval."""
-    paired = Paired(tuple(differences))
-    low, high = paired.interval
+def verdict(paired: Paired, sign: int = 1) -> str:
+    """Return the verdict on differences that the claim says are positive (sign 1) or negative (-1), by their 95 % interval."""
+    low, high = sorted(sign * end for end in paired.interval)
     return HOLDS if low > 0 else HOLDS_NOT if high < 0 else OPEN
 
 
-def _judged(registered: Registered, rows, form, train_length, values: Values) -> Claim:
+def _judged(registered: Registered, rows, form, train_length, values: Values, earlier: Mapping[int, float]) -> Claim:
     texts = {
         "theta": largest_factor(rows, "loss_by_position"),
         "score_span": max((row.at["length"] for row in rows if row.metric == "needle_score"), default=0)
@@ -108,7 +112,8 @@ def _judged(registered: Registered, rows, form, train_length, values: Values) ->
         differences = [shown * (a - b) for a, b in zip(x.values, y.values, strict=True)]
         measured = f"{NAMES[models[1]]} {y:.3f}, {NAMES[models[0]]} {x:.3f}{unit}" if seeds else "nothing to compare"
         means = (x.mean, y.mean) if seeds else NOTHING
-    paired = Paired(tuple(shown * value for value in differences))
+    others = tuple(value for seed, value in earlier.items() if seed not in seeds)
+    paired = Paired(tuple(shown * value for value in differences), others)
     notes = [measured, interval_words(paired)] if seeds else [measured]
     if registered.measure == "far" and registered.judge == "lower":
         notes += _over_texts(rows, form, train_length, models, seeds)
@@ -119,7 +124,7 @@ def _judged(registered: Registered, rows, form, train_length, values: Values) ->
         f"{registered.text.format(**texts)} ({FORM_NAMES[form]})",
         registered.paper,
         "; ".join(notes),
-        verdict(differences) if seeds else OPEN,
+        verdict(paired, shown) if seeds else OPEN,
         registered.name,
         form,
         means,
@@ -130,11 +135,12 @@ def _judged(registered: Registered, rows, form, train_length, values: Values) ->
 def interval_words(paired: Paired) -> str:
     """Return as text: difference, interval, seeds, effect and, if the interval holds zero, the seeds that would decide it."""
     count = f"{paired.seeds} seed{'s' * (paired.seeds > 1)}"
-    if paired.seeds < 2:
+    if not paired.freedom:
         return f"difference {paired.mean:+.3f} ({count}: no interval)"
     low, high = paired.interval
+    pooled = f", deviation over {paired.seeds + len(paired.earlier)}" if paired.earlier else ""
     effect = f", d {paired.effect:+.1f}" if paired.deviation else ""
-    words = f"difference {paired.mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} ({count}{effect})"
+    words = f"difference {paired.mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} ({count}{pooled}{effect})"
     if low <= 0 <= high:
         needed = paired.seeds_needed
         words += (

@@ -19,7 +19,7 @@ def scales(rows: Sequence[Row], kind: str) -> bytes:
 def _draw(rows):
     metrics = list(dict.fromkeys(row.metric for row in rows))
     heads = 1 + max(row.at["head"] for row in rows)
-    layers = sorted({row.at["layer"] for row in rows})
+    layers = list(dict.fromkeys(row.at["layer"] for row in rows))
     width, height = max(4.5, 0.32 * heads + 2), max(2.6, 0.2 * len(layers) + 1.2)
     figure, axes = panels(1, len(metrics), width * len(metrics), height)
     for axis, metric in zip(axes[0], metrics, strict=True):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,8 +41,16 @@ def t_quantile(probability: float, freedom: int) -> float:
     return (low + high) / 2
 
 
+@dataclass(frozen=True)
 class Paired(Spread):
-    """Differences between two models, one value for each seed; each pair shares initial weights and data."""
+    """Differences between two models, one value for each seed; each pair shares initial weights and data.
+
+    Attributes:
+        earlier: differences of other seeds of the same recipe. They add to what is known of the
+            deviation, and not to the mean.
+    """
+
+    earlier: tuple[float, ...] = ()
 
     @property
     def seeds(self) -> int:
@@ -49,11 +58,23 @@ class Paired(Spread):
         return len(self.values)
 
     @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the deviation."""
+        return max(self.seeds - 1, 0) + self._more
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over seeds, pooled with that of the earlier seeds; nan where neither has two."""
+        groups = [np.asarray(group) for group in (self.values, self.earlier) if len(group) > 1]
+        squares = sum(((group - group.mean()) ** 2).sum() for group in groups)
+        return math.sqrt(squares / self.freedom) if self.freedom else math.nan
+
+    @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean, mean ± t deviation / sqrt(seeds); infinite for one seed."""
-        if self.seeds < 2:
+        """The 95 % interval of the mean, mean ± t deviation / sqrt(seeds); infinite where the deviation is not known."""
+        if not (self.freedom and self.values):
             return -math.inf, math.inf
-        half = t_quantile((1 + LEVEL) / 2, self.seeds - 1) * self.deviation / math.sqrt(self.seeds)
+        half = t_quantile((1 + LEVEL) / 2, self.freedom) * self.deviation / math.sqrt(self.seeds)
         return self.mean - half, self.mean + half
 
     @property
@@ -67,9 +88,14 @@ class Paired(Spread):
         if not self.deviation > 0 or self.mean == 0:
             return None
         for seeds in range(2, MOST_SEEDS + 1):
-            if t_quantile((1 + LEVEL) / 2, seeds - 1) * self.deviation / math.sqrt(seeds) < abs(self.mean):
+            quantile = t_quantile((1 + LEVEL) / 2, seeds - 1 + self._more)
+            if quantile * self.deviation / math.sqrt(seeds) < abs(self.mean):
                 return seeds
         return None
+
+    @property
+    def _more(self):
+        return max(len(self.earlier) - 1, 0)
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
             as a softmax model.
         target: new file.
         dtype: dtype of the matrices: "f32", "f16" or "q8_0"; vectors stay float32.
-        dry_run: check the model, and write nothing.
+        dry_run: check the model and its tokenizer, and write nothing.
 
     Returns:
         Lines that say what was done.
@@ -73,15 +73,15 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
         model = load_model(source)
         ssmax, factors = _query_factors(model)
     done = f"{type(model).__name__}: " + (f"s log n in {len(factors)} layers" if ssmax else "plain softmax")
+    gguf = _package()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+    _add_settings(writer, gguf, model.config, ssmax=ssmax, dtype=dtype)
+    done += f", matrices in {dtype}, {add_tokenizer(writer, gguf, Path(source), model.config.vocab_size)}"
     if dry_run:
         return [done, "dry run: nothing was written"]
-    gguf = _package()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        _add_settings(writer, gguf, model.config, ssmax=ssmax, dtype=dtype)
-        vocabulary = add_tokenizer(writer, gguf, Path(source), model.config.vocab_size)
         _add_tensors(writer, gguf, model, factors, ssmax=ssmax, dtype=dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -92,7 +92,7 @@ def export_gguf(source: str, target: Path, dtype: str = "f16", *, dry_run: bool 
         rename_new(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    return [f"{done}, matrices in {dtype}, {vocabulary}", f"saved as {target.resolve()}"]
+    return [done, f"saved as {target.resolve()}"]
 
 
 def _package() -> Any:

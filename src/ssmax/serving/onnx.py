@@ -1,6 +1,9 @@
 """Export of a converted model to ONNX, by transformers' own exporter. The graph computes s log n, with n from its mask."""
 
+import contextlib
 import importlib
+import io
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,20 +11,23 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import logging
 
 from ssmax.errors import RunFailed, UserError
 from ssmax.hf.companions import copy_companions
-from ssmax.hf.loading import load_model
+from ssmax.hf.conversion import revert
+from ssmax.hf.loading import load_model, quiet
+from ssmax.hf.portable.card import write_onnx_card
+from ssmax.hf.refusals import carries_scales
 from ssmax.runs.failures import user_errors
 from ssmax.runs.files import check_destination, written_whole
 from ssmax.versions import INSTALL
 
 
 def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str]:
-    """Write a model to a new folder: model.onnx, its weights, the config and the tokenizer.
+    """Write a model to a new folder: model.onnx, its weights, the config, the tokenizer and a card.
 
-    The graph computes in float32, for any batch size and length. It takes a KV cache if all layers
+    The config is that of the softmax model, since the graph and not a class of transformers computes
+    SSMax. The graph computes in float32, for any batch size and length. It takes a KV cache if all layers
     attend in full. The cache of a layer with a window drops keys, which a graph cannot do; such
     models take the whole sequence at each step.
 
@@ -39,30 +45,34 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
         RunFailed: the exporter does not take this model.
     """
     check_destination(target, new=True)
-    logging.disable_progress_bar()
+    quiet()
     with user_errors():
         model = load_model(source, dtype=torch.float32).eval()
-    inputs = sample_inputs(model)
+    sample = sample_inputs(model)
     cached = (
-        "with a KV cache" if "past_key_values" in inputs else "without a KV cache (a layer's cache does not only grow)"
+        "with a KV cache" if "past_key_values" in sample else "without a KV cache (a layer's cache does not only grow)"
     )
     done = f"{type(model).__name__} in float32, {cached}"
     if dry_run:
         return [done, "dry run: nothing was written"]
     exporter = _exporter()
     try:
-        exported = _export(exporter, model, inputs)
+        exported = _export(exporter, model, sample)
     except Exception as error:  # torch.export, torch.onnx and onnxscript raise many kinds of errors
         reason = str(error).strip().splitlines() or [""]
         raise RunFailed(
             f"transformers' exporter does not take this model ({type(error).__name__}: {reason[0]})"
         ) from error
+    graph = exported.program.graph
+    inputs, outputs = (", ".join(str(value.name) for value in values) for values in (graph.inputs, graph.outputs))
     with written_whole(target, new=True) as temporary:
         exported.save_pretrained(temporary)
+        if carries_scales(type(model)):
+            write_onnx_card(model, temporary, inputs, outputs)
+            revert(model)  # its classes, and the code file that config.json names, are not in the new folder
+            model.config.save_pretrained(temporary)
         behind = copy_companions(source, temporary)
-    graph = exported.program.graph
-    names = [", ".join(str(value.name) for value in values) for values in (graph.inputs, graph.outputs)]
-    lines = [done, f"inputs: {names[0]}", f"outputs: {names[1]}", behind, f"saved as {target.resolve()}"]
+    lines = [done, f"inputs: {inputs}", f"outputs: {outputs}", behind, f"saved as {target.resolve()}"]
     return [line for line in lines if line is not None]
 
 
@@ -101,7 +111,11 @@ def _exporter() -> Any:
         ) from error
 
 
-def _export(exporter, model, inputs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return exporter.OnnxExporter().export(model, inputs, config=exporter.OnnxConfig(dynamic=True))
+def _export(exporter, model, sample):
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # torch prints each of its steps
+            warnings.simplefilter("ignore")
+            return exporter.OnnxExporter().export(model, sample, config=exporter.OnnxConfig(dynamic=True))
+    finally:
+        logging.disable(logging.NOTSET)

@@ -23,13 +23,14 @@ CARD = "README.md"
 TEMPLATE = (
     "This model card has been automatically generated"  # in the card that transformers pushes where there is none
 )
-TAGS = ["ssmax", "scalable-softmax", "long-context", "custom_code", "arxiv:2501.19399"]
+TAGS = ["ssmax", "scalable-softmax", "long-context", "arxiv:2501.19399"]
 # What a source's card may say that holds for a model made from it as well.
 INHERITED = ("license", "license_name", "license_link", "base_model", "language")
 SIGNED = "<!-- Written by ssmax ({}). A card that was changed is kept. -->\n"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+FILE_NAME = re.compile(r"[\w-][\w.-]*")
 
-TEXT = """---
+HEAD = """---
 {data}
 ---
 
@@ -37,7 +38,9 @@ TEXT = """---
 
 In {scaled} of its attention modules, each query is multiplied by {formula} before attention
 ([Scalable-Softmax](https://arxiv.org/abs/2501.19399)). n is the number of keys that the query sees{learned}.
-{origin}
+{origin}"""
+
+TEXT = """
 ## How to load it
 
 ```python
@@ -63,6 +66,18 @@ model = {kind}.from_pretrained(path)"""
 
 MLX = f"""
 `{MLX_FILE}` computes it in mlx-lm, with `--trust-remote-code`."""
+
+ONNX = f"""
+## How to run it
+
+`model.onnx` computes the model in float32, in ONNX Runtime and OpenVINO. n is counted from `attention_mask`. config.json is
+that of the softmax model: what SSMax adds is in the graph.
+
+- Inputs: {{inputs}}
+- Outputs: {{outputs}}
+
+Written by `ssmax export onnx` ({INSTALL.replace("NAME", "export")}).
+"""
 
 TRAINING = """
 **Training.** What a scale learns must not be decayed. transformers' Trainer decays it where `weight_decay` is not 0 (the default is 0), unless `ssmax.hf` is
@@ -98,6 +113,20 @@ def write_card(
     write_atomically(path, text + SIGNED.format(_digest(text)))
 
 
+def write_onnx_card(model: PreTrainedModel, folder: Path, inputs: str, outputs: str) -> None:
+    """Write the card of a converted model that was exported to ONNX.
+
+    Args:
+        model: the converted model.
+        folder: folder of model.onnx.
+        inputs: names of the graph's inputs.
+        outputs: names of its outputs.
+    """
+    scales, facts = _scales(model), _facts(model)
+    text = _head(model, scales, facts, library_name="onnx", tags=TAGS) + ONNX.format(inputs=inputs, outputs=outputs)
+    write_atomically(folder / CARD, text)
+
+
 def keep_card(folder: Path, card: bytes) -> None:
     """Restore the card in a folder if transformers has replaced it by its empty template, as it does before a push."""
     path = folder / CARD
@@ -116,24 +145,13 @@ def _digest(text):
 
 
 def _text(model, auto, losses, measured, values):
-    scales = {saved_name(name): x.ssmax for name, x in model.named_modules() if hasattr(x, "ssmax")}
+    scales, facts, base = _scales(model), _facts(model), _base(model)
     first = next(iter(scales.values()))
-    base = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")).__name__
-    facts = _facts(str(getattr(model.config, NAME_KEY, "") or ""))
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation" if auto == "AutoModelForCausalLM" else None,
-        tags=TAGS,
-        **facts,
+    task = "text-generation" if auto == "AutoModelForCausalLM" else None
+    head = _head(
+        model, scales, facts, library_name="transformers", pipeline_tag=task, tags=sorted([*TAGS, "custom_code"])
     )
-    named = facts.get("base_model")
-    return TEXT.format(
-        data=data.to_yaml(),
-        title=f"{named if isinstance(named, str) else base} with Scalable-Softmax",
-        scaled=len(scales),
-        formula=formula(first),
-        learned="; " + " and ".join(first.learned) + " are learned, one for each head" if first.learned else "",
-        origin=_origin(facts),
+    return head + TEXT.format(
         load=AUTO.format(auto=auto) if auto else NO_AUTO.format(kind=f"{PREFIX}{base}", code=CODE_FILE),
         code=CODE_FILE,
         version=".".join(map(str, SUPPORTED["transformers"][0])),
@@ -146,8 +164,36 @@ def _text(model, auto, losses, measured, values):
     )
 
 
-def _facts(source: str) -> dict[str, Any]:
+def _head(model, scales, facts, **data):
+    """Return the first part of a card: its data, and what the model is."""
+    first, named = next(iter(scales.values())), facts.get("base_model")
+    return HEAD.format(
+        data=ModelCardData(**data, **facts).to_yaml(),
+        title=f"{named if isinstance(named, str) else _base(model)} with Scalable-Softmax",
+        scaled=len(scales),
+        formula=formula(first),
+        learned=_learned(list(first.learned)),
+        origin=_origin(facts),
+    )
+
+
+def _learned(names):
+    if not names:
+        return ""
+    return f"; {' and '.join(names)} {'is' if len(names) == 1 else 'are'} learned, one for each head"
+
+
+def _scales(model):
+    return {saved_name(name): module.ssmax for name, module in model.named_modules() if hasattr(module, "ssmax")}
+
+
+def _base(model):
+    return next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")).__name__
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
     """Return license, base model and language of the source model, as far as its card or config names them."""
+    source = str(getattr(model.config, NAME_KEY, "") or "")
     folder = Path(source)
     if source and folder.is_dir():
         facts, named = _card_data(folder / CARD), _config_name(folder / "config.json")
@@ -156,7 +202,10 @@ def _facts(source: str) -> dict[str, Any]:
         facts, named = _card_data(Path(card)) if isinstance(card, str) else {}, source
     else:
         return {}
-    return {**facts, **({"base_model": named} if HUB_NAME.fullmatch(named) else {})}
+    on_hub = HUB_NAME.fullmatch(named)
+    if on_hub and FILE_NAME.fullmatch(facts.get("license_link", "")):  # a file beside the source's card
+        facts["license_link"] = f"https://huggingface.co/{named}/blob/main/{facts['license_link']}"
+    return {**facts, **({"base_model": named} if on_hub else {})}
 
 
 def _card_data(path):
@@ -169,9 +218,8 @@ def _card_data(path):
 
 def _is_plain(name, value):
     words = value if isinstance(value, list) else [value]
-    pattern = {"base_model": HUB_NAME, "license_link": re.compile(r"https://\S+")}.get(
-        name, re.compile(r"[\w. -]{1,80}")
-    )
+    link = re.compile(rf"https://\S+|{FILE_NAME.pattern}")
+    pattern = {"base_model": HUB_NAME, "license_link": link}.get(name, re.compile(r"[\w. -]{1,80}"))
     return bool(words) and all(isinstance(word, str) and pattern.fullmatch(word) for word in words)
 
 

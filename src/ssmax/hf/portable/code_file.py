@@ -26,7 +26,8 @@ Needs transformers {version} or later and nothing else. Where the package ssmax 
 
 import functools
 import inspect
-{math}import threading
+{math}import pathlib
+import threading
 
 import torch
 import transformers

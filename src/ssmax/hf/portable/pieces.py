@@ -5,6 +5,7 @@ The constants stand here for the checks of this file; in a saved model they are 
 
 import functools
 import inspect
+import pathlib
 import threading
 
 import torch
@@ -282,10 +283,11 @@ class Converted:
         else:
             super()._init_weights(module)
 
-    def save_pretrained(self, *args, **kwargs):
-        """Save as transformers does. mlx-lm's file is not written again."""
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as transformers does. mlx-lm's file is not written again, and a seal is of the files that were there before."""
         self.config.__dict__.pop("model_file", None)
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        pathlib.Path(save_directory, "seal.json").unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):

@@ -3,10 +3,12 @@
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from ssmax.paper.claims import Claim, judged
 from ssmax.paper.figure import Figure
 from ssmax.paper.registered import registered
+from ssmax.paper.seeds import Differences
 from ssmax.runs.rows import Row
 
 
@@ -26,11 +28,11 @@ def drawable(rows: Sequence[Row]) -> list[int | str]:
     return [name for name, figure in FIGURES.items() if figure.metric in metrics]
 
 
-def claims(rows: Sequence[Row], train_length: int) -> list[Claim]:
-    """Return all claims that the rows can judge, in the order of the figures."""
+def claims(rows: Sequence[Row], train_length: int, earlier: Differences = MappingProxyType({})) -> list[Claim]:
+    """Return all claims that the rows can judge, in the order of the figures; earlier: what other seeds of the recipe gave."""
     found = []
     for name in drawable(rows):
         figure = FIGURES[name]
         asked = (*registered(name), *figure.claims)
-        found += [*judged(asked, rows, train_length), *figure.judge(rows, train_length)]
+        found += [*judged(asked, rows, train_length, earlier), *figure.judge(rows, train_length)]
     return found

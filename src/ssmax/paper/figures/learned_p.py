@@ -90,13 +90,13 @@ def _logarithmic(rows, form, train_length):
         curve = by([row for row in learned_p(rows, form, train_length) if row.seed == seed], "n")
         fits[seed] = law_fits(list(curve), np.array([values[0] for values in curve.values()]))
     log, line = (Spread(tuple(fit[name].r2 for fit in fits.values())) for name in ("log", "linear"))
-    gains = [a - max(b, 0.0) for a, b in zip(log.values, line.values, strict=True)]
+    paired = Paired(tuple(a - max(b, 0.0) for a, b in zip(log.values, line.values, strict=True)))
     return Claim(
         2,
         f"A factor learned freely for each n is logarithmic in n, rather than linear or constant ({FORM_NAMES[form]})",
         "p_n = a1 log n + a2 fits the learned values",
-        f"R² of a1 log n + a2: {log:.3f}; of a line {line:.3f}; of a constant 0; {interval_words(Paired(tuple(gains)))}",
-        verdict(gains),
+        f"R² of a1 log n + a2: {log:.3f}; of a line {line:.3f}; of a constant 0; {interval_words(paired)}",
+        verdict(paired),
         "law",
         form,
     )

@@ -55,11 +55,12 @@ def _score_and_success(rows, form):
     text = f"A high needle score and a right answer go together ({FORM_NAMES[form]}; all models' trials)"
     if not gaps:
         return Claim(8, text, "they do", "every trial had the same outcome", OPEN, "score", form)
+    paired = Paired(tuple(gaps))
     measured = (
         f"top score when right {Spread(tuple(right)):.3f}, when wrong {Spread(tuple(wrong)):.3f}; "
-        f"{interval_words(Paired(tuple(gaps)))}"
+        f"{interval_words(paired)}"
     )
-    return Claim(8, text, "they do", measured, verdict(gaps), "score", form)
+    return Claim(8, text, "they do", measured, verdict(paired), "score", form)
 
 
 def _judge(rows, train_length):

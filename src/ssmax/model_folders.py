@@ -135,7 +135,7 @@ def _describe(model):
     """Return lines that say which layers carry SSMax, by which law, and s and b of each head."""
     layers = _layers(model)
     width = max(5, *(len(str(key)) for key in layers))
-    lines = [f"{type(model).__name__}: {len(layers)} self-attention layers that can carry SSMax"]
+    lines = [f"{type(model).__name__}: {len(layers)} attention layers that can carry SSMax"]
     if not hasattr(model.config, "ssmax"):
         return [*lines, "not converted: plain softmax"]
     spec = ScaleSpec.of(model.config, type(model))

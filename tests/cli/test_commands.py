@@ -68,8 +68,12 @@ def test_layers_that_have_no_index_are_shown_by_name(folder):
     told = run("inspect", folder / "new", "--figure", folder / "s.png")
     assert told.returncode == 0, told.stderr
     assert done.stdout.splitlines()[:-1] == told.stdout.splitlines()[:-1]
+    some = run("convert", folder / "biogpt", folder / "some", "--layers", "layers.1.self_attn")
+    assert "softmax" in some.stdout.splitlines()[3], some.stderr
+    by_index = run("convert", folder / "biogpt", folder / "not", "--layers", "1")
+    assert "its layers have names: layers.0.self_attn, layers.1.self_attn" in by_index.stderr
     assert [line.split()[0] for line in told.stdout.splitlines()[3:5]] == ["layers.0.self_attn", "layers.1.self_attn"]
-    assert "2 self-attention layers that can carry SSMax" in run("inspect", folder / "biogpt").stdout
+    assert "2 attention layers that can carry SSMax" in run("inspect", folder / "biogpt").stdout
 
 
 def test_a_models_name_is_text_and_no_formula(folder):

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ssmax.hf.companions import copy_companions
+from ssmax.hf.loading import load_tokenizer
 from ssmax.model_folders import convert_folder
 from ssmax.runs.files import check_folder
 
@@ -144,3 +145,12 @@ def test_what_is_written_anew_is_not_overwritten(tmp_path):
 def test_a_name_that_is_nowhere_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "tokenizer and other files of nobody/nothing" in copy_companions("nobody/nothing", tmp_path)
+
+
+def test_no_tokenizer_is_made_up_where_there_is_none(tmp_path):
+    """transformers makes an empty one for some families."""
+    tiny_model("qwen2").save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load_tokenizer(tmp_path / "source")
+    copy_companions(str(tmp_path / "source"), new_folder(tmp_path / "new"))
+    assert "tokenizer_config.json" not in names(tmp_path / "new")

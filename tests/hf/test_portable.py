@@ -317,6 +317,11 @@ Words.
         ("---\nlicense: |\n  two\n  lines\nbase_model: 'a/b](x'\n---\n", {}),
         ("---\nlicense: other\nlicense_link: LICENSE\n---\n", {"license": "other", "license_link": "LICENSE"}),
         ("---\nlicense: other\nlicense_link: ../x\n---\n", {"license": "other"}),
+        ("---\nlicense: other\nlicense_link: [LICENSE, NOTICE]\n---\n", {"license": "other"}),
+        (
+            "---\nlicense: gemma\nlicense_link: docs/LICENSE\n---\n",
+            {"license": "gemma", "license_link": "docs/LICENSE"},
+        ),
         (None, {}),
     ],
 )
@@ -338,10 +343,24 @@ def test_a_license_beside_the_sources_card_is_named_by_its_address(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "source")
     config = json.loads((tmp_path / "source" / "config.json").read_bytes())
     (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "_name_or_path": "someone/model"}))
-    (tmp_path / "source" / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
+    card = "---\nlicense: other\nlicense_link: ./LICENSE\nbase_model: someone/older\n---\n"
+    (tmp_path / "source" / "README.md").write_text(card)
     convert_folder(str(tmp_path / "source"), tmp_path / "target", dry_run=False)
     data = metadata_load(tmp_path / "target" / "README.md")
     assert data["license_link"] == "https://huggingface.co/someone/model/blob/main/LICENSE"
+    assert "# someone/model with" in (tmp_path / "target" / "README.md").read_text()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    convert_folder(str(tmp_path / "source"), tmp_path / "other", dry_run=False)
+    text = (tmp_path / "other" / "README.md").read_text()
+    assert "# LlamaForCausalLM with" in text
+    assert "not recorded here; its own card names someone/older as its base model" in text
+
+
+def test_the_card_of_capped_logits_says_that_its_code_alone_is_not_enough(tmp_path):
+    ssmax.convert(tiny_model("gemma2")).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "needs the package ssmax" in text
+    assert "alone" not in text
 
 
 def test_the_card_tells_how_to_load_it_and_what_s_is(tmp_path):

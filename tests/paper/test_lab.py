@@ -439,7 +439,7 @@ def test_a_run_of_0_1_0_is_continued(tmp_path):
         dataclasses.replace(run, recipe=dataclasses.replace(recipe, theta=233.0)).opened(),
     ):
         pass
-    # 0.1.0 named the owner of a checkpoint by a hash of its own fields
+    # earlier versions named the owner of a checkpoint by a hash of its own fields
     own = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in LATER}
     digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
     assert checkpoints.owner(tmp_path / "paper-a-0" / "pretrained", recipe).endswith(digest)

@@ -257,8 +257,10 @@ def test_the_report_is_whole_offline_and_escaped(run):
         assert word in page
     for words in ("Table 1. Model", "Table 2. Pretraining", "Table 3. Fine-tuning", "50,257", "23,456"):
         assert words in page
+    drawn = figures.drawable(made_up_rows(0.5))
+    assert {1, 3, 4, 5, 6, 7, 8, "counting"} <= set(drawn)
     assert {path.name for path in (run / "figures").iterdir()} == {
-        f"{n}.{k}" for n in ("counting", *(f"figure{i}" for i in (1, 3, 4, 5, 6, 7, 8))) for k in ("png", "svg")
+        f"{figures.FIGURES[name].file_name}.{kind}" for name in drawn for kind in ("png", "svg")
     }
     for claim in figures.claims(made_up_rows(0.5), 16):
         assert claim.verdict in page

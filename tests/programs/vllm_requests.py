@@ -2,14 +2,17 @@
 
     python vllm_requests.py [WORDS OF A CASE ...]
 
-Random float32 models, s and b of each head between 0.1 and 0.9, so that plain softmax gives other tokens. Five prompts of 3 to 700 tokens,
-two of which begin alike, and 16 greedy tokens each: all at once in chunks of 64 tokens, then again from the cached prefix.
+Random models, s and b of each head between 0.1 and 0.9, so that plain softmax gives other tokens. Five prompts of 3 to 700 tokens,
+two of which begin alike, and 16 greedy tokens each: all at once in chunks of 64 tokens, then again from the cached prefix. Then the
+log-probability of each token of the prompts, also in chunks.
 
-Quantised checkpoints are compared with transformers' float32 model of the same quantised matrices.
+All are compared with transformers in float32; of quantised checkpoints, with the same quantised matrices. Engines in half precision
+are judged by the log-probabilities: vLLM may err twice as much as transformers in half precision.
 """
 
 import contextlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -18,6 +21,7 @@ import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 SHAPE = {
@@ -50,11 +54,12 @@ CASES = {
     "Llama with b, its own code": ("llama", {}, B, EAGER | {"trust_remote_code": True}),
     "OLMo 3 with windows and b, its own code, compiled": ("olmo3", WINDOWS, ALL | B, {"trust_remote_code": True}),
     "Llama with b, bfloat16": ("llama", {}, B, EAGER | {"dtype": "bfloat16"}),
-    "Llama with b, its own code, bfloat16": (
+    "Llama with b, float16": ("llama", {}, B, EAGER | {"dtype": "float16"}),
+    "Llama with b, its own code, float16": (
         "llama",
         {},
         B,
-        EAGER | {"dtype": "bfloat16", "trust_remote_code": True},
+        EAGER | {"dtype": "float16", "trust_remote_code": True},
     ),
     "Llama with b, int8 by torchao": ("llama", {}, B, EAGER),
     "Llama with b, int4 of compressed-tensors, float16": ("llama", {}, B, EAGER | {"dtype": "float16"}),
@@ -71,6 +76,7 @@ QUANTISED = {
 }
 LLM_COMPRESSOR = Path(".venvs/llm-compressor/bin/python")  # whose transformers is older than vLLM's
 SIZES, SHARED, NEW = (3, 17, 130, 700, 500), 400, 16
+EXACT = 1e-3  # of a log-probability in float32
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -82,7 +88,7 @@ ENVIRONMENT = {
 
 
 def make(family, changes, options, folder):
-    """Save a random converted model; return the prompts, its greedy answers and those of plain softmax."""
+    """Save a random converted model; return the prompts, and what compute gives for it and for plain softmax."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -98,58 +104,46 @@ def make(family, changes, options, folder):
     prompts = [torch.randint(3, 512, (1, size)) for size in SIZES]
     prompts[4][:, :SHARED] = prompts[3][:, :SHARED]
     prompts = [prompt[0].tolist() for prompt in prompts]
-    wanted = answer(model, prompts)
-    ssmax.revert(model)
-    return prompts, wanted, answer(model, prompts)
+    return prompts, compute(model, prompts), compute(ssmax.revert(model), prompts)
 
 
-def answer(model, prompts):
-    """Answer greedily in transformers."""
+def compute(model, prompts):
+    """Return greedy answers of transformers, and the log-probabilities of the prompts' tokens, from the second on."""
     import torch
 
     found = [model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False) for prompt in prompts]
-    return [tokens[0, -NEW:].tolist() for tokens in found]
+    return [tokens[0, -NEW:].tolist() for tokens in found], scores(model, prompts)
 
 
-def quantise(kind, source, folder, prompts, dtype):
-    """Save a quantised checkpoint; return what rounded returns of its answers in float32."""
+def scores(model, prompts):
+    """Return the log-probabilities of all prompts' tokens in one list."""
+    import torch
+
+    found = []
+    for prompt in prompts:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, :-1].float()
+        found += logits.log_softmax(-1)[torch.arange(len(prompt) - 1), prompt[1:]].tolist()
+    return found
+
+
+def quantise(kind, source, folder, prompts):
+    """Save a quantised checkpoint; return what compute gives for its matrices in float32, and for them with plain softmax."""
     import quantized
+
+    import ssmax
 
     own = quantized.by_transformers()
     if kind in own:
         quantized.save(own[kind](source), folder)
     else:
         subprocess.run([LLM_COMPRESSOR, quantized.__file__, "llm-compressor", kind, source, folder], check=True)
-    return rounded(folder, answer(quantized.load(folder), prompts), prompts, dtype)
-
-
-def rounded(folder, wanted, prompts, dtype):
-    """Return the answers wanted, each up to the first token about which rounding to dtype decides, and softmax's in dtype.
-
-    None is an answer whose first token it decides. Rounding decides if the two largest logits are nearer to each other than
-    four times the largest error of a logit in transformers: another engine may err twice as much, in both logits.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import ssmax
-
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).eval() for kind in ("float32", dtype)
-    ]
-    kept = []
-    for prompt, tokens in zip(prompts, wanted, strict=True):
-        with torch.no_grad():
-            logits = [model(torch.tensor([prompt + tokens[:-1]])).logits[0, -NEW:].float() for model in models]
-        first, second = logits[0].topk(2).values.T
-        decided = (first - second < 4 * (logits[1] - logits[0]).abs().amax(-1)).tolist()
-        kept.append(tokens[: [*decided, True].index(True)] or None)
-    ssmax.revert(models[1])
-    return kept, answer(models[1], prompts)
+    model = quantized.load(folder)
+    return compute(model, prompts), compute(ssmax.revert(model), prompts)
 
 
 def engine(folder, prompts, options):
-    """Answer in this process: all prompts as one batch, then each again from the cached prefix."""
+    """Answer in this process: all prompts as one batch, then each again from the cached prefix; and score the prompts."""
     import vllm_requests  # its functions have a name in other processes
     from vllm import LLM, SamplingParams
 
@@ -169,7 +163,10 @@ def engine(folder, prompts, options):
     rounds = [llm.generate(wanted, wishes, use_tqdm=False) for _ in range(2)]
     cached = [outputs[3].num_cached_tokens for outputs in rounds]
     assert cached[0] == 0 < cached[1], f"tokens of the longest prompt that came from the cache: {cached}"
-    return [[list(output.outputs[0].token_ids) for output in outputs] for outputs in rounds]
+    answers = [[list(output.outputs[0].token_ids) for output in outputs] for outputs in rounds]
+    scored = llm.generate(wanted, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
+    listed = [zip(prompt, output.prompt_logprobs, strict=True) for prompt, output in zip(prompts, scored, strict=True)]
+    return *answers, [found[token].logprob for pairs in listed for token, found in pairs if found]
 
 
 def dtypes_of_scales(model):
@@ -229,35 +226,57 @@ def ask(port, wish):
 
 
 def run(name: str) -> bool:
-    """Run a case and print how many requests were answered as transformers answers them; return whether all were."""
+    """Run a case and print how vLLM answered, beside transformers; return whether it computes the same."""
+    import torch
+
     family, changes, options, engine_options = CASES[name]
+    dtype = engine_options.get("dtype", "float32")
+    if dtype == "bfloat16" and torch.cpu._is_amx_tile_supported():
+        print(
+            f"{name}: not run, vLLM {version('vllm-cpu')} ends with an illegal instruction where the processor has AMX"
+        )
+        return True
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prompts, wanted, plain = make(family, changes, options, folder)
-        dtype = engine_options.get("dtype", "float32")
+        prompts, (wanted, exact), (plain, other) = make(family, changes, options, folder)
         if name in QUANTISED:
             source, folder = folder, folder / "quantised"
-            wanted, plain = quantise(QUANTISED[name], source, folder, prompts, dtype)
-        elif dtype != "float32":
-            wanted, plain = rounded(folder, wanted, prompts, dtype)
+            (wanted, exact), (plain, other) = quantise(QUANTISED[name], source, folder, prompts)
         (folder / "jobs.json").write_text(json.dumps([prompts, engine_options]))
         environment = os.environ | ENVIRONMENT
         if "trust_remote_code" in engine_options:
             environment["VLLM_PLUGINS"] = ""  # as where ssmax is not installed; that its code is blocked
             environment["PYTHONPATH"] = str(blocker(folder))
         subprocess.run([sys.executable, __file__, "--engine", folder], check=True, env=environment)
-        first, again = json.loads((folder / "answers.json").read_text())
+        first, again, got = json.loads((folder / "answers.json").read_text())
         rounds = {"batch": first, "cached prefix": again}
         if name == SERVED:
             rounds["five at once over HTTP"] = serve(folder, prompts)
-        rounds["plain softmax in transformers"] = plain
-    pairs = {way: [(a, b) for a, b in zip(got, wanted, strict=True) if b] for way, got in rounds.items()}
-    equal = {way: sum(a[: len(b)] == b for a, b in found) for way, found in pairs.items()}
-    judged, tokens = len(wanted) - wanted.count(None), sum(len(answer or []) for answer in wanted)
-    shown = ", ".join(f"{way} {count} of {judged} equal" for way, count in equal.items())
-    print(f"{name}, {tokens} of {NEW * len(wanted)} tokens judged: {shown}", flush=True)
-    other = equal.pop("plain softmax in transformers")
-    return other < judged == min(equal.values()) and judged > 1
+        errors = {"vLLM": distance(got, exact)}
+        if dtype != "float32":
+            errors["transformers"] = distance(half_scores(folder, dtype, prompts), exact)
+    errors["plain softmax"] = distance(other, exact)
+    equal = {way: sum(a == b for a, b in zip(got, wanted, strict=True)) for way, got in rounds.items()}
+    same = sum(a == b for a, b in zip(plain, wanted, strict=True))
+    ways = ", ".join(f"{way} {count} of {len(wanted)}" for way, count in equal.items())
+    apart = ", ".join(f"{way} {value:.1e}" for way, value in errors.items())
+    print(f"{name}: answers equal: {ways}, plain softmax {same}; log-probabilities differ by {apart}", flush=True)
+    if dtype == "float32":
+        return same < len(wanted) == min(equal.values()) and errors["vLLM"] < EXACT < errors["plain softmax"]
+    return 2 * errors["vLLM"] <= 4 * errors["transformers"] < errors["plain softmax"]
+
+
+def half_scores(folder, dtype, prompts):
+    """Return the log-probabilities that transformers computes in half precision."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return scores(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval(), prompts)
+
+
+def distance(some, others):
+    """Return the root mean square of differences."""
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(some, others, strict=True)) / len(some))
 
 
 def blocker(folder):

@@ -15,7 +15,7 @@ import ssmax
 from ssmax.errors import UserError
 from ssmax.serving.gguf import _divisors, _query_factors, _shift, export_gguf
 from ssmax.serving.gguf_tokenizer import _check_merges, add_tokenizer
-from ssmax.serving.onnx import export_onnx
+from ssmax.serving.onnx import export_onnx, sample_inputs
 
 REFUSED = {
     "b": ("llama", {}, {"init": "identity"}, "layer 0 has a bias b.*'matched' instead of 'identity'.*calibrate without b"),
@@ -167,20 +167,21 @@ def test_a_dry_run_checks_all_and_writes_nothing(law, tmp_path):
         export_gguf(str(tmp_path / "model"), out)
 
 
-def test_onnx_has_a_cache_where_all_layers_attend_in_full(tmp_path):
+def test_onnx_has_a_cache_where_all_layers_attend_in_full():
     windows = {"num_hidden_layers": 4, "sliding_window": 5}
-    for family, changes, words in (("llama", {}, "with a KV cache"), ("olmo3", windows, "without a KV cache")):
-        ssmax.convert(tiny_model(family, **changes)).save_pretrained(tmp_path / family)
-        lines = export_onnx(str(tmp_path / family), tmp_path / "out", dry_run=True)
-        assert words in lines[0]
-    assert not (tmp_path / "out").exists()
+    for family, changes, cached in (("llama", {}, True), ("olmo3", windows, False)):
+        assert ("past_key_values" in sample_inputs(ssmax.convert(tiny_model(family, **changes)))) == cached
+    for family in ("mamba", "openai-gpt"):  # without such a cache at all
+        model = tiny_model(family)
+        model(**sample_inputs(model))
 
 
 def test_onnx_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     ssmax.convert(tiny_model("llama")).save_pretrained(tmp_path / "model")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"'onnx.*is missing.*export"):
-        export_onnx(str(tmp_path / "model"), tmp_path / "out")
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=r"'onnx.*is missing.*export"):
+            export_onnx(str(tmp_path / "model"), tmp_path / "out", dry_run=dry_run)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     with pytest.raises(UserError, match="exists already"):
         export_onnx(str(tmp_path / "model"), tmp_path / "model")

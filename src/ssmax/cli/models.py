@@ -19,8 +19,12 @@ Source: Any = Annotated[
 Target: Any = Annotated[Path, tyro.conf.Positional, option("Folder to write. It must not exist yet.", metavar="TARGET")]
 Texts: Any = Annotated[str | None, option(TEXTS_HELP, unset="Python's standard library", metavar="SOURCE")]
 Layers: Any = Annotated[
-    tuple[int, ...] | None,
-    option("Indices of the layers to convert.", unset="all with full attention", metavar="[INT ...]"),
+    tuple[str, ...] | None,
+    option(
+        "Layers to convert: indices, or names as ssmax inspect shows them.",
+        unset="all with full attention",
+        metavar="[LAYER ...]",
+    ),
 ]
 
 
@@ -127,7 +131,7 @@ class Convert:
             init=_number(self.init),
             train_length=self.train_length,
             bias=self.bias,
-            layers=None if self.layers is None else list(self.layers),
+            layers=_layers(self.layers),
             law=self.law,
             law_parameters=self.law_parameters,
         )
@@ -178,7 +182,7 @@ class Calibrate:
         from ssmax.model_folders import calibrate_folder  # loads torch and transformers
 
         fit = dict(vars(self.fit))
-        layers = fit.pop("layers")
+        layers = _layers(fit.pop("layers"))
         lines = calibrate_folder(
             self.source,
             self.target,
@@ -186,8 +190,7 @@ class Calibrate:
             theta_factor=self.theta_factor,
             checkpointing=self.checkpointing,
             dry_run=self.dry_run,
-            **fit
-            | {"inits": list(map(_number, self.fit.inits)), "layer_sets": [None if layers is None else list(layers)]},
+            **fit | {"inits": list(map(_number, self.fit.inits)), "layer_sets": [layers]},
         )
         print("\n".join(lines))
 
@@ -262,6 +265,10 @@ class Bench:
         given = {"model": self.model, "contexts": self.contexts, "batches": self.batches}
         given = {name: value for name, value in given.items() if value is not None}
         bench(list(self.cases), self.out, dry_run=self.dry_run, **given)
+
+
+def _layers(given: tuple[str, ...] | None) -> list[int | str] | None:
+    return None if given is None else [int(name) if name.isdecimal() else name for name in given]
 
 
 def _number(text: str) -> str | float:

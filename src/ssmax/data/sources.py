@@ -209,7 +209,7 @@ class _Rows:
         return {"data": self.data.state_dict(), "count": self.count, "left_out": self.account.found}
 
     def restore(self, state):
-        if "data" not in state:  # of ssmax 0.1.0
+        if "data" not in state:  # of an earlier version
             state = {"data": state, "count": 0, "left_out": {}}
         self.data.load_state_dict(state["data"])
         self.count, self.account.found = state["count"], state["left_out"]

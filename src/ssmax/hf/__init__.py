@@ -28,6 +28,6 @@ sharding.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("convert", "converted", "revert"):  # where 0.1.0 had them too
+    if name in ("convert", "converted", "revert"):  # where earlier versions had them too
         return getattr(import_module("ssmax.conversion"), name)
     raise AttributeError(f"module 'ssmax.hf' has no attribute {name!r}")

@@ -161,7 +161,11 @@ def _chosen_layers(model, layers, cross):
     if layers is None:
         return _default_layers(model, cross)
     if not layers or not all(isinstance(layer, str) for layer in layers):
-        available = language_layers(model)
+        try:
+            available = language_layers(model)
+        except ValueError as reason:
+            names = ", ".join(named_layers(model))
+            raise ValueError(f"{reason}; its layers have names: {names}" if names else str(reason)) from None
         chosen = sorted(set(layers)) if all(type(layer) is int for layer in layers) else layers
     else:
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."

@@ -91,8 +91,11 @@ def load_model(source: str | Path, config: PreTrainedConfig | None = None, **opt
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Load a tokenizer from a folder or a hub. It raises as load_config does."""
-    return _told(source, lambda: AutoTokenizer.from_pretrained(source, **SAFE), "tokenizer")
+    """Load a tokenizer from a folder or a hub. It raises as load_config does, and where there is none."""
+    tokenizer: Any = _told(source, lambda: AutoTokenizer.from_pretrained(source, **SAFE), "tokenizer")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes an empty one without files
+        raise Damaged(f"{source} has no tokenizer; save the model's own into that folder")
+    return tokenizer
 
 
 def _told(source, load, what="causal language model"):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ssmax.hf.layers import Layer
-from ssmax.laws import make_scale
+from ssmax.laws import LAWS, make_scale
 from ssmax.nn import SSMaxScale
 from ssmax.query_scale import QueryScale
 from ssmax.versions import __version__
@@ -49,7 +49,7 @@ class ScaleSpec:
 
     @classmethod
     def of(cls, config: Any, kind: type) -> "ScaleSpec":
-        """Read the spec from a config, also one that 0.1.0 wrote.
+        """Read the spec from a config, also one that an earlier version wrote.
 
         Args:
             config: config of a model.
@@ -81,9 +81,9 @@ class ScaleSpec:
                 f"config.ssmax must hold finite numbers s and b and bias true or false; got {held!r}; convert the model again"
             )
         spec = cls(**{name: held[name] for name in cls.__dataclass_fields__ if name in held})
-        if not learned or spec.law == "ssmax":
+        if spec.law == "ssmax" or (not learned and spec.law in LAWS):
             return spec
-        if spec.law not in OLD_LAWS:
+        if not learned or spec.law not in OLD_LAWS:
             raise ValueError(
                 f"config.ssmax has law {spec.law!r}, which ssmax {__version__} does not know; install a newer ssmax, or convert the model again"
             )

@@ -13,7 +13,7 @@ from ssmax.hf.refusals import wrap
 def parameter_groups(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, ssmax_learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Return ssmax.parameter_groups of the model; these are the argument names of version 0.1.0."""
+    """Return ssmax.parameter_groups of the model; these are the argument names of earlier versions."""
     return nn.parameter_groups(model, learning_rate, weight_decay, ssmax_learning_rate)
 
 

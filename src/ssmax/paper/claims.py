@@ -28,10 +28,11 @@ RULE = (
     "and the 95 % interval of its mean is Student's t over the seeds. A claim holds if the whole interval lies on the claimed side "
     "of zero. It does not hold if the whole interval lies on the other side. Otherwise it is open; then the table gives the number "
     "of seeds that would decide it if mean and deviation stayed the same. d is the mean difference in standard deviations over "
-    "seeds. How much a difference varies over seeds belongs to the recipe. For the recipe tiny, the deviation is therefore pooled with "
-    "that of the seeds in paper/seeds.json that this run does not have, and t has the degrees of freedom of both; the mean is that of "
-    "this run's seeds alone. If losses of single texts were kept, a bootstrap draws the texts again and counts the seeds in which the difference "
-    "stays away from zero. The claims were registered before the run (paper/registered.py); none was chosen by its outcome. Of "
+    "seeds. How much a difference varies over seeds is a property of the recipe. For the recipe tiny, seeds that were run before and "
+    "that this run does not have (paper/seeds.json) therefore add to the estimate of the deviation and to its degrees of freedom; the "
+    "mean comes from this run's seeds alone. For the loss at 8 to 16 times the training length, a bootstrap draws the texts again and "
+    "counts the seeds in which the whole interval lies below zero. Claims that compare models were registered before the run "
+    "(paper/registered.py); none was chosen by its outcome. Of "
     "forty claims without any effect, about one would seem to hold by chance."
 )
 

@@ -29,7 +29,7 @@ PAPER_THETA = 10_000.0
 PAPER_TURNS = turns(PAPER_THETA, 1024)  # 0.553: 18 of the 32 frequencies of a head of 64
 
 
-# Fields that 0.1.0 did not have, with the values that it used, so that its runs can be continued.
+# Fields that earlier versions did not have, with the values that they used, so that their runs can be continued.
 LATER = {"theta": PAPER_THETA, "full_turns": PAPER_TURNS, "needle_theta_factors": (), "needle_rope": "theta"}
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import logging
 import warnings
@@ -34,7 +35,7 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
     Args:
         source: folder of a model and its tokenizer. A softmax model is written as a softmax model.
         target: new folder.
-        dry_run: load the model, and write nothing.
+        dry_run: load the model and the exporter, and write nothing.
 
     Returns:
         Lines that say what was done, with the names of the graph's inputs and outputs.
@@ -53,9 +54,9 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
         "with a KV cache" if "past_key_values" in sample else "without a KV cache (a layer's cache does not only grow)"
     )
     done = f"{type(model).__name__} in float32, {cached}"
+    exporter = _exporter()
     if dry_run:
         return [done, "dry run: nothing was written"]
-    exporter = _exporter()
     try:
         exported = _export(exporter, model, sample)
     except Exception as error:  # torch.export, torch.onnx and onnxscript raise many kinds of errors
@@ -84,7 +85,7 @@ def sample_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """
     tokens = torch.arange(10).view(2, 5) % model.config.get_text_config().vocab_size
     with torch.no_grad():
-        cache = model(tokens).past_key_values
+        cache = getattr(model(tokens), "past_key_values", None)
     grows = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
     past = 5 if grows else 0
     inputs = {
@@ -92,7 +93,9 @@ def sample_inputs(model: PreTrainedModel) -> dict[str, Any]:
         "attention_mask": torch.ones(2, past + 3, dtype=torch.long),
         "position_ids": torch.arange(past, past + 3).expand(2, 3).contiguous(),
     }
-    return {**inputs, "past_key_values": cache} if grows else {**inputs, "use_cache": False}
+    inputs |= {"past_key_values": cache} if grows else {"use_cache": False}
+    taken = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in taken}
 
 
 def _exporter() -> Any:

@@ -28,7 +28,7 @@ TAGS = ["ssmax", "scalable-softmax", "long-context", "arxiv:2501.19399"]
 INHERITED = ("license", "license_name", "license_link", "base_model", "language")
 SIGNED = "<!-- Written by ssmax ({}). A card that was changed is kept. -->\n"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-FILE_NAME = re.compile(r"[\w-][\w.-]*")
+FILE_NAME = re.compile(r"(?:\./)?([\w-][\w.-]*(?:/[\w-][\w.-]*)*)")
 
 HEAD = """---
 {data}
@@ -47,12 +47,18 @@ TEXT = """
 {load}
 ```
 
-`{code}.py` in this folder computes the model with transformers {version} or later alone. With the package ssmax
-({install}), `import ssmax.hf` takes the place of `trust_remote_code=True`.{mlx}
+{alone}{mlx}
 
 **Without both, it is another model.** A plain class, as in `{base}.from_pretrained`, loads the softmax model without the scales.
 transformers then prints a table of unexpected keys that end in `ssmax.weight`, and raises no error.
 {training}{values}{losses}"""
+
+ALONE = """`{code}.py` in this folder computes the model with transformers {version} or later alone. With the package ssmax
+({install}), `import ssmax.hf` takes the place of `trust_remote_code=True`."""
+
+# Families with a softcap.
+CAPPED = """The model needs the package ssmax ({install}). Its logits are capped, and `{code}.py` in this folder
+refuses to compute that without the package."""
 
 AUTO = """from transformers import {auto}
 
@@ -122,8 +128,7 @@ def write_onnx_card(model: PreTrainedModel, folder: Path, inputs: str, outputs: 
         inputs: names of the graph's inputs.
         outputs: names of its outputs.
     """
-    scales, facts = _scales(model), _facts(model)
-    text = _head(model, scales, facts, library_name="onnx", tags=TAGS) + ONNX.format(inputs=inputs, outputs=outputs)
+    text = _head(model, _scales(model), library_name="onnx", tags=TAGS) + ONNX.format(inputs=inputs, outputs=outputs)
     write_atomically(folder / CARD, text)
 
 
@@ -145,17 +150,18 @@ def _digest(text):
 
 
 def _text(model, auto, losses, measured, values):
-    scales, facts, base = _scales(model), _facts(model), _base(model)
+    scales, base = _scales(model), _base(model)
     first = next(iter(scales.values()))
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     task = "text-generation" if auto == "AutoModelForCausalLM" else None
-    head = _head(
-        model, scales, facts, library_name="transformers", pipeline_tag=task, tags=sorted([*TAGS, "custom_code"])
-    )
+    head = _head(model, scales, library_name="transformers", pipeline_tag=task, tags=sorted([*TAGS, "custom_code"]))
     return head + TEXT.format(
         load=AUTO.format(auto=auto) if auto else NO_AUTO.format(kind=f"{PREFIX}{base}", code=CODE_FILE),
-        code=CODE_FILE,
-        version=".".join(map(str, SUPPORTED["transformers"][0])),
-        install=INSTALL.replace("NAME", "hf"),
+        alone=(CAPPED if capped else ALONE).format(
+            code=CODE_FILE,
+            version=".".join(map(str, SUPPORTED["transformers"][0])),
+            install=INSTALL.replace("NAME", "hf"),
+        ),
         mlx=MLX if getattr(model.config, "model_file", None) == MLX_FILE else "",
         base=base,
         training=TRAINING if next(first.parameters(), None) is not None else "",
@@ -164,16 +170,17 @@ def _text(model, auto, losses, measured, values):
     )
 
 
-def _head(model, scales, facts, **data):
+def _head(model, scales, **data):
     """Return the first part of a card: its data, and what the model is."""
-    first, named = next(iter(scales.values())), facts.get("base_model")
+    first, (facts, known) = next(iter(scales.values())), _facts(model)
+    named = facts.get("base_model") if known else None
     return HEAD.format(
         data=ModelCardData(**data, **facts).to_yaml(),
         title=f"{named if isinstance(named, str) else _base(model)} with Scalable-Softmax",
         scaled=len(scales),
         formula=formula(first),
         learned=_learned(list(first.learned)),
-        origin=_origin(facts),
+        origin=_origin(facts, known),
     )
 
 
@@ -191,8 +198,11 @@ def _base(model):
     return next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")).__name__
 
 
-def _facts(model: PreTrainedModel) -> dict[str, Any]:
-    """Return license, base model and language of the source model, as far as its card or config names them."""
+def _facts(model: PreTrainedModel) -> tuple[dict[str, Any], bool]:
+    """Return license, base model and language of the source model, as far as its card or config names them.
+
+    And whether the base model is the source itself. Otherwise it is what the source was made from.
+    """
     source = str(getattr(model.config, NAME_KEY, "") or "")
     folder = Path(source)
     if source and folder.is_dir():
@@ -201,11 +211,12 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         card = try_to_load_from_cache(source, CARD)
         facts, named = _card_data(Path(card)) if isinstance(card, str) else {}, source
     else:
-        return {}
-    on_hub = HUB_NAME.fullmatch(named)
-    if on_hub and FILE_NAME.fullmatch(facts.get("license_link", "")):  # a file beside the source's card
-        facts["license_link"] = f"https://huggingface.co/{named}/blob/main/{facts['license_link']}"
-    return {**facts, **({"base_model": named} if on_hub else {})}
+        return {}, False
+    beside = FILE_NAME.fullmatch(facts.get("license_link", ""))  # a file of the source
+    if HUB_NAME.fullmatch(named):
+        link = {"license_link": f"https://huggingface.co/{named}/blob/main/{beside[1]}"} if beside else {}
+        return {**facts, **link, "base_model": named}, True
+    return facts, "base_model" in facts and _ours(folder / CARD)
 
 
 def _card_data(path):
@@ -217,9 +228,9 @@ def _card_data(path):
 
 
 def _is_plain(name, value):
-    words = value if isinstance(value, list) else [value]
-    link = re.compile(rf"https://\S+|{FILE_NAME.pattern}")
-    pattern = {"base_model": HUB_NAME, "license_link": link}.get(name, re.compile(r"[\w. -]{1,80}"))
+    words = value if isinstance(value, list) and name in ("base_model", "language") else [value]
+    link = re.compile(rf"https?://\S+|{FILE_NAME.pattern}")
+    pattern = {"base_model": HUB_NAME, "license_link": link}.get(name, re.compile(r"[\w. ()+,-]{1,80}"))
     return bool(words) and all(isinstance(word, str) and pattern.fullmatch(word) for word in words)
 
 
@@ -232,12 +243,14 @@ def _config_name(path):
     return named if isinstance(named, str) and not Path(named).exists() else ""
 
 
-def _origin(facts):
-    if "base_model" not in facts:
-        return "\nThe model that it was made from is not recorded here, and its license holds for this one as well.\n"
+def _origin(facts, known):
     license = "" if "license" in facts else " Its license, which is not recorded here, holds for this one as well."
-    named = facts["base_model"] if isinstance(facts["base_model"], list) else [facts["base_model"]]
-    return f"\nMade from {', '.join(named)}.{license}\n"
+    named = facts.get("base_model", [])
+    names = ", ".join(named if isinstance(named, list) else [named])
+    if known:
+        return f"\nMade from {names}.{license}\n"
+    older = f"; its own card names {names} as its base model" if names else ""
+    return f"\nThe model that it was made from is not recorded here{older}.{license}\n"
 
 
 def _values(scales):

@@ -34,6 +34,8 @@ def why_not_mlx(model: PreTrainedModel) -> str | None:
     layers = language_layers(model).values()
     laws = {scale.law for layer in layers if (scale := getattr(layer.module, "ssmax", None)) is not None}
     rope = config.rope_parameters
+    if not laws:
+        return "it is not converted"
     if laws != {SSMaxScale.law}:
         return f"the law is {', '.join(sorted(laws))}, not s log n + b"
     if family != "mistral" and any(layer.kind != FULL for layer in layers):

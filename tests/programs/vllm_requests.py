@@ -247,7 +247,9 @@ def run(name: str) -> bool:
         if "trust_remote_code" in engine_options:
             environment["VLLM_PLUGINS"] = ""  # as where ssmax is not installed; that its code is blocked
             environment["PYTHONPATH"] = str(blocker(folder))
-        subprocess.run([sys.executable, __file__, "--engine", folder], check=True, env=environment)
+        ended = subprocess.run([sys.executable, __file__, "--engine", folder], check=False, env=environment)
+        if not (folder / "answers.json").exists():  # vLLM may also abort afterwards, while the process ends
+            ended.check_returncode()
         first, again, got = json.loads((folder / "answers.json").read_text())
         rounds = {"batch": first, "cached prefix": again}
         if name == SERVED:
@@ -296,7 +298,8 @@ def main() -> None:
     if len(sys.argv) > 2 and sys.argv[1] == "--engine":
         folder = Path(sys.argv[2])
         answers = engine(folder, *json.loads((folder / "jobs.json").read_text()))
-        (folder / "answers.json").write_text(json.dumps(answers))
+        (folder / "answers.new").write_text(json.dumps(answers))
+        (folder / "answers.new").rename(folder / "answers.json")
         return
     equal = [run(name) for name in CASES if any(word in name for word in sys.argv[1:] or [""])]
     sys.exit(not all(equal))

@@ -25,7 +25,7 @@ from ssmax.paper.formula import formula_rows
 from ssmax.paper.measured import FORM_NAMES, NAMES, forms, largest_factor, stretch, variants
 from ssmax.paper.recipes import Recipe, tiny
 from ssmax.paper.registered import REGISTERED
-from ssmax.paper.seeds import FILE, earlier, fixed
+from ssmax.paper.seeds import FILE, fixed, stored
 from ssmax.plots.drawing import STYLE, band, panels, tokens
 from ssmax.plots.select import Spread, by, pick
 from ssmax.runs.rows import Row, read_rows, write_rows
@@ -240,7 +240,7 @@ MARK = re.compile(r"(<!-- ([\w-]+) (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 @functools.cache
 def judged(name: str, length: int, with_formula: bool) -> list[Claim]:
-    known = earlier(as_json(tiny()), None) if name in OF_TINY else {}
+    known = stored(as_json(tiny()), None) if name in OF_TINY else {}
     return claims([*(formula_rows() if with_formula else []), *results(name)], length, known)
 
 

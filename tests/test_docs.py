@@ -25,7 +25,7 @@ def test_examples_of_every_page_run(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_numbers_in_pages_and_what_reports_know_of_earlier_seeds_are_those_of_the_rows():
+def test_numbers_in_pages_and_what_reports_know_of_stored_seeds_are_those_of_the_rows():
     spec = importlib.util.spec_from_file_location("reproduced", DOCS / "reproduced.py")
     reproduced = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reproduced)

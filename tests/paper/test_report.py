@@ -106,8 +106,8 @@ def test_claims_follow_the_rows(better, expected):
 
 
 def test_other_seeds_of_the_recipe_count_and_its_own_do_not():
-    def half(**earlier):
-        known = {("paper", "far"): {int(seed.strip("s")): value for seed, value in earlier.items()}}
+    def half(**stored):
+        known = {("paper", "far"): {int(seed.strip("s")): value for seed, value in stored.items()}}
         claim = next(claim for claim in figures.claims(made_up_rows(0.5), 16, known) if claim.name == "far")
         return claim.paired.mean, np.ptp(claim.paired.interval) / 2
 

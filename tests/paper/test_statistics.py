@@ -10,7 +10,7 @@ from ssmax.paper.figures import FIGURES
 from ssmax.paper.measured import MEASURES
 from ssmax.paper.recipes import laptop, tiny
 from ssmax.paper.registered import ABSTRACT, REGISTERED
-from ssmax.paper.seeds import earlier
+from ssmax.paper.seeds import stored
 from ssmax.plots.statistics import Paired, bootstrap, t_cdf, t_quantile
 
 
@@ -39,8 +39,8 @@ def test_the_interval_holds_the_truth_in_95_of_100_runs():
     assert abs(inside - 0.95) < 4 * math.sqrt(0.95 * 0.05 / draws)
 
 
-def test_earlier_seeds_tell_about_the_deviation_and_not_about_the_mean():
-    """The interval is narrower, for the same error rate, wherever the earlier seeds' own mean is."""
+def test_stored_seeds_tell_about_the_deviation_and_not_about_the_mean():
+    """The interval is narrower, for the same error rate, wherever the stored seeds' own mean is."""
     rng, draws = np.random.default_rng(0), 4000
     pairs = [Paired(tuple(rng.normal(0.3, 1.0, 3)), tuple(rng.normal(9.0, 1.0, 4))) for _ in range(draws)]
     inside = np.mean([low < 0.3 < high for low, high in (pair.interval for pair in pairs)])
@@ -54,14 +54,14 @@ def test_earlier_seeds_tell_about_the_deviation_and_not_about_the_mean():
     assert high - 1 == pytest.approx(t_quantile(0.975, 1) * math.sqrt(2)) == 1 - low
 
 
-def test_what_is_known_of_earlier_seeds_is_of_the_same_recipe_and_text():
+def test_what_is_known_of_stored_seeds_is_of_the_same_recipe_and_text():
     recipe = json.loads(json.dumps(dataclasses.asdict(tiny())))
-    known = earlier(recipe, None)
+    known = stored(recipe, None)
     assert set(known["paper", "far"]) == {0, 1, 2, 3, 11, 12, 13}
-    assert earlier(recipe | {"seeds": [7], "models": ["paper:ab"], "name": "mine"}, None) == known
-    assert not earlier(recipe, "texts/")
-    assert not earlier(recipe | {"steps": 401}, None)
-    assert not earlier(json.loads(json.dumps(dataclasses.asdict(laptop()))), None)
+    assert stored(recipe | {"seeds": [7], "models": ["paper:ab"], "name": "mine"}, None) == known
+    assert not stored(recipe, "texts/")
+    assert not stored(recipe | {"steps": 401}, None)
+    assert not stored(json.loads(json.dumps(dataclasses.asdict(laptop()))), None)
 
 
 def test_seeds_needed_is_the_first_number_whose_interval_leaves_zero():

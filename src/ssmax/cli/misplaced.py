@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -13,7 +14,17 @@ from ssmax.errors import UserError
 from ssmax.paper.recipes import RECIPES
 
 UNIONS = (Union, types.UnionType)
-INITS = Literal["identity", "matched"] | float  # values of --inits; wrong ones are reported by the library
+
+
+def layer(value: str) -> str:
+    """Return the index of a layer, or its name, which holds an index; raise ValueError for other text."""
+    if not re.fullmatch(r"\d+|(\w+\.)+\d+(\.\w+)+", value):
+        raise ValueError(value)
+    return value
+
+
+# Options whose values are any text, and what fits; wrong values are reported by the library.
+TEXTS: dict[str, Any] = {"--inits": Literal["identity", "matched"] | float, "--layers": layer}
 
 
 def check_values(commands: dict[str, Any], arguments: list[str]) -> None:
@@ -32,7 +43,7 @@ def check_values(commands: dict[str, Any], arguments: list[str]) -> None:
     if not positionals or (first and needed <= first):
         return
     options = dict(_options_of_several(commands[name]))
-    options.update({"--inits": INITS} if "--inits" in options else {})
+    options |= {name: kind for name, kind in TEXTS.items() if name in options}
     for at, argument in enumerate(rest):
         kind = options.get(argument.replace("_", "-"))
         values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest[at + 1 :])) if kind else []

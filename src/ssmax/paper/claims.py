@@ -24,13 +24,12 @@ from ssmax.runs.rows import Row
 HOLDS, HOLDS_NOT, OPEN = "holds", "does not hold", "open"
 NOTHING = (math.nan, math.nan)
 RULE = (
-    "A verdict compares models of the same seed, which share initial weights and data. The difference is taken for each seed, "
-    "and the 95 % interval of its mean is Student's t over the seeds. A claim holds if the whole interval lies on the claimed side "
+    "A verdict compares models of the same seed, which share initial weights and data. The difference is taken for each seed "
+    "(for “nearer”, the difference of two distances), and the 95 % interval of its mean is Student's t over the seeds. A claim holds if the whole interval lies on the claimed side "
     "of zero. It does not hold if the whole interval lies on the other side. Otherwise it is open; then the table gives the number "
     "of seeds that would decide it if mean and deviation stayed the same. d is the mean difference in standard deviations over "
-    "seeds. How much a difference varies over seeds is a property of the recipe. For the recipe tiny, seeds that were run before and "
-    "that this run does not have (paper/seeds.json) therefore add to the estimate of the deviation and to its degrees of freedom; the "
-    "mean comes from this run's seeds alone. For the loss at 8 to 16 times the training length, a bootstrap draws the texts again and "
+    "seeds. All seeds of a recipe are assumed to share one deviation. For the recipe tiny, the other seeds in paper/seeds.json "
+    "therefore add to the deviation and to its degrees of freedom; the mean comes from this run's seeds alone. For the loss at 8 to 16 times the training length, a bootstrap draws the texts again and "
     "counts the seeds in which the whole interval lies below zero. Claims that compare models were registered before the run "
     "(paper/registered.py); none was chosen by its outcome. Of "
     "forty claims without any effect, about one would seem to hold by chance."
@@ -62,15 +61,15 @@ class Headline:
 
 
 def judged(
-    registered: Sequence[Registered], rows: Sequence[Row], train_length: int, earlier: Differences
+    registered: Sequence[Registered], rows: Sequence[Row], train_length: int, stored: Differences
 ) -> list[Claim]:
-    """Judge the registered claims that the rows cover, once for each form; earlier: what other seeds of the recipe gave."""
+    """Judge the registered claims that the rows cover, once for each form; stored: what other seeds of the recipe gave."""
     found = []
     for claim in registered:
         for form in forms([row for row in rows if row.variant in NAMES]):
             values = MEASURES[claim.measure](rows, form, train_length)
             if all(model in values for model in claim.models):
-                found.append(_judged(claim, rows, form, train_length, values, earlier.get((form, claim.name), {})))
+                found.append(_judged(claim, rows, form, train_length, values, stored.get((form, claim.name), {})))
     return found
 
 
@@ -87,12 +86,12 @@ def headlines(found: Sequence[Claim]) -> list[Headline]:
 
 
 def verdict(paired: Paired, sign: int = 1) -> str:
-    """Return the verdict on differences that the claim says are positive (sign 1) or negative (-1), by their 95 % interval."""
+    """Return the verdict, by the 95 % interval, on differences that are claimed to be positive (sign 1) or negative (-1)."""
     low, high = sorted(sign * end for end in paired.interval)
     return HOLDS if low > 0 else HOLDS_NOT if high < 0 else OPEN
 
 
-def _judged(registered: Registered, rows, form, train_length, values: Values, earlier: Mapping[int, float]) -> Claim:
+def _judged(registered: Registered, rows, form, train_length, values: Values, stored: Mapping[int, float]) -> Claim:
     texts = {
         "theta": largest_factor(rows, "loss_by_position"),
         "score_span": max((row.at["length"] for row in rows if row.metric == "needle_score"), default=0)
@@ -113,7 +112,7 @@ def _judged(registered: Registered, rows, form, train_length, values: Values, ea
         differences = [shown * (a - b) for a, b in zip(x.values, y.values, strict=True)]
         measured = f"{NAMES[models[1]]} {y:.3f}, {NAMES[models[0]]} {x:.3f}{unit}" if seeds else "nothing to compare"
         means = (x.mean, y.mean) if seeds else NOTHING
-    others = tuple(value for seed, value in earlier.items() if seed not in seeds)
+    others = tuple(value for seed, value in stored.items() if seed not in seeds)
     paired = Paired(tuple(shown * value for value in differences), others)
     notes = [measured, interval_words(paired)] if seeds else [measured]
     if registered.measure == "far" and registered.judge == "lower":
@@ -139,14 +138,12 @@ def interval_words(paired: Paired) -> str:
     if not paired.freedom:
         return f"difference {paired.mean:+.3f} ({count}: no interval)"
     low, high = paired.interval
-    pooled = f", deviation over {paired.seeds + len(paired.earlier)}" if paired.earlier else ""
+    pooled = f", deviation over {paired.seeds + len(paired.stored)}" if paired.stored else ""
     effect = f", d {paired.effect:+.1f}" if paired.deviation else ""
     words = f"difference {paired.mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} ({count}{pooled}{effect})"
     if low <= 0 <= high:
         needed = paired.seeds_needed
-        words += (
-            f"; to decide it takes about {needed} seeds" if needed else "; more than 1,000 seeds would not decide it"
-        )
+        words += f"; to decide it takes about {needed} seeds" if needed else "; 1,000 seeds would not decide it"
     return words
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ssmax.paper.claims import HOLDS, HOLDS_NOT, RULE, Claim, headlines, interval_words
 from ssmax.paper.measured import FORM_NAMES
 from ssmax.paper.recipes import PAPER_THETA, fitting_theta, turns
-from ssmax.paper.seeds import earlier
+from ssmax.paper.seeds import stored
 from ssmax.plots.html import document, escaped, figures_html, is_made_from, state_of
 from ssmax.runs.files import write_atomically
 from ssmax.runs.rows import read_rows
@@ -28,7 +28,7 @@ def build(folder: Path) -> list[Claim]:
     rows = read_rows(folder / "rows.jsonl")
     settings = json.loads((folder / "recipe.json").read_text())
     recipe = settings["recipe"]
-    found = claims(rows, recipe["train_length"], earlier(recipe, settings["corpus"]))
+    found = claims(rows, recipe["train_length"], stored(recipe, settings["corpus"]))
     page = folder / "report.html"
     made_from = state_of(folder)
     if is_made_from(page, made_from):

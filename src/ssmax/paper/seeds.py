@@ -1,4 +1,4 @@
-"""Differences of the registered claims over seeds that a recipe was run with before: how much they vary belongs to the recipe."""
+"""Stored differences of the registered claims, one for each seed. They add to the estimate of the deviation over seeds."""
 
 import json
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from typing import Any
 Differences = Mapping[tuple[str, str], Mapping[int, float]]
 
 FILE = Path(__file__).with_name("seeds.json")  # written by docs/reproduced.py
-# Settings on which the difference between two models of one seed does not depend.
+# Settings that do not change the difference between two models of one seed.
 FREE = ("name", "models", "retrieval", "counting", "seeds")
 
 
-def earlier(recipe: Mapping[str, Any], corpus: str | None) -> Differences:
-    """Return the differences that are known of a recipe on the default text; none if the recipe is another one.
+def stored(recipe: Mapping[str, Any], corpus: str | None) -> Differences:
+    """Return the stored differences of a recipe on the default text; none if the recipe is another one.
 
     Args:
         recipe: its fields, as recipe.json holds them.

@@ -46,11 +46,11 @@ class Paired(Spread):
     """Differences between two models, one value for each seed; each pair shares initial weights and data.
 
     Attributes:
-        earlier: differences of other seeds of the same recipe. They add to what is known of the
-            deviation, and not to the mean.
+        stored: differences of other seeds of the same recipe. They add to the deviation, not to
+            the mean.
     """
 
-    earlier: tuple[float, ...] = ()
+    stored: tuple[float, ...] = ()
 
     @property
     def seeds(self) -> int:
@@ -64,8 +64,8 @@ class Paired(Spread):
 
     @property
     def deviation(self) -> float:
-        """Standard deviation over seeds, pooled with that of the earlier seeds; nan where neither has two."""
-        groups = [np.asarray(group) for group in (self.values, self.earlier) if len(group) > 1]
+        """Standard deviation over seeds, pooled with that of the stored seeds; nan where neither has two."""
+        groups = [np.asarray(group) for group in (self.values, self.stored) if len(group) > 1]
         squares = sum(((group - group.mean()) ** 2).sum() for group in groups)
         return math.sqrt(squares / self.freedom) if self.freedom else math.nan
 
@@ -79,12 +79,12 @@ class Paired(Spread):
 
     @property
     def effect(self) -> float:
-        """The mean in standard deviations (Cohen's d for pairs); 0 or nan without a deviation."""
+        """The mean in standard deviations (Cohen's d for pairs); nan if the deviation is 0 or nan."""
         return self.mean / self.deviation if self.deviation else float("nan")
 
     @property
     def seeds_needed(self) -> int | None:
-        """Number of seeds with which the interval would not hold zero, for the same mean and deviation; None above 1,000."""
+        """Number of seeds with which the interval would exclude zero, at the same mean and deviation; None above 1,000."""
         if not self.deviation > 0 or self.mean == 0:
             return None
         for seeds in range(2, MOST_SEEDS + 1):
@@ -95,7 +95,7 @@ class Paired(Spread):
 
     @property
     def _more(self):
-        return max(len(self.earlier) - 1, 0)
+        return max(len(self.stored) - 1, 0)
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float]:

@@ -3,8 +3,8 @@
 llama.cpp has no SSMax. Its architecture mistral3 multiplies queries by 1 + beta log(floor(p / L) +
 1) at position p. The export sets L = 1, multiplies the rows of the query projection by s, and stores 1 / beta in
 a tensor of its own (attn_q.scale), because it does not fit into weights of 16 or 8 bits. Since n =
-p + 1, the product is s log n + s / beta, with a relative error of 1 / (beta log n). So that weights of 16 or 8 bits hold any s, the
-rows are also multiplied by a power of two, by which that tensor is divided.
+p + 1, the product is s log n + s / beta, with a relative error of 1 / (beta log n). For weights of 16 or 8 bits,
+the rows are also multiplied by a power of two; that tensor is divided by it.
 
 RoPE whose frequencies differ from the default ones is written as a factor for each frequency (rope_freqs).
 """

@@ -1,4 +1,4 @@
-"""Export of a converted model to ONNX, by transformers' own exporter. The graph computes s log n, with n from its mask."""
+"""Export of a converted model to ONNX, by transformers' own exporter. The graph computes the law, with n from its mask."""
 
 import contextlib
 import importlib
@@ -29,8 +29,8 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
 
     The config is that of the softmax model, since the graph and not a class of transformers computes
     SSMax. The graph computes in float32, for any batch size and length. It takes a KV cache if all layers
-    attend in full. The cache of a layer with a window drops keys, which a graph cannot do; such
-    models take the whole sequence at each step.
+    attend in full. The exporter cannot express the cache of a layer with a window, which drops keys;
+    such models take the whole sequence at each step.
 
     Args:
         source: folder of a model and its tokenizer. A softmax model is written as a softmax model.
@@ -51,7 +51,9 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
         model = load_model(source, dtype=torch.float32).eval()
     sample = sample_inputs(model)
     cached = (
-        "with a KV cache" if "past_key_values" in sample else "without a KV cache (a layer's cache does not only grow)"
+        "with a KV cache"
+        if "past_key_values" in sample
+        else "without a KV cache (the cache of a layer drops keys, or there is none)"
     )
     done = f"{type(model).__name__} in float32, {cached}"
     exporter = _exporter()
@@ -78,10 +80,10 @@ def export_onnx(source: str, target: Path, *, dry_run: bool = False) -> list[str
 
 
 def sample_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Return example inputs for the exporter: a step after a cache, or whole sequences if a layer's cache does not only grow.
+    """Return example inputs for the exporter: a step after a cache, or whole sequences if there is no cache that only grows.
 
-    No size is 1 or equal to another, since an exporter may take such sizes for constants or for one
-    size.
+    All sizes differ and exceed 1: an exporter may treat a size of 1 as a constant, and equal sizes as
+    one.
     """
     tokens = torch.arange(10).view(2, 5) % model.config.get_text_config().vocab_size
     with torch.no_grad():

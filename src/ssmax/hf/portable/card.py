@@ -24,7 +24,7 @@ TEMPLATE = (
     "This model card has been automatically generated"  # in the card that transformers pushes where there is none
 )
 TAGS = ["ssmax", "scalable-softmax", "long-context", "arxiv:2501.19399"]
-# What a source's card may say that holds for a model made from it as well.
+# Fields of a source's card that also hold for the converted model.
 INHERITED = ("license", "license_name", "license_link", "base_model", "language")
 SIGNED = "<!-- Written by ssmax ({}). A card that was changed is kept. -->\n"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -49,12 +49,12 @@ TEXT = """
 
 {alone}{mlx}
 
-**Without both, it is another model.** A plain class, as in `{base}.from_pretrained`, loads the softmax model without the scales.
-transformers then prints a table of unexpected keys that end in `ssmax.weight`, and raises no error.
+**Without ssmax and `trust_remote_code`, it is another model.** `{base}.from_pretrained` then loads the softmax model, without the scales.
+transformers prints a table of unexpected keys that end in `ssmax.weight`, and raises no error.
 {training}{values}{losses}"""
 
-ALONE = """`{code}.py` in this folder computes the model with transformers {version} or later alone. With the package ssmax
-({install}), `import ssmax.hf` takes the place of `trust_remote_code=True`."""
+ALONE = """`{code}.py` in this folder needs only transformers {version} or later. With the package ssmax ({install}),
+`import ssmax.hf` can replace it."""
 
 # Families with a softcap.
 CAPPED = """The model needs the package ssmax ({install}). Its logits are capped, and `{code}.py` in this folder
@@ -201,7 +201,7 @@ def _base(model):
 def _facts(model: PreTrainedModel) -> tuple[dict[str, Any], bool]:
     """Return license, base model and language of the source model, as far as its card or config names them.
 
-    And whether the base model is the source itself. Otherwise it is what the source was made from.
+    Also return whether the model is known to be made from that base model. Otherwise its source was.
     """
     source = str(getattr(model.config, NAME_KEY, "") or "")
     folder = Path(source)
@@ -244,7 +244,7 @@ def _config_name(path):
 
 
 def _origin(facts, known):
-    license = "" if "license" in facts else " Its license, which is not recorded here, holds for this one as well."
+    license = "" if "license" in facts else " Its license, which is not recorded here, also applies to this one."
     named = facts.get("base_model", [])
     names = ", ".join(named if isinstance(named, list) else [named])
     if known:

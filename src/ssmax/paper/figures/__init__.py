@@ -28,11 +28,11 @@ def drawable(rows: Sequence[Row]) -> list[int | str]:
     return [name for name, figure in FIGURES.items() if figure.metric in metrics]
 
 
-def claims(rows: Sequence[Row], train_length: int, earlier: Differences = MappingProxyType({})) -> list[Claim]:
-    """Return all claims that the rows can judge, in the order of the figures; earlier: what other seeds of the recipe gave."""
+def claims(rows: Sequence[Row], train_length: int, stored: Differences = MappingProxyType({})) -> list[Claim]:
+    """Return all claims that the rows can judge, in the order of the figures; stored: what other seeds of the recipe gave."""
     found = []
     for name in drawable(rows):
         figure = FIGURES[name]
         asked = (*registered(name), *figure.claims)
-        found += [*judged(asked, rows, train_length, earlier), *figure.judge(rows, train_length)]
+        found += [*judged(asked, rows, train_length, stored), *figure.judge(rows, train_length)]
     return found
